@@ -1,0 +1,1 @@
+"""Post-training of text-to-image models with spatiotemporal reward allocation."""

@@ -1,0 +1,153 @@
+"""What a model reaches on the shapes world: held-out scores by category, and how well its attention localises."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+from star.capture import capture
+from star.concepts import locate, parse
+from star.shapes.model import GRID
+from star.shapes.scenes import CATEGORIES, SIZE, parse_scene, prompts, render
+from star.shapes.verifier import verify
+
+STEPS = 8  # the demo's sampling: eight Euler steps, no guidance
+DEFAULT_LAYERS = (2, 3)  # by localisation, see `star maps --world`
+OBJECT_SHARE = 0.4  # coverage from which an image token counts as the object's
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of n pictures. strict, soft: (n,) float64. categories: n names."""
+
+    strict: np.ndarray
+    soft: np.ndarray
+    categories: tuple[str, ...]
+
+    def mean(self, category: str | None = None) -> tuple[float, float, int]:
+        """Mean strict, mean soft and the number of pictures, overall or of one category."""
+        chosen = np.array([category in (None, c) for c in self.categories])
+        return float(self.strict[chosen].mean()), float(self.soft[chosen].mean()), int(chosen.sum())
+
+
+@torch.no_grad()
+def sample(
+    pipeline: StableDiffusion3Pipeline, texts: Sequence[str], seed: int, steps: int = STEPS, batch: int = 64
+) -> np.ndarray:
+    """Pictures of the plain pipeline without guidance. Returns (B, S, S, 3) float32 in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, size = pipeline.transformer.config.in_channels, SIZE // pipeline.vae_scale_factor
+    images = []
+    for i in range(0, len(texts), batch):
+        chunk = list(texts[i : i + batch])
+        noise = torch.randn(len(chunk), channels, size, size, generator=generator)
+        images.append(
+            pipeline(
+                chunk,
+                height=SIZE,
+                width=SIZE,
+                num_inference_steps=steps,
+                guidance_scale=1.0,
+                max_sequence_length=0,
+                latents=noise.to(pipeline.transformer.dtype),
+                output_type="np",
+            ).images
+        )
+    return np.concatenate(images)
+
+
+def score(images: np.ndarray, texts: Sequence[str]) -> Scores:
+    """Verify pictures (B, S, S, 3) against their prompts."""
+    scenes = [parse_scene(text) for text in texts]
+    verdicts = [verify(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    return Scores(
+        np.array([float(v.strict) for v in verdicts]),
+        np.array([v.soft for v in verdicts]),
+        tuple(scene.category for scene in scenes),
+    )
+
+
+def auc(values: np.ndarray, inside: np.ndarray) -> float:
+    """Probability that a value inside exceeds one outside, ties counted half. values, inside: (N,)."""
+    n_in, n_out = inside.sum(), (~inside).sum()
+    return float((rankdata(values)[inside].sum() - n_in * (n_in + 1) / 2) / (n_in * n_out))
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """How well one layer's maps find the true objects at one noise level.
+
+    auc: of each concept's map against its own object. auc_any: of the mean map against all objects.
+    mass_ratio: share of a map's mass on its object over the object's share of the area (1: no localisation).
+    """
+
+    layer: int
+    t: float
+    auc: float
+    auc_any: float
+    mass_ratio: float
+
+
+@torch.no_grad()
+def localisation(
+    pipeline: StableDiffusion3Pipeline, levels: Sequence[float] = (0.5,), n: int = 128, seed: int = 0
+) -> list[Localisation]:
+    """Maps of held-out two-object scenes, rendered, encoded and noised to each level t, against the true masks."""
+    texts = prompts(n, seed, "heldout", ("color_attribution", "position"))
+    drawn = [render(parse_scene(text), random.Random(f"{seed}/{i}")) for i, text in enumerate(texts)]
+    images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2) * 2 - 1
+    rows, columns = GRID
+    masks = np.stack([m for _, m in drawn]).reshape(n, 2, rows, SIZE // rows, columns, SIZE // columns)
+    inside = masks.mean((3, 5)).reshape(n, 2, -1) > OBJECT_SHARE  # (B, 2, N)
+
+    vae, transformer = pipeline.vae, pipeline.transformer
+    latents = (vae.encode(images).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    tokens = locate(texts, [parse(text) for text in texts], pipeline.tokenizer)
+    found = []
+    for t in levels:
+        with capture(transformer, tokens) as maps:
+            transformer(torch.lerp(latents, noise, t), embeds, pooled, torch.full((n,), t * 1000), return_dict=False)
+            layers = maps.layers().numpy()  # (L, B, G, N)
+        for layer, values in enumerate(layers):
+            relative = values / values.mean(-1, keepdims=True)
+            pairs = [(relative[b, g], inside[b, g]) for b in range(n) for g in range(2) if inside[b, g].any()]
+            whole = [(relative[b].mean(0), inside[b].any(0)) for b in range(n)]
+            found.append(
+                Localisation(
+                    layer,
+                    t,
+                    auc=float(np.mean([auc(*pair) for pair in pairs])),
+                    auc_any=float(np.mean([auc(*pair) for pair in whole if pair[1].any()])),
+                    mass_ratio=float(np.mean([value[mask].mean() for value, mask in pairs])),
+                )
+            )
+    return found
+
+
+def report(pipeline: StableDiffusion3Pipeline, n: int = 512, seed: int = 0) -> None:
+    """Print scores by category on n held-out prompts, and localisation by layer and noise level."""
+    console = Console()
+    texts = prompts(n, seed, "heldout", distinct=True)
+    scores = score(sample(pipeline, texts, seed), texts)
+    table = Table("category", "prompts", "strict", "soft", title=f"held-out prompts, {STEPS} steps, no guidance")
+    for category in (*CATEGORIES, None):
+        strict, soft, number = scores.mean(category)
+        table.add_row(category or "all", str(number), f"{strict:.3f}", f"{soft:.3f}")
+    console.print(table)
+    table = Table("t", "layer", "AUC", "AUC any object", "mass over area", title="localisation of concept maps")
+    for entry in localisation(pipeline, (0.95, 0.85, 0.7, 0.5, 0.3)):
+        row = (f"{entry.t}", str(entry.layer), f"{entry.auc:.3f}", f"{entry.auc_any:.3f}", f"{entry.mass_ratio:.2f}")
+        table.add_row(*row)
+    console.print(table)

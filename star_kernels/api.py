@@ -1,0 +1,366 @@
+"""One door per operator: checks the arguments, picks an implementation, calls it."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from star_kernels import native, ops
+from star_kernels.reference import compute_dtype
+from star_kernels.transition import Transition, channel_dim
+
+Implementation = Literal["auto", "reference", "native"]
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Statistics(NamedTuple):
+    """What a policy loss saw, each a () float32 tensor. "Units" are what the clip acts on: samples, or locations.
+
+    approx_kl: half the mean squared log-ratio. clip_fraction, clip_fraction_low, clip_fraction_high: share of units
+    with a ratio outside the clip range, below it, above it. ratio_mean, ratio_min, ratio_max: over the units.
+    kl: the KL term to the reference velocity before its coefficient, 0 without one.
+    gradient_share: share of the gradient's absolute sum that lies in the top tenth of each sample's weights (0.1 for
+    equal weights). nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
+    """
+
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    clip_fraction_low: Tensor
+    clip_fraction_high: Tensor
+    ratio_mean: Tensor
+    ratio_min: Tensor
+    ratio_max: Tensor
+    kl: Tensor
+    gradient_share: Tensor
+    nonfinite: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """loss: () float32 (float64 for float64 inputs), with a gradient for the velocity alone."""
+
+    loss: Tensor
+    statistics: Statistics
+
+
+def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]:
+    """For each implementation of an operator None if it can run on the device, else why not, best first."""
+    if operator not in ops.OPERATORS:
+        raise ValueError(f"operator: got {operator!r}, expected one of {sorted(ops.OPERATORS)}")
+    reasons: dict[str, str | None] = {}
+    if "native" in ops.OPERATORS[operator][3]:
+        if device != "cpu":
+            reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
+        else:
+            reasons["native"] = native.REASON
+    reasons["reference"] = None
+    return reasons
+
+
+def resolve(operator: str, impl: str, device: torch.device) -> str:
+    """The implementation to run. An explicit one, by argument or by STAR_IMPL, never falls back."""
+    if impl == "auto":
+        impl = os.environ.get("STAR_IMPL", "auto")
+    reasons = implementations(operator, device.type)
+    if impl == "auto":
+        return next(name for name, reason in reasons.items() if reason is None)
+    if impl not in reasons:
+        raise ValueError(f"impl: got {impl!r}, expected 'auto' or one of {list(reasons)} for {operator}")
+    if reasons[impl] is not None:
+        raise RuntimeError(f"impl={impl!r}: {reasons[impl]}")
+    return impl
+
+
+def _tensor(name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None):
+    """Check that value is a floating tensor of the shape (names stand for any size) on the device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor")
+    if shape is not None and (
+        value.ndim != len(shape)
+        or any(isinstance(want, int) and have != want for have, want in zip(value.shape, shape, strict=True))
+    ):
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: is on {value.device}, expected {device}")
+
+
+def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected one of {list(options)}")
+
+
+def _transition(transition: Transition, batch: int, device: torch.device) -> None:
+    if not isinstance(transition, Transition):
+        raise TypeError(f"transition: got {type(transition).__name__}, expected a star_kernels.Transition")
+    for name, field in zip(transition._fields, transition, strict=True):
+        _tensor(f"transition.{name}", field, (batch,), device)
+
+
+def attention_maps(
+    query: Tensor,
+    key: Tensor,
+    concept_index: Tensor,
+    concept_weight: Tensor | None = None,
+    *,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    head_weight: Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Attention mass that each image token puts on each concept, without the attention matrix.
+
+    m[b,g,i] = sum_h head_weight[h] sum_k concept_weight[b,g,k] exp(scale q_i . k_j - lse_i), j = concept_index[b,g,k].
+
+    Args:
+        query: (B, H, N, D) queries of the image tokens, any strides, any floating type.
+        key: (B, H, S, D) all keys of the joint sequence, any strides.
+        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot.
+        concept_weight: (B, G, K), default 1 for every used slot.
+        lse: (B, H, N) natural log-sum-exp over all S keys, scale included, as attention kernels return it; also with
+            N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.
+        scale: default D ** -0.5.
+        head_weight: (H,), default 1 / H.
+        impl: "auto" or one of `implementations("attention_maps")`.
+
+    Returns:
+        (B, G, N) float32 (float64 for float64 inputs). No gradient flows: a map is a constant of the objective.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
+    """
+    _tensor("query", query, ("B", "H", "N", "D"))
+    batch, heads, queries, width = query.shape
+    device = query.device
+    _tensor("key", key, (batch, heads, "S", width), device)
+    if not isinstance(concept_index, Tensor) or concept_index.dtype != torch.int64:
+        kind = getattr(concept_index, "dtype", type(concept_index).__name__)
+        raise TypeError(f"concept_index: got {kind}, expected an int64 tensor")
+    if concept_index.ndim != 3 or concept_index.shape[0] != batch:
+        raise ValueError(f"concept_index: got shape {tuple(concept_index.shape)}, expected ({batch}, G, K)")
+    if concept_index.device != device:
+        raise ValueError(f"concept_index: is on {concept_index.device}, expected {device}")
+    # Reading the values of a tensor on a GPU, or of a traced one, would stop everything.
+    if device.type == "cpu" and not torch.compiler.is_compiling() and concept_index.numel():
+        low, high = concept_index.min().item(), concept_index.max().item()
+        if low < -1 or high >= key.shape[2]:
+            raise ValueError(f"concept_index: values in [{low}, {high}], expected -1 or columns in [0, {key.shape[2]})")
+    if concept_weight is not None:
+        _tensor("concept_weight", concept_weight, tuple(concept_index.shape), device)
+    if head_weight is not None:
+        _tensor("head_weight", head_weight, (heads,), device)
+    if lse is not None:
+        if lse.ndim == 4 and lse.shape[-1] == 1:
+            lse = lse.squeeze(-1)
+        _tensor("lse", lse, (batch, heads, "N"), device)
+        if lse.shape[2] < queries:
+            raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected ({batch}, {heads}, {queries})")
+        lse = lse[:, :, :queries]
+    scale = width**-0.5 if scale is None else float(scale)
+    run = getattr(torch.ops.star, f"attention_maps_{resolve('attention_maps', impl, device)}")
+    with torch.no_grad():
+        return run(query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
+
+
+def allocate(
+    maps: Tensor,
+    grid: tuple[int, int],
+    *,
+    combine: Literal["mean", "max"] = "mean",
+    smooth: float = 0.0,
+    sharpen: float = 1.0,
+    cap: float = 4.0,
+    mix: float = 0.5,
+    patch: int = 2,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Turn concept maps into weights of mean 1 over the latent positions.
+
+    Each map is divided by its mean, concepts are combined, the field is smoothed, raised to a power, brought to mean 1
+    and capped; then w = (1 - mix) + mix * field, brought to mean 1, and each token's weight repeated over its patch.
+
+    Args:
+        maps: (B, G, N) attention mass, not negative. A map that is all zero (a missing concept) is left out.
+        grid: (rows, columns) of the image tokens, N = rows * columns, row-major.
+        combine: over concepts, "mean" or "max".
+        smooth: standard deviation of a Gaussian in tokens, 0 for none; renormalised at the borders.
+        sharpen: exponent > 0 of the field.
+        cap: largest value of the field, > 0, in units of its mean.
+        mix: 0 (uniform) to 1 (the map alone).
+        patch: latent positions per token and side; 1 for packed latents.
+        impl: "auto" or one of `implementations("allocate")`.
+
+    Returns:
+        (B, rows*patch, columns*patch) float32. A sample without concepts, with only zero maps or with a value that is
+        negative or not finite gets weights of exactly 1.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape or range. RuntimeError: `impl` cannot run here.
+    """
+    _tensor("maps", maps, ("B", "G", "N"))
+    rows, columns = grid
+    if rows * columns != maps.shape[2] or rows < 1:
+        raise ValueError(f"grid: got {tuple(grid)}, expected rows * columns = {maps.shape[2]}")
+    _choice("combine", combine, ("mean", "max"))
+    for name, value, right in (
+        ("smooth", smooth, smooth >= 0),
+        ("sharpen", sharpen, sharpen > 0),
+        ("cap", cap, cap > 0),
+        ("mix", mix, 0 <= mix <= 1),
+        ("patch", patch, patch >= 1),
+    ):
+        if not right:
+            limits = {"smooth": ">= 0", "sharpen": "> 0", "cap": "> 0", "mix": "between 0 and 1", "patch": ">= 1"}
+            raise ValueError(f"{name}: got {value}, expected a number {limits[name]}")
+    run = getattr(torch.ops.star, f"allocate_{resolve('allocate', impl, maps.device)}")
+    with torch.no_grad():
+        return run(maps.detach(), rows, columns, combine, float(smooth), float(sharpen), float(cap), float(mix), patch)
+
+
+def gaussian_step(
+    sample: Tensor, velocity: Tensor, noise: Tensor, transition: Transition, *, impl: Implementation = "auto"
+) -> tuple[Tensor, Tensor]:
+    """One step of the sampler: mean = a x + b v, prev_sample = mean + s noise.
+
+    Args:
+        sample, velocity, noise: (B, ...) of one shape, any floating types.
+        transition: fields (B,).
+        impl: "auto" or one of `implementations("gaussian_step")`.
+
+    Returns:
+        prev_sample in the type of `sample`, and mean in float32 (float64 for float64 inputs): the policy's old mean.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
+    """
+    _tensor("sample", sample)
+    if sample.ndim < 2:
+        raise ValueError(f"sample: got shape {tuple(sample.shape)}, expected (B, ...)")
+    _tensor("velocity", velocity, tuple(sample.shape), sample.device)
+    _tensor("noise", noise, tuple(sample.shape), sample.device)
+    _transition(transition, sample.shape[0], sample.device)
+    run = getattr(torch.ops.star, f"gaussian_step_{resolve('gaussian_step', impl, sample.device)}")
+    with torch.no_grad():
+        return run(sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s)
+
+
+def policy_loss(
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    transition: Transition,
+    advantages: Tensor,
+    weights: Tensor | None = None,
+    *,
+    old_mean: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    reference_velocity: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    ratio: Literal["token", "location", "sample"] = "token",
+    clip_range: float | tuple[float, float] = 1e-4,
+    adv_clip: float = 5.0,
+    kl_coef: float = 0.0,
+    guard: bool = False,
+    impl: Implementation = "auto",
+) -> PolicyLoss:
+    """Clipped policy loss of one denoising step, with a weight for each latent position.
+
+    With d_p the log-ratio of new to old density at location p (mean over channels) and r = exp(mean_p d_p):
+    "token" gives every location its sample's ratio r but its own gradient (GSPO-token form, Zheng et al. 2025);
+    without weights that is Flow-GRPO's loss in value and gradient. "location" uses exp(d_p) and clips each location.
+    "sample" uses exp(mean_p w_p d_p). The loss is the mean of step_weight * w * max(-A r, -A clip(r)).
+
+    Args:
+        velocity: model output, (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). The only argument with a gradient.
+        sample, prev_sample: latents before and after the step, same shape.
+        transition: fields (B,), with s > 0.
+        advantages: (B,) or one per location.
+        weights: (B, H, W), (B, T, H, W) or (B, L), not negative, mean 1 over each sample; None means 1 everywhere.
+        old_mean: mean of the step under the policy that took it: the log-ratio in its exact (delta) form.
+        old_log_prob: instead of old_mean, that policy's `log_prob`, (B,) or one per location.
+        reference_velocity: for the KL term, kl_coef * mean (mu - mu_ref)^2 * kl_precision, never weighted.
+        step_weights: (B,) weight of this step for each sample, not negative.
+        clip_range: e for [1 - e, 1 + e], or (low, high) for [1 - low, 1 + high].
+        adv_clip: advantages are clamped to +-adv_clip before anything else.
+        kl_coef: coefficient of the KL term.
+        guard: GRPO-Guard's normalised log-ratio (Wang et al. 2025), which needs old_mean.
+        impl: "auto" or one of `implementations("policy_loss")`.
+
+    Returns:
+        PolicyLoss(loss, statistics). A log-ratio is limited to +-30 before the exponential; one that is not finite
+        makes the loss NaN and is counted in `statistics.nonfinite`.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, range or device, or arguments that exclude each other.
+        RuntimeError: `impl` cannot run here, or a second derivative is asked for.
+
+    Source: Flow-GRPO (Liu et al. 2025), scripts/train_sd3.py; the spatial form is this project's (docs/mathematics.md).
+    """
+    _tensor("velocity", velocity)
+    if velocity.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"velocity: got shape {tuple(velocity.shape)}, expected (B, C, H, W), (B, C, T, H, W), (B, L, C)"
+        )
+    shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
+    channel = channel_dim(velocity)
+    places = shape[:channel] + shape[channel + 1 :]
+    _tensor("sample", sample, shape, device)
+    _tensor("prev_sample", prev_sample, shape, device)
+    _transition(transition, batch, device)
+    _tensor("advantages", advantages, None, device)
+    if tuple(advantages.shape) not in ((batch,), places):
+        raise ValueError(f"advantages: got shape {tuple(advantages.shape)}, expected ({batch},) or {places}")
+    _choice("ratio", ratio, ("token", "location", "sample"))
+    if ratio == "sample" and advantages.ndim > 1:
+        raise ValueError(f"advantages: ratio='sample' takes one per sample, ({batch},), got {tuple(advantages.shape)}")
+    if weights is not None:
+        _tensor("weights", weights, places, device)
+    if (old_mean is None) == (old_log_prob is None):
+        raise ValueError("old_mean, old_log_prob: expected exactly one of them")
+    if old_mean is not None:
+        _tensor("old_mean", old_mean, shape, device)
+    else:
+        _tensor("old_log_prob", old_log_prob, None, device)
+        if tuple(old_log_prob.shape) not in ((batch,), places):
+            raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {places}")
+        if old_log_prob.ndim == 1 and (ratio == "location" or (ratio == "sample" and weights is not None)):
+            raise ValueError(f"old_log_prob: ratio={ratio!r} needs one per location, {places}, or old_mean")
+        if guard:
+            raise ValueError("guard: needs old_mean, got old_log_prob")
+    if reference_velocity is not None:
+        _tensor("reference_velocity", reference_velocity, shape, device)
+    elif kl_coef != 0:
+        raise ValueError(f"reference_velocity: needed for kl_coef={kl_coef}")
+    if step_weights is not None:
+        _tensor("step_weights", step_weights, (batch,), device)
+    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    if not (low >= 0 and high >= 0):
+        raise ValueError(f"clip_range: got {clip_range}, expected e >= 0 or (low, high), both >= 0")
+    if not adv_clip > 0:
+        raise ValueError(f"adv_clip: got {adv_clip}, expected a number > 0")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((transition.s > 0).all()):
+        raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
+    run = getattr(torch.ops.star, f"policy_loss_{resolve('policy_loss', impl, device)}")
+    with torch.autocast(device.type, enabled=False):
+        loss, statistics, _ = run(
+            velocity,
+            *(sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity),
+            *(step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard),
+        )
+    return PolicyLoss(loss, Statistics(*statistics.unbind()))
+
+
+__all__ = [
+    "PolicyLoss",
+    "Statistics",
+    "allocate",
+    "attention_maps",
+    "compute_dtype",
+    "gaussian_step",
+    "implementations",
+    "policy_loss",
+]

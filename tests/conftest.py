@@ -1,0 +1,39 @@
+"""Tests run in the order a reader learns: reference, operators, capture, objective, world, training, command line."""
+
+import os
+
+# Before torch is imported: spinning threads slow every other process on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+ORDER = (
+    "test_import",
+    "test_reference",
+    "test_policy_loss",
+    "test_concepts",
+    "test_transition",
+    "test_capture",
+    "test_objective",
+    "test_world",
+    "test_rollout",
+    "test_training",
+    "test_cli",
+)
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items):
+    position = {name: i for i, name in enumerate(ORDER)}
+    items.sort(key=lambda item: position.get(item.path.stem, len(ORDER)))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
