@@ -36,6 +36,10 @@ class Transition(NamedTuple):
         """The transitions of some samples of the batch."""
         return Transition(*(field[index] for field in self))
 
+    def to(self, device: torch.device | str) -> Transition:
+        """The same on another device."""
+        return Transition(*(field.to(device) for field in self))
+
     def expand(self, batch: int) -> Transition:
         """One row (1,) repeated for a batch, (batch,) without copies."""
         return Transition(*(field.expand(batch) for field in self))

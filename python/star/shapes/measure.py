@@ -117,7 +117,7 @@ def localisation(
     tokens = locate(texts, [parse(text) for text in texts], pipeline.tokenizer)
     found = []
     for t in levels:
-        with capture(transformer, tokens) as maps:
+        with capture(transformer, tokens, grid=GRID) as maps:
             transformer(torch.lerp(latents, noise, t), embeds, pooled, torch.full((n,), t * 1000), return_dict=False)
             layers = maps.layers().numpy()  # (L, B, G, N)
         for layer, values in enumerate(layers):
@@ -146,8 +146,13 @@ def report(pipeline: StableDiffusion3Pipeline, n: int = 512, seed: int = 0) -> N
         strict, soft, number = scores.mean(category)
         table.add_row(category or "all", str(number), f"{strict:.3f}", f"{soft:.3f}")
     console.print(table)
+    print_localisation(pipeline)
+
+
+def print_localisation(pipeline: StableDiffusion3Pipeline) -> None:
+    """Print AUC and mass over area of every layer's maps at several noise levels."""
     table = Table("t", "layer", "AUC", "AUC any object", "mass over area", title="localisation of concept maps")
     for entry in localisation(pipeline, (0.95, 0.85, 0.7, 0.5, 0.3)):
-        row = (f"{entry.t}", str(entry.layer), f"{entry.auc:.3f}", f"{entry.auc_any:.3f}", f"{entry.mass_ratio:.2f}")
-        table.add_row(*row)
-    console.print(table)
+        cells = (f"{entry.auc:.3f}", f"{entry.auc_any:.3f}", f"{entry.mass_ratio:.2f}")
+        table.add_row(f"{entry.t}", str(entry.layer), *cells)
+    Console().print(table)

@@ -41,7 +41,7 @@ class Config:
     kl_weight: float = 1e-4
     scenes: int = 100_000
     """Training scenes; all from the training split of the prompts."""
-    steps: int = 6000
+    steps: int = 4000
     batch: int = 64
     learning_rate: float = 2e-3
     """For AdamW and, matched in update size, for Muon."""

@@ -1,0 +1,271 @@
+"""Reads concept maps out of a transformer while it runs, without changing a bit of what it computes.
+
+    with capture(transformer, tokens, grid=(32, 32)) as maps:
+        transformer(...)
+    weights = star_kernels.allocate(maps.read(), maps.grid)
+
+The joint attention of the chosen blocks runs through the very kernel that F.scaled_dot_product_attention would have
+picked, which is asked for its log-sum-exp as well; from that and the few key columns of the concepts the maps follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from star.concepts import ConceptTokens
+from star_kernels import attention_maps
+
+NORMALISATIONS = ("raw", "content", "concepts")
+
+
+def in_backward() -> bool:
+    """True while autograd runs, as in the recomputation of a checkpointed block."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+@torch.library.custom_op("star::write_maps", mutates_args=("slots",))
+def write_maps(
+    slots: Tensor,
+    slot: int,
+    query: Tensor,
+    key: Tensor,
+    concept_index: Tensor,
+    concept_weight: Tensor,
+    lse: Tensor | None,
+    head_weight: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    impl: str,
+) -> None:
+    """slots[slot] = attention_maps(...) of the given batch rows. Does nothing in a recomputation, so that the backward
+    pass of an old forward pass cannot overwrite newer maps."""
+    if in_backward():
+        return
+    query = query[:, :, : slots.shape[-1]]
+    if rows is not None:
+        query, key = query[rows], key[rows]
+        lse = None if lse is None else lse[rows]
+    slots[slot] = attention_maps(
+        query, key, concept_index, concept_weight, lse=lse, scale=scale, head_weight=head_weight, impl=impl
+    )
+
+
+@write_maps.register_fake
+def _(slots, slot, query, key, concept_index, concept_weight, lse, head_weight, rows, scale, impl) -> None:
+    return None
+
+
+def attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """F.scaled_dot_product_attention with the bits it would have, and the log-sum-exp of its rows where it has one.
+
+    query, key, value: (B, H, S, D). Returns (output, lse (B, H, S) or padded, or None).
+    """
+    aten = torch.ops.aten
+    choice = SDPBackend(torch._fused_sdp_choice(query, key, value))
+    # The flash kernels take head widths in multiples of 8; F.scaled_dot_product_attention pads others itself.
+    if choice == SDPBackend.FLASH_ATTENTION and query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
+    if choice == SDPBackend.FLASH_ATTENTION and query.shape[-1] % 8 == 0:
+        return aten._scaled_dot_product_flash_attention(query, key, value)[:2]
+    if choice == SDPBackend.EFFICIENT_ATTENTION:
+        return aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[:2]
+    if choice == SDPBackend.CUDNN_ATTENTION:
+        return aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[:2]
+    return F.scaled_dot_product_attention(query, key, value), None
+
+
+class Maps:
+    """Maps of the last forward pass inside `capture`. grid: (rows, columns) of the image tokens."""
+
+    def __init__(
+        self,
+        slots: Tensor,
+        tokens: ConceptTokens,
+        grid: tuple[int, int],
+        layer_weights: Tensor,
+        normalise: str,
+        rows: Tensor | None,
+        head_weight: Tensor | None,
+        lse: bool,
+        impl: str,
+    ) -> None:
+        self.slots, self.tokens, self.grid = slots, tokens, grid
+        self.layer_weights, self.normalise, self.rows = layer_weights, normalise, rows
+        self.head_weight, self.lse, self.impl = head_weight, lse, impl
+
+    def layers(self) -> Tensor:
+        """(L, B, G, N) float32: mean over the heads of each captured layer, normalised."""
+        maps = self.slots
+        if self.normalise == "content":
+            maps, content = maps[:, :, :-1], maps[:, :, -1:]
+            maps = maps / content.clamp_min(torch.finfo(maps.dtype).tiny)
+        elif self.normalise == "concepts":
+            maps = maps / maps.sum(2, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+        return maps.clone()
+
+    def read(self) -> Tensor:
+        """(B, G, N) float32: weighted mean over the captured layers, in a copy that later passes leave alone."""
+        return (self.layers() * self.layer_weights[:, None, None, None]).sum(0)
+
+
+class CapturingJointAttnProcessor:
+    """Joint attention of SD3 (image tokens first, then text) that writes concept maps into one slot."""
+
+    def __init__(self, maps: Maps, slot: int) -> None:
+        self.maps, self.slot = maps, slot
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        batch, image_tokens, _ = hidden_states.shape
+        query, key, value = (
+            self._join(attn, *projections, hidden_states, encoder_hidden_states)
+            for projections in (
+                (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
+                (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
+                (attn.to_v, None, attn.add_v_proj, None),
+            )
+        )
+        dtype = query.dtype
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            # F.scaled_dot_product_attention casts under autocast; the kernels below it do not.
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        joint, lse = attention_with_lse(query, key, value)
+
+        maps = self.maps
+        if image_tokens != maps.slots.shape[-1]:
+            raise ValueError(f"grid: {maps.grid} has {maps.slots.shape[-1]} tokens, the model runs {image_tokens}")
+        index = maps.tokens.index
+        write_maps(
+            *(maps.slots, self.slot, query.detach(), key.detach()),
+            torch.where(index < 0, index, index + image_tokens),
+            *(maps.tokens.weight, lse.detach() if maps.lse and lse is not None else None, maps.head_weight, maps.rows),
+            *(query.shape[-1] ** -0.5, maps.impl),
+        )
+
+        joint = joint.transpose(1, 2).reshape(batch, -1, attn.inner_dim).to(dtype)
+        image, text = joint[:, :image_tokens], joint[:, image_tokens:]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](image)), text
+
+    @staticmethod
+    def _join(attn: Attention, project, norm, project_added, norm_added, image: Tensor, text: Tensor) -> Tensor:
+        """Project and normalise both streams and lay them in one sequence, (B, H, N + T, D)."""
+        parts = []
+        for states, linear, rms in ((image, project, norm), (text, project_added, norm_added)):
+            heads = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            parts.append(heads if rms is None else rms(heads))
+        return torch.cat(parts, dim=2)
+
+
+@contextmanager
+def capture(
+    transformer: torch.nn.Module,
+    tokens: ConceptTokens,
+    *,
+    grid: tuple[int, int],
+    rows: slice | Sequence[int] | Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    layer_weights: Sequence[float] | None = None,
+    head_weight: Tensor | None = None,
+    normalise: Literal["raw", "content", "concepts"] = "raw",
+    lse: bool = True,
+    impl: str = "auto",
+) -> Iterator[Maps]:
+    """Capture concept maps of every forward pass of `transformer` inside the context; the last one is kept.
+
+    Args:
+        transformer: an SD3Transformer2DModel, with adapters or without. Only `.attn` of the chosen blocks is touched,
+            and put back whatever happens.
+        tokens: concepts of the captured rows, from `star.concepts.locate`.
+        grid: (rows, columns) of the image tokens: latent height and width over the patch size.
+        rows: batch rows to read. With classifier-free guidance the conditional ones: slice(B, 2 * B) for diffusers'
+            pipelines. None: all rows.
+        layers: indices of blocks, default all. layer_weights: one for each, default equal.
+        head_weight: (H,), default equal.
+        normalise: "raw" mass; "content": divided by the mass of all concepts' tokens together; "concepts": divided by
+            the sum over the concepts.
+        lse: use the log-sum-exp of the attention kernel; otherwise the operator makes its own.
+        impl: of `star_kernels.attention_maps`.
+
+    Yields:
+        Maps. The model's output has the same bits as without it.
+
+    Raises:
+        TypeError: a model or an attention processor that is not known. ValueError: wrong layers, shapes or options.
+    """
+    model = getattr(transformer, "_orig_mod", transformer)
+    model = getattr(model, "module", model)  # DistributedDataParallel
+    if not isinstance(model, SD3Transformer2DModel):
+        raise TypeError(f"transformer: got {type(model).__name__}, expected an SD3Transformer2DModel")
+    if normalise not in NORMALISATIONS:
+        raise ValueError(f"normalise: got {normalise!r}, expected one of {list(NORMALISATIONS)}")
+    blocks = model.transformer_blocks
+    layers = list(range(len(blocks))) if layers is None else list(layers)
+    if not layers or not all(0 <= layer < len(blocks) for layer in layers) or len(set(layers)) != len(layers):
+        raise ValueError(f"layers: got {layers}, expected distinct blocks in 0..{len(blocks) - 1}")
+    for layer in layers:
+        processor = blocks[layer].attn.processor
+        if type(processor) is not JointAttnProcessor2_0:
+            raise TypeError(
+                f"transformer: block {layer} has a {type(processor).__name__}, expected JointAttnProcessor2_0"
+                + (
+                    " (unfuse the projections: fused SD3 attention skips the q/k norms)"
+                    if "Fused" in str(processor)
+                    else ""
+                )
+            )
+    if layer_weights is not None and len(layer_weights) != len(layers):
+        raise ValueError(f"layer_weights: got {len(layer_weights)}, expected one for each of {len(layers)} layers")
+    device = next(model.parameters()).device
+    index, weight = tokens.index.to(device), tokens.weight.to(device)
+    batch, groups, slots_per_concept = index.shape
+    if normalise == "content":
+        # One more concept: every token of all the others, so that its map is the content's whole mass.
+        whole = torch.full((batch, 1, groups * slots_per_concept), -1, dtype=torch.int64, device=device)
+        for row, used in zip(whole, index.flatten(1), strict=True):
+            distinct = used[used >= 0].unique()
+            row[0, : len(distinct)] = distinct
+        index = torch.cat([F.pad(index, (0, whole.shape[2] - slots_per_concept), value=-1), whole], 1)
+        weight = torch.cat([F.pad(weight, (0, whole.shape[2] - slots_per_concept)), (whole >= 0).float()], 1)
+    if isinstance(rows, slice):
+        rows = range(rows.start or 0, batch if rows.stop is None else rows.stop, rows.step or 1)
+    if rows is not None:
+        rows = torch.as_tensor(list(rows) if not isinstance(rows, Tensor) else rows, device=device)
+        if len(rows) != batch:
+            raise ValueError(f"rows: got {len(rows)}, expected one for each of the {batch} rows of tokens")
+    equal = torch.full((len(layers),), 1 / len(layers))
+    maps = Maps(
+        slots=torch.zeros(len(layers), batch, index.shape[1], grid[0] * grid[1], device=device),
+        tokens=ConceptTokens(index, weight),
+        grid=tuple(grid),
+        layer_weights=(equal if layer_weights is None else torch.tensor(layer_weights, dtype=torch.float32)).to(device),
+        normalise=normalise,
+        rows=rows,
+        head_weight=head_weight,
+        lse=lse,
+        impl=impl,
+    )
+    before = [blocks[layer].attn.processor for layer in layers]
+    try:
+        for slot, layer in enumerate(layers):
+            blocks[layer].attn.processor = CapturingJointAttnProcessor(maps, slot)
+        yield maps
+    finally:
+        for layer, processor in zip(layers, before, strict=True):
+            blocks[layer].attn.processor = processor

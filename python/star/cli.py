@@ -1,0 +1,213 @@
+"""`star train | eval | maps | info`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+USAGE = """usage: star COMMAND [--help]
+
+  train   post-train a model: --preset NAME, --config FILE.yaml, and any option
+  eval    score a model, with or without an adapter, on the held-out prompts of the embedded world
+  maps    picture a prompt's concept maps by layer and step; --world measures localisation
+  info    versions, what was built, and which implementation each operator uses
+"""
+
+
+@dataclass
+class Eval:
+    """Score a model on the held-out prompts of the embedded world."""
+
+    model: str = "shapes"
+    """A pipeline's folder; "shapes" is the embedded model."""
+    lora: Path | None = None
+    """An adapter's folder, as `star train` writes it."""
+    n: int = 512
+    steps: int = 8
+    seed: int = 2026
+
+
+@dataclass
+class Maps:
+    """Picture the concept maps of a prompt, or measure localisation on the embedded world."""
+
+    prompt: str = "a red circle left of a blue square"
+    model: str = "shapes"
+    out: Path = Path("maps.png")
+    steps: int = 8
+    guidance_scale: float = 1.0
+    max_sequence_length: int = 0
+    """Tokens of the T5 part."""
+    height: int = 36
+    width: int = 36
+    layers: tuple[int, ...] | None = None
+    """Blocks to show; None: all."""
+    seed: int = 0
+    world: bool = False
+    """Instead print localisation by layer and noise level against the true masks of the embedded world."""
+
+
+def quiet_third_parties() -> None:
+    """Keep libraries' notices about themselves off the terminal; their errors stay."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # diffusers' own call of a deprecated argument of its own.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+
+
+def train(arguments: list[str]) -> None:
+    import tyro
+
+    from star import config as configuration
+    from star.config import Config
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config")
+    parser.add_argument("--out")
+    known, rest = parser.parse_known_args(arguments)
+    base = configuration.preset(known.preset) if known.preset else Config()
+    if known.config:
+        base = configuration.load(known.config, base)
+    for flag in ("resume", "overwrite"):
+        rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
+    if known.out:
+        rest += ["--run.out", known.out]
+    config = tyro.cli(Config, default=base, args=rest, prog="star train")
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from star.train import train as run
+
+    summary = run(config)
+    table = Table("", "before", "after", title=f"{summary['iterations']} iterations in {summary['seconds']:.0f} s")
+    if "soft_before" in summary:
+        for name in ("soft", "strict"):
+            table.add_row(f"held-out {name}", f"{summary[f'{name}_before']:.3f}", f"{summary[f'{name}_after']:.3f}")
+        error = summary["soft_standard_error"]
+        table.caption = f"soft: {summary['soft_after'] - summary['soft_before']:+.3f} (standard error {error:.3f})"
+    console = Console()
+    console.print(table)
+    console.print(f"[bold]{config.run.out}[/bold]: " + ", ".join(sorted(p.name for p in config.run.out.iterdir())))
+
+
+def evaluate(arguments: list[str]) -> None:
+    import numpy as np
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
+    from star.shapes import measure, scenes
+    from star.train import load_pipeline
+
+    options = tyro.cli(Eval, args=arguments, prog="star eval")
+    pipeline = load_pipeline(options.model)
+    if options.lora:
+        if not options.lora.is_dir():
+            raise FileNotFoundError(f"lora: {options.lora} is no folder")
+        pipeline.load_lora_weights(str(options.lora))
+    texts = scenes.prompts(options.n, options.seed, "heldout", distinct=True)
+    scores = measure.score(measure.sample(pipeline, texts, options.seed, options.steps), texts)
+    table = Table("category", "prompts", "strict", "soft", title=f"{options.n} held-out prompts, {options.steps} steps")
+    for category in (*scenes.CATEGORIES, None):
+        chosen = np.array([category in (None, c) for c in scores.categories])
+        if not chosen.any():
+            continue
+        cells = [
+            f"{v[chosen].mean():.3f} ± {v[chosen].std() / chosen.sum() ** 0.5:.3f}"
+            for v in (scores.strict, scores.soft)
+        ]
+        table.add_row(category or "all", str(chosen.sum()), *cells, end_section=category == scenes.CATEGORIES[-1])
+    table.caption = "± one standard error"
+    Console().print(table)
+
+
+def maps(arguments: list[str]) -> None:
+    import tyro
+
+    from star import report
+    from star.concepts import parse
+    from star.objective import Allocation
+    from star.shapes import measure
+    from star.train import load_pipeline
+
+    options = tyro.cli(Maps, args=arguments, prog="star maps")
+    pipeline = load_pipeline(options.model)
+    if options.world:
+        measure.print_localisation(pipeline)
+        return
+    names = [concept.text for concept in parse(options.prompt)]
+    if not names:
+        raise ValueError(f"prompt: no concept found in {options.prompt!r}")
+    layers = options.layers or range(len(pipeline.transformer.transformer_blocks))
+    by_layer = {
+        layer: report.trace(
+            *(pipeline, [options.prompt], options.max_sequence_length, options.steps, options.guidance_scale),
+            *((options.height, options.width), options.seed, (layer,)),
+        )
+        for layer in layers
+    }
+    report.maps_picture(pipeline, by_layer, Allocation(), names, options.out)
+    print(f"{options.out}: {', '.join(names)}; {len(by_layer)} blocks, {options.steps} steps")
+
+
+def info(arguments: list[str]) -> None:
+    import torch
+
+    import star_kernels
+    from star_kernels import native
+
+    if arguments:
+        raise ValueError(f"info: takes no arguments, got {arguments}")
+    for package in ("star-kernels", "torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
+        try:
+            print(f"{package:14} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package:14} not installed")
+    print(f"{'cpu threads':14} {torch.get_num_threads()}")
+    print(f"{'gpu':14} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    for name, value in native.build_info().items() or {"extension": native.REASON}.items():
+        print(f"{name.replace('_', ' '):14} {value}")
+    for operator in ("attention_maps", "allocate", "gaussian_step", "policy_loss"):
+        reasons = star_kernels.implementations(operator)
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        others = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
+        print(f"{operator:14} {chosen} on cpu" + (f" ({others})" if others else ""))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns 0, or 1 after printing one line about what was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": train, "eval": evaluate, "maps": maps, "info": info}
+    if not arguments or arguments[0] not in commands:
+        print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
+        return 0 if arguments in ([], ["--help"], ["-h"]) else 2
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        quiet_third_parties()
+        commands[arguments[0]](arguments[1:])
+    except ModuleNotFoundError as error:
+        print(f"star: {error.name} is missing; pip install 'star-kernels[train]'", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user can cause is raised as one of these with one clear line; STAR_DEBUG shows where.
+        if os.environ.get("STAR_DEBUG"):
+            raise
+        print(f"star: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""From a prompt to what the user cares about, and to the text tokens that say it.
+
+Concepts are quoted texts and noun spans with their attributes, found by rules; no model and no download.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+_QUOTES = re.compile(
+    r'"([^"]+)"'
+    r"|“([^”]+)”"
+    r"|(?<!\w)'([^']+(?:\w'\w[^']*)*)'(?!\w)"  # an apostrophe between letters neither opens nor closes
+    r"|‘([^’]+(?:\w’\w[^’]*)*)’(?!\w)"
+)
+_WORD = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]")
+_DETERMINERS = frozenset(
+    (
+        "a an the this that these those some any each every both its his her their my your our no another several many "
+        "few one two three four five six seven eight nine ten"
+    ).split()
+)
+# Words that separate one thing from the next: prepositions, conjunctions, pronouns, auxiliary verbs.
+_BREAKS = frozenset(
+    (
+        "of in on at to from by for with without and or but nor as than into onto over under above below beneath "
+        "beside besides behind between among near next along across around through inside outside within upon off "
+        "against about before after during while where when which who whom whose it he she they we you i them him me us there "
+        "here is are was were be been being has have had do does did can could will would shall should may might must "
+        "not very so such wears wear holds hold says say saying reads read sits sit stands stand looks look made"
+    ).split()
+)
+_PLACES = frozenset("left right top bottom front side middle center centre".split())
+# What a picture is, not what it shows; and praise that prompts add.
+_MEDIA = frozenset(
+    (
+        "photo photograph picture image painting illustration drawing render rendering sketch shot close-up closeup "
+        "view style art artwork artstation quality resolution detail details detailed masterpiece 4k 8k hd uhd "
+        "cinematic photorealistic realistic hyperrealistic highly ultra best trending"
+    ).split()
+)
+_NOUNS_IN_ING = frozenset(
+    (
+        "building ring king wing string spring ceiling clothing thing morning evening painting sling lightning awning "
+        "earring railing stocking swing viking wedding pudding duckling"
+    ).split()
+)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Characters [start, end) of a prompt. kind: "object", or "text" that is to be written in the picture."""
+
+    text: str
+    start: int
+    end: int
+    kind: Literal["object", "text"]
+
+
+class ConceptTokens(NamedTuple):
+    """Which text tokens say which concept.
+
+    index: (B, G, K) int64 positions in the joint text sequence (CLIP's positions first, then T5's), -1 for none.
+    weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept that no token says).
+    """
+
+    index: Tensor
+    weight: Tensor
+
+    def rows(self, index: Tensor | slice | Sequence[int]) -> ConceptTokens:
+        """The concepts of some rows, for instance repeated for each sample of a group."""
+        return ConceptTokens(self.index[index], self.weight[index])
+
+
+def _spans(prompt: str, offset: int) -> list[Concept]:
+    """Noun spans of a stretch of prompt without quotes."""
+    concepts: list[Concept] = []
+    span: list[re.Match] = []
+
+    def close() -> None:
+        words = [match.group().lower() for match in span]
+        if any(word not in _MEDIA and word not in _DETERMINERS for word in words):
+            start, end = span[0].start(), span[-1].end()
+            concepts.append(Concept(prompt[start:end], offset + start, offset + end, "object"))
+        span.clear()
+
+    words = list(_WORD.finditer(prompt))
+    for i, match in enumerate(words):
+        word = match.group().lower()
+        following = words[i + 1].group().lower() if i + 1 < len(words) else ""
+        place = word in _PLACES and (following in ("of", "side", "") or not following.isalnum())
+        verb = word.endswith("ing") and len(word) > 4 and word not in _NOUNS_IN_ING and bool(span)
+        if not word[0].isalnum() or word in _BREAKS or word in _DETERMINERS or place or verb:
+            close()
+        else:
+            span.append(match)
+    close()
+    return concepts
+
+
+def parse(prompt: str) -> list[Concept]:
+    """The concepts of a prompt, in its order: quoted texts, and noun spans with their attributes.
+
+    Articles and numbers are left out, and so are words for the medium ("a photo of") and praise ("highly detailed").
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt: got {type(prompt).__name__}, expected a str")
+    concepts, position = [], 0
+    for quoted in _QUOTES.finditer(prompt):
+        group = next(i for i in range(1, 5) if quoted.group(i) is not None)
+        concepts += _spans(prompt[position : quoted.start()], position)
+        concepts.append(Concept(quoted.group(group), quoted.start(group), quoted.end(group), "text"))
+        position = quoted.end()
+    return concepts + _spans(prompt[position:], position)
+
+
+def _positions(
+    prompts: Sequence[str],
+    concepts: Sequence[Sequence[Concept]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+) -> list[list[list[int]]]:
+    """For each prompt and concept the positions of the tokens that overlap it."""
+    if not tokenizer.is_fast:
+        raise TypeError(f"{name}: {type(tokenizer).__name__} gives no offsets, expected a fast tokenizer")
+    # Prompts without special tokens' help: begin, end and padding have an empty offset or are marked as special.
+    encoded = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    found = []
+    for offsets, special, wanted in zip(
+        encoded["offset_mapping"], encoded["special_tokens_mask"], concepts, strict=True
+    ):
+        spans = [(i, start, end) for i, (start, end) in enumerate(offsets) if not special[i] and end > start]
+        found.append([[i for i, start, end in spans if start < c.end and end > c.start] for c in wanted])
+    return found
+
+
+def locate(
+    prompts: Sequence[str],
+    concepts: Sequence[Sequence[Concept]],
+    clip_tokenizer: PreTrainedTokenizerBase,
+    t5_tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_sequence_length: int = 256,
+    tokens: Literal["both", "clip", "t5"] = "both",
+) -> ConceptTokens:
+    """Find the concepts' tokens as StableDiffusion3Pipeline lays them out: CLIP's positions, then T5's.
+
+    Args:
+        prompts: B prompts.
+        concepts: for each prompt its concepts, as from `parse`.
+        clip_tokenizer: the pipeline's `tokenizer`; `tokenizer_2` splits the same way.
+        t5_tokenizer: the pipeline's `tokenizer_3`, or None.
+        max_sequence_length: of the T5 part, as given to the pipeline.
+        tokens: which parts to use. A concept said in both gives each part half of its weight.
+
+    Returns:
+        ConceptTokens with G the largest number of concepts (at least 1). Begin, end and padding tokens are never in it,
+        and neither is what the tokenizers cut off.
+    """
+    if len(prompts) != len(concepts):
+        raise ValueError(f"concepts: got {len(concepts)} lists, expected one for each of {len(prompts)} prompts")
+    if tokens not in ("both", "clip", "t5"):
+        raise ValueError(f"tokens: got {tokens!r}, expected 'both', 'clip' or 't5'")
+    if tokens == "t5" and t5_tokenizer is None:
+        raise ValueError("tokens: 't5' needs t5_tokenizer")
+    parts = []
+    clip_length = clip_tokenizer.model_max_length
+    if tokens != "t5":
+        parts.append((0, _positions(prompts, concepts, clip_tokenizer, clip_length, "clip_tokenizer")))
+    if tokens != "clip" and t5_tokenizer is not None and max_sequence_length > 0:
+        found = _positions(prompts, concepts, t5_tokenizer, max_sequence_length, "t5_tokenizer")
+        parts.append((clip_length, found))
+    rows = []
+    for b, wanted in enumerate(concepts):
+        row = []
+        for g in range(len(wanted)):
+            said = [(offset, found[b][g]) for offset, found in parts if found[b][g]]
+            row.append(
+                [(offset + i, 1 / (len(said) * len(positions))) for offset, positions in said for i in positions]
+            )
+        rows.append(row)
+    groups = max((len(row) for row in rows), default=0) or 1
+    slots = max((len(entries) for row in rows for entries in row), default=0) or 1
+    index = torch.full((len(prompts), groups, slots), -1, dtype=torch.int64)
+    weight = torch.zeros(len(prompts), groups, slots)
+    for b, row in enumerate(rows):
+        for g, entries in enumerate(row):
+            for k, (position, share) in enumerate(entries):
+                index[b, g, k], weight[b, g, k] = position, share
+    return ConceptTokens(index, weight)

@@ -1,0 +1,244 @@
+"""What a training run is made of: dataclasses with a preset for each, YAML in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from star.objective import Allocation
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; its message is one line for the user."""
+
+
+@dataclass
+class Model:
+    """What is trained."""
+
+    path: str = "shapes"
+    """A StableDiffusion3Pipeline: a folder or hub id; "shapes" is the embedded model."""
+    max_sequence_length: int = 128
+    """Tokens of the T5 part; 0 for a pipeline without T5."""
+    height: int = 512
+    width: int = 512
+    lora_rank: int = 32
+    """Rank of the adapters; 0 trains all weights of the transformer."""
+    lora_alpha: int = 64
+    lora_targets: tuple[str, ...] = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class Sampling:
+    """How pictures are made for training."""
+
+    steps: int = 10
+    guidance_scale: float = 4.5
+    """1 or less: no guidance."""
+    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    noise_level: float = 0.7
+    trained_steps: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    """Steps that are stochastic and trained on; the others are ODE steps."""
+    shared_noise: bool = False
+    """The pictures of a prompt start from one noise and part at the first trained step."""
+    prompts: str = "shapes"
+    """A text file with one prompt a line; "shapes" draws from the embedded world."""
+    prompts_per_iteration: int = 48
+    images_per_prompt: int = 24
+    layers: tuple[int, ...] | None = None
+    """Blocks whose attention is read; None: all."""
+    normalise: Literal["raw", "content", "concepts"] = "raw"
+
+
+@dataclass
+class Loss:
+    """The objective; see star_kernels.policy_loss."""
+
+    ratio: Literal["token", "location", "sample"] = "token"
+    clip_range: float = 1e-4
+    adv_clip: float = 5.0
+    kl_coef: float = 0.0
+    guard: bool = False
+    global_std: bool = False
+    """Advantages over the standard deviation of all rewards instead of the group's."""
+
+
+@dataclass
+class Optimisation:
+    """How the policy is updated."""
+
+    iterations: int = 100
+    updates_per_iteration: int = 2
+    """Optimiser steps per rollout, each on its own share of the pictures."""
+    micro_batch: int = 0
+    """Pictures per forward pass; 0: all of an update's."""
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+
+@dataclass
+class Run:
+    """Where the run lives and what it reports."""
+
+    out: Path = Path("runs/star")
+    seed: int = 0
+    reward: str = "shapes"
+    """A reward's name, or "module:function"."""
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    held_out: int = 0
+    """Held-out prompts of the embedded world scored before and after; 0: none."""
+    pictures: bool = True
+    """Write reward curve, before/after grid and allocation pictures at the end."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+    overwrite: bool = False
+    """Delete what is in `out`."""
+
+
+@dataclass
+class Config:
+    """Post-training of a text-to-image model with spatiotemporal reward allocation."""
+
+    model: Model = field(default_factory=Model)
+    sampling: Sampling = field(default_factory=Sampling)
+    allocation: Allocation = field(default_factory=Allocation)
+    loss: Loss = field(default_factory=Loss)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    run: Run = field(default_factory=Run)
+
+    def check(self) -> None:
+        """Raise ConfigError for values that do not go together."""
+        sampling, optimisation = self.sampling, self.optimisation
+        images = sampling.prompts_per_iteration * sampling.images_per_prompt
+        if images % optimisation.updates_per_iteration:
+            raise ConfigError(
+                f"optimisation.updates_per_iteration: {optimisation.updates_per_iteration} does not divide "
+                f"{images} pictures"
+            )
+        if optimisation.micro_batch and images // optimisation.updates_per_iteration % optimisation.micro_batch:
+            raise ConfigError(
+                f"optimisation.micro_batch: {optimisation.micro_batch} does not divide an update's "
+                f"{images // optimisation.updates_per_iteration} pictures"
+            )
+        if not sampling.trained_steps or not all(0 <= i < sampling.steps - 1 for i in sampling.trained_steps):
+            # The last step is nearly deterministic: its log-ratio would drown all others.
+            raise ConfigError(
+                f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{sampling.steps - 2}"
+            )
+        if sampling.images_per_prompt < 2:
+            raise ConfigError(f"sampling.images_per_prompt: got {sampling.images_per_prompt}, a group needs at least 2")
+        if self.run.resume and self.run.overwrite:
+            raise ConfigError("run.resume, run.overwrite: choose one")
+
+
+def shapes() -> Config:
+    """The embedded world on two CPU cores: `make demo`."""
+    return Config(
+        model=Model(max_sequence_length=0, height=36, width=36, lora_rank=16, lora_alpha=32),
+        sampling=Sampling(
+            steps=8,
+            guidance_scale=1.0,
+            trained_steps=(1, 2),
+            shared_noise=True,
+            prompts_per_iteration=8,
+            images_per_prompt=12,
+            layers=(2, 3),
+        ),
+        loss=Loss(clip_range=2e-3),
+        optimisation=Optimisation(iterations=100, learning_rate=5e-4),
+        run=Run(out=Path("runs/shapes"), held_out=512),
+    )
+
+
+PRESETS = {"shapes": shapes}
+
+
+def preset(name: str) -> Config:
+    if name not in PRESETS:
+        raise ConfigError(f"preset: unknown {name!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[name]()
+
+
+def to_dict(config: Any) -> Any:
+    """Plain values for YAML and JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def update(config: Any, values: dict, prefix: str = "") -> Any:
+    """A copy of a dataclass with the values of a nested dict. Raises ConfigError for an unknown key or wrong type."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: got {values!r}, expected keys and values")
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"{prefix}{key}: unknown key, expected one of {sorted(hints)}")
+        old = getattr(config, key)
+        if dataclasses.is_dataclass(old):
+            changes[key] = update(old, value, f"{prefix}{key}.")
+        else:
+            changes[key] = _convert(f"{prefix}{key}", value, hints[key])
+    return dataclasses.replace(config, **changes)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value as the type of a field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(name, value, next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name}: got {value!r}, expected one of {list(arguments)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name}: got {value!r}, expected a list")
+        return tuple(_convert(name, item, arguments[0]) for item in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name}: got {value!r}, expected {kind.__name__}")
+
+
+def load(path: str | Path, base: Config | None = None) -> Config:
+    """Read a YAML file over a base (default: plain defaults)."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
+    return update(base or Config(), values or {})
+
+
+def save(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))

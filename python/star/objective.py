@@ -1,0 +1,118 @@
+"""Allocation strategies: which latent positions receive the update. Needs torch and star_kernels only.
+
+Every strategy has the same signature, so that a run can be repeated with another one by a flag:
+attention (STAR), uniform (scalar GRPO), shuffled, random (controls) and oracle (given masks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from star_kernels import allocate
+
+STRATEGIES = ("attention", "uniform", "shuffled", "random", "oracle")
+
+
+@dataclass
+class Allocation:
+    """How maps become weights. Which of these STAR uses beyond `attention` is not published: the defaults are ours."""
+
+    strategy: Literal["attention", "uniform", "shuffled", "random", "oracle"] = "attention"
+    """attention: the model's own maps. uniform: weight 1 everywhere, scalar GRPO. shuffled: another sample's weights.
+    random: a smooth random field with the values of the sample's own weights. oracle: the reward's masks."""
+    mix: float = 0.5
+    """0: uniform. 1: the map alone."""
+    cap: float = 4.0
+    """Largest value of the relative map before mixing."""
+    combine: Literal["mean", "max"] = "mean"
+    """Over the concepts of a prompt."""
+    smooth: float = 0.0
+    """Standard deviation of a Gaussian, in image tokens."""
+    sharpen: float = 1.0
+    """Exponent of the relative map."""
+
+
+def uniform_rows(weights: Tensor) -> int:
+    """Number of samples (of dimension 0) whose weights are exactly 1 everywhere: their map said nothing."""
+    return int((weights == 1).flatten(1).all(1).sum())
+
+
+def allocation_weights(
+    allocation: Allocation,
+    maps: Tensor | None,
+    grid: tuple[int, int],
+    *,
+    patch: int = 2,
+    groups: Tensor | None = None,
+    masks: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | None:
+    """Weights of one step's samples.
+
+    Args:
+        allocation: strategy and its options.
+        maps: (B, G, N) concept maps; may be None for "uniform" and "oracle".
+        grid: (rows, columns) of the image tokens.
+        patch: latent positions per token and side; 1 for packed latents.
+        groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
+        masks: (B, N) for "oracle": share of each image token that is to be reinforced.
+        generator: for "shuffled" and "random".
+
+    Returns:
+        (B, rows*patch, columns*patch) float32 of mean 1, or None for "uniform": the loss then needs no weights.
+
+    Raises:
+        ValueError: an unknown strategy, or one without what it needs.
+    """
+    strategy = allocation.strategy
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: got {strategy!r}, expected one of {list(STRATEGIES)}")
+    if strategy == "uniform":
+        return None
+    if strategy == "oracle":
+        if masks is None:
+            raise ValueError("masks: needed by strategy 'oracle'; the reward gives none")
+        maps = masks[:, None]
+    if maps is None:
+        raise ValueError(f"maps: needed by strategy {strategy!r}")
+    weights = allocate(
+        maps,
+        grid,
+        combine=allocation.combine,
+        smooth=allocation.smooth,
+        sharpen=allocation.sharpen,
+        cap=allocation.cap,
+        mix=allocation.mix,
+        patch=1,
+    )  # (B, rows, columns)
+    if strategy == "shuffled":
+        weights = weights[another(groups, len(weights), generator)]
+    elif strategy == "random":
+        weights = random_like(weights, generator)
+    return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+
+
+def another(groups: Tensor | None, batch: int, generator: torch.Generator | None) -> Tensor:
+    """(batch,) int64: for each sample another one, of another group where there is one, each used once if possible."""
+    order = torch.randperm(batch, generator=generator)
+    groups = torch.zeros(batch, dtype=torch.int64) if groups is None else groups.cpu()
+    by_group = order[groups[order].argsort(stable=True)]
+    # Samples sorted by group and shifted by the largest group's size meet another group, unless that holds over half.
+    shift = int(groups.unique(return_counts=True)[1].max()) if len(groups.unique()) > 1 else 1
+    source = torch.empty(batch, dtype=torch.int64)
+    source[by_group] = by_group.roll(-shift)
+    return source
+
+
+def random_like(weights: Tensor, generator: torch.Generator | None, smoothness: float = 1.0) -> Tensor:
+    """Smooth random fields with exactly the values of `weights` (B, rows, columns), placed elsewhere."""
+    noise = torch.randn(weights.shape, generator=generator)
+    rows, columns = weights.shape[1:]
+    # allocate's own smoothing, of a field made positive: a map of that form is what the weights came from.
+    field = allocate(noise.exp().flatten(1)[:, None], (rows, columns), smooth=smoothness, cap=1e30, mix=1.0, patch=1)
+    rank = field.flatten(1).argsort(1).argsort(1).to(weights.device)
+    return weights.flatten(1).sort(1).values.gather(1, rank).view_as(weights)

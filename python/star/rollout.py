@@ -1,0 +1,220 @@
+"""Prompts to pictures, with everything the update needs: latents before and after the trained steps, means, maps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from star.capture import capture
+from star.concepts import ConceptTokens, locate, parse
+from star.transition import schedule
+from star_kernels import Transition, gaussian_step
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is told, for P distinct prompts.
+
+    embeds: (P, T, D). pooled: (P, D'). negative_embeds, negative_pooled: (1, T, D), (1, D') of the empty prompt, or
+    None without guidance. tokens: the concepts' text tokens, P rows.
+    """
+
+    prompts: tuple[str, ...]
+    embeds: Tensor
+    pooled: Tensor
+    negative_embeds: Tensor | None
+    negative_pooled: Tensor | None
+    tokens: ConceptTokens
+
+    def rows(self, index: Tensor) -> Conditions:
+        """The conditions of some samples; index: (B,) int64 into the prompts."""
+        return Conditions(
+            tuple(self.prompts[i] for i in index.tolist()),
+            self.embeds[index],
+            self.pooled[index],
+            self.negative_embeds,
+            self.negative_pooled,
+            self.tokens.rows(index.to(self.tokens.index.device)),
+        )
+
+
+@torch.no_grad()
+def encode(
+    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int, guidance_scale: float
+) -> Conditions:
+    """Encode distinct prompts once. max_sequence_length: of the T5 part; 0 for a pipeline without T5."""
+    guided = guidance_scale > 1
+    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+        list(prompts),
+        None,
+        None,
+        negative_prompt=[""] * len(prompts),
+        do_classifier_free_guidance=guided,
+        max_sequence_length=max_sequence_length,
+    )
+    tokens = locate(
+        prompts,
+        [parse(prompt) for prompt in prompts],
+        pipeline.tokenizer,
+        pipeline.tokenizer_3,
+        max_sequence_length=max_sequence_length,
+    )
+    # The empty prompt is the same in every row.
+    negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
+    return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A sampling schedule. sigmas: (T+1,). timesteps: (T,) as the model takes them. transitions: fields (T,)."""
+
+    sigmas: Tensor
+    timesteps: Tensor
+    transitions: Transition
+    trained: tuple[int, ...]
+
+
+def make_steps(scheduler, count: int, trained: Sequence[int], sampler: str, noise_level: float) -> Steps:
+    """`count` steps of a diffusers flow-matching scheduler, stochastic (and trained on) at `trained`, else ODE."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(count)
+    sigmas = scheduler.sigmas.double().cpu()
+    transitions = schedule(sigmas, sampler, noise_level, trained)
+    return Steps(sigmas, scheduler.timesteps.float().cpu(), transitions, tuple(trained))
+
+
+def predict_velocity(
+    transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float
+) -> Tensor:
+    """Velocity with classifier-free guidance, if there is any: unconditional rows first, as diffusers has them.
+
+    latents: (B, C, H, W). timestep: (). Returns (B, C, H, W) float32.
+    """
+    embeds, pooled, inputs = conditions.embeds, conditions.pooled, latents.to(conditions.embeds.dtype)
+    if conditions.negative_embeds is not None:
+        batch = len(latents)
+        embeds = torch.cat([conditions.negative_embeds.expand(batch, -1, -1), embeds])
+        pooled = torch.cat([conditions.negative_pooled.expand(batch, -1), pooled])
+        inputs = torch.cat([inputs, inputs])
+    timesteps = timestep.to(inputs.device).expand(len(inputs))
+    velocity = transformer(inputs, embeds, pooled, timesteps, return_dict=False)[0].float()
+    if conditions.negative_embeds is not None:
+        unconditional, conditional = velocity.chunk(2)
+        velocity = unconditional + guidance_scale * (conditional - unconditional)
+    return velocity
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B samples and their S trained steps. Samples are cut into chunks, which are also the update's minibatches.
+
+    groups: (B,) int64 index of each sample's prompt. conditions: of the distinct prompts. samples, prev_samples,
+    old_means: (S, B, C, H, W). maps: (M, B, G, N) at the captured steps, or None. latents: (B, C, H, W), the end.
+    """
+
+    conditions: Conditions
+    groups: Tensor
+    steps: Steps
+    samples: Tensor
+    prev_samples: Tensor
+    old_means: Tensor
+    maps: Tensor | None
+    latents: Tensor
+    grid: tuple[int, int]
+
+
+@torch.no_grad()
+def sample(
+    transformer: torch.nn.Module,
+    conditions: Conditions,
+    groups: Tensor,
+    steps: Steps,
+    *,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    guidance_scale: float = 1.0,
+    shared_noise: bool = True,
+    chunk: int | None = None,
+    captured: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    normalise: str = "raw",
+) -> Rollout:
+    """Run the sampler.
+
+    Args:
+        transformer: the policy, an SD3Transformer2DModel.
+        conditions: of P distinct prompts.
+        groups: (B,) int64, each sample's prompt.
+        steps: from `make_steps`.
+        size: latent (height, width).
+        generator: on the CPU, so that a seed means the same everywhere.
+        shared_noise: the samples of a group start from one noise (Flow-GRPO-Fast); they part at the first trained step.
+        chunk: samples per forward pass of a trained step. The update must use the same chunks: matrix products of
+            another batch size may differ in the last bit, and the on-policy ratio would not be exactly 1.
+        captured: steps at which maps are read. None: the trained ones. Empty: none.
+        layers, normalise: of `star.capture.capture`.
+    """
+    device, batch = conditions.embeds.device, len(groups)
+    config = getattr(transformer, "module", transformer).config
+    grid = (size[0] // config.patch_size, size[1] // config.patch_size)
+    captured = steps.trained if captured is None else tuple(captured)
+    chunks = torch.arange(batch).split(chunk or batch)
+    channels = config.in_channels
+    count = len(conditions.prompts) if shared_noise else batch
+    noise = torch.randn(count, channels, *size, generator=generator).to(device)
+    latents = noise[groups] if shared_noise else noise
+    stored = torch.empty(3, len(steps.trained), batch, channels, *size, device=device)
+    maps = None
+    # While a group shares its latents one pass per prompt is enough. Captured steps are run in full like trained ones.
+    alone = min((*steps.trained, *captured), default=0) if shared_noise else 0
+    first = torch.tensor([int((groups == g).nonzero()[0]) for g in range(len(conditions.prompts))]) if alone else None
+
+    for i, timestep in enumerate(steps.timesteps):
+        transition = steps.transitions.rows(slice(i, i + 1)).to(device)
+        if i < alone:
+            velocity = predict_velocity(transformer, latents[first], timestep, conditions, guidance_scale)[groups]
+        else:
+            velocity = torch.empty_like(latents)
+            for rows in chunks:
+                some = conditions.rows(groups[rows])
+                if i in captured:
+                    length = len(rows)
+                    conditional = None if some.negative_embeds is None else slice(length, 2 * length)
+                    with capture(
+                        transformer,
+                        some.tokens,
+                        grid=grid,
+                        rows=None if conditional is None else range(length, 2 * length),
+                        layers=layers,
+                        normalise=normalise,
+                    ) as read:
+                        velocity[rows] = predict_velocity(transformer, latents[rows], timestep, some, guidance_scale)
+                    values = read.read()
+                    if maps is None:
+                        maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
+                    maps[captured.index(i), rows] = values
+                else:
+                    velocity[rows] = predict_velocity(transformer, latents[rows], timestep, some, guidance_scale)
+        if i in steps.trained:
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            after, mean = gaussian_step(latents, velocity, noise, transition.expand(batch))
+            k = steps.trained.index(i)
+            stored[0, k], stored[1, k], stored[2, k] = latents, after, mean
+            latents = after
+        else:
+            latents = latents + transition.b.view(-1, 1, 1, 1) * velocity
+    return Rollout(conditions, groups, steps, *stored, maps, latents, grid)
+
+
+@torch.no_grad()
+def decode(pipeline: StableDiffusion3Pipeline, latents: Tensor, slice_size: int = 16) -> Tensor:
+    """Latents (B, C, H, W) to pictures (B, 3, H', W') float32 in 0..1, a few at a time to bound the memory."""
+    vae = pipeline.vae
+    scaled = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+    pictures = [vae.decode(part, return_dict=False)[0].float() for part in scaled.split(slice_size)]
+    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)

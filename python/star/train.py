@@ -1,0 +1,307 @@
+"""The training loop: prompts, rollout with maps, reward, advantage, allocation, loss, update."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from star import checkpoint, rewards
+from star import config as configuration
+from star.advantage import group_advantages
+from star.config import Config, ConfigError
+from star.objective import allocation_weights, uniform_rows
+from star.rollout import Rollout, decode, encode, make_steps, predict_velocity, sample
+from star.shapes import scenes
+from star.tracking import Tracker
+from star_kernels import policy_loss
+
+log = logging.getLogger("star")
+
+
+def load_pipeline(path: str, device: torch.device | str = "cpu") -> StableDiffusion3Pipeline:
+    """A pipeline in evaluation mode from a folder or hub id; "shapes" is the embedded one."""
+    if path == "shapes":
+        from star.shapes.model import load_pipeline as load_shapes
+
+        return load_shapes().to(device)
+    try:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {path!r} is no pipeline ({str(error).splitlines()[0]})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[torch.nn.Parameter]:
+    """Freeze everything, then add an adapter (or, with rank 0, free the transformer). Returns what is trained."""
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        if module is not None:
+            module.requires_grad_(False)
+    transformer, model = pipeline.transformer, config.model
+    transformer.requires_grad_(model.lora_rank == 0)
+    if model.lora_rank:
+        adapter = LoraConfig(
+            r=model.lora_rank,
+            lora_alpha=model.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(model.lora_targets),
+        )
+        transformer.add_adapter(adapter)
+    if model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def draw_prompts(config: Config, iteration: int) -> list[str]:
+    """Distinct prompts of an iteration; the same ones whenever the run is started or resumed."""
+    count, seed = config.sampling.prompts_per_iteration, f"{config.run.seed}/{iteration}"
+    if config.sampling.prompts == "shapes":
+        drawn = dict.fromkeys(scenes.prompts(8 * count, seed, "train"))
+        return list(drawn)[:count]
+    lines = [line.strip() for line in Path(config.sampling.prompts).read_text().splitlines() if line.strip()]
+    return random.Random(seed).sample(lines, count)
+
+
+def prepare_folder(config: Config) -> None:
+    """Make the run's folder; never touch what is in it unless told to."""
+    out = config.run.out
+    if config.run.overwrite and out.exists():
+        shutil.rmtree(out)
+    if not config.run.resume and out.exists() and any(out.iterdir()):
+        raise ConfigError(f"run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str):
+    begin = time.perf_counter()
+    yield
+    seconds[f"seconds/{phase}"] += time.perf_counter() - begin
+
+
+class Trainer:
+    """A run: the policy, its optimiser and where it stands."""
+
+    def __init__(self, config: Config) -> None:
+        config.check()
+        self.config = config
+        self.reward = rewards.load(config.run.reward)
+        self.accelerator = Accelerator(mixed_precision=config.optimisation.mixed_precision)
+        device = self.accelerator.device
+        self.pipeline = load_pipeline(config.model.path, device)
+        prepare_folder(config)
+        configuration.save(config, config.run.out / "config.yaml")
+        set_seed(config.run.seed)
+        parameters = make_trainable(self.pipeline, config)
+        optimisation, sampling = config.optimisation, config.sampling
+        optimizer = torch.optim.AdamW(
+            parameters,
+            optimisation.learning_rate,
+            betas=tuple(optimisation.betas),
+            weight_decay=optimisation.weight_decay,
+        )
+        self.transformer, self.optimizer = self.accelerator.prepare(self.pipeline.transformer, optimizer)
+        self.steps = make_steps(
+            self.pipeline.scheduler, sampling.steps, sampling.trained_steps, sampling.sampler, sampling.noise_level
+        )
+        factor = self.pipeline.vae_scale_factor
+        self.size = (config.model.height // factor, config.model.width // factor)
+        images = sampling.prompts_per_iteration * sampling.images_per_prompt
+        self.chunk = optimisation.micro_batch or images // optimisation.updates_per_iteration
+        # Neighbours are of different prompts, so that every chunk sees every prompt.
+        self.groups = torch.arange(images) % sampling.prompts_per_iteration
+        self.iteration = 0
+        self.told = False
+        if config.run.resume:
+            self.resume()
+
+    # --- one iteration, straight down -----------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """One iteration: rollout, reward, advantage, allocation, update. Returns its metrics."""
+        config, seconds = self.config, defaultdict(float)
+        generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
+        with timed(seconds, "rollout"):
+            rollout = self.rollout(draw_prompts(config, self.iteration), generator)
+        with timed(seconds, "reward"):
+            prompts = [rollout.conditions.prompts[i] for i in self.groups.tolist()]
+            scores = rewards.check(self.reward(decode(self.pipeline, rollout.latents), prompts), prompts)
+        advantages = group_advantages(scores.reward, self.groups, global_std=config.loss.global_std)
+        weights = self.weights(rollout, scores.masks, generator)
+        with timed(seconds, "update"):
+            metrics = self.update(rollout, advantages.to(rollout.latents.device), weights)
+        self.iteration += 1
+        metrics |= {"reward": scores.reward.mean().item(), "reward_std": scores.reward.std().item()}
+        metrics |= {f"reward_{name}": value.mean().item() for name, value in scores.details.items()}
+        metrics["advantage_zero"] = (advantages == 0).float().mean().item()
+        if weights is not None:
+            metrics["weights_max"] = weights.amax((2, 3)).mean().item()
+            metrics["weights_uniform"] = float(sum(uniform_rows(w) for w in weights))
+            if metrics["weights_uniform"] and config.allocation.mix > 0 and not self.told:
+                log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
+                self.told = True  # the count is in the metrics of every iteration
+        return metrics | seconds
+
+    def rollout(self, prompts: list[str], generator: torch.Generator) -> Rollout:
+        config = self.config
+        conditions = encode(self.pipeline, prompts, config.model.max_sequence_length, config.sampling.guidance_scale)
+        return sample(
+            self.transformer,
+            conditions,
+            self.groups,
+            self.steps,
+            size=self.size,
+            generator=generator,
+            guidance_scale=config.sampling.guidance_scale,
+            shared_noise=config.sampling.shared_noise,
+            chunk=self.chunk,
+            captured=() if config.allocation.strategy in ("uniform", "oracle") else None,
+            layers=config.sampling.layers,
+            normalise=config.sampling.normalise,
+        )
+
+    def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        """(S, B, H, W) weights of the trained steps, or None for uniform ones."""
+        if masks is not None:
+            masks = F.adaptive_avg_pool2d(masks[:, None], rollout.grid).flatten(1).to(rollout.latents.device)
+        per_step = [
+            allocation_weights(
+                self.config.allocation,
+                None if rollout.maps is None else rollout.maps[k],
+                rollout.grid,
+                patch=self.pipeline.transformer.config.patch_size,
+                groups=self.groups,
+                masks=masks,
+                generator=generator,
+            )
+            for k in range(len(self.steps.trained))
+        ]
+        return None if per_step[0] is None else torch.stack(per_step)
+
+    def update(self, rollout: Rollout, advantages: Tensor, weights: Tensor | None) -> dict[str, float]:
+        """Optimiser steps over the rollout; each sees its own pictures at every trained step."""
+        loss_config, optimisation = self.config.loss, self.config.optimisation
+        chunks = torch.arange(len(self.groups)).split(self.chunk)
+        per_update = len(chunks) // optimisation.updates_per_iteration
+        seen, skipped, norms = defaultdict(list), 0, []
+        for number, rows in enumerate(chunks):
+            conditions = rollout.conditions.rows(self.groups[rows])
+            for k, step in enumerate(self.steps.trained):
+                transition = self.steps.transitions.rows(slice(step, step + 1)).to(advantages.device).expand(len(rows))
+                latents = rollout.samples[k, rows]
+                timestep, guidance = self.steps.timesteps[step], self.config.sampling.guidance_scale
+                velocity = predict_velocity(self.transformer, latents, timestep, conditions, guidance)
+                reference = None
+                if loss_config.kl_coef:
+                    reference = self.reference_velocity(latents, timestep, conditions)
+                loss, statistics = policy_loss(
+                    velocity,
+                    latents,
+                    rollout.prev_samples[k, rows],
+                    transition,
+                    advantages[rows],
+                    None if weights is None else weights[k, rows],
+                    old_mean=rollout.old_means[k, rows],
+                    reference_velocity=reference,
+                    ratio=loss_config.ratio,
+                    clip_range=loss_config.clip_range,
+                    adv_clip=loss_config.adv_clip,
+                    kl_coef=loss_config.kl_coef,
+                    guard=loss_config.guard,
+                )
+                self.accelerator.backward(loss / (len(self.steps.trained) * per_update))
+                seen["loss"].append(loss.detach())
+                for name, value in statistics._asdict().items():
+                    seen[name].append(value)
+            if (number + 1) % per_update == 0:
+                norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), optimisation.max_grad_norm)
+                norms.append(float(norm))
+                if torch.isfinite(norm):
+                    self.optimizer.step()
+                else:
+                    skipped += 1
+                self.optimizer.zero_grad()
+        metrics = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
+        metrics["ratio_min"] = torch.stack(seen["ratio_min"]).min().item()
+        metrics["ratio_max"] = torch.stack(seen["ratio_max"]).max().item()
+        # What the rollout's own policy gives: exactly 1 before the first update.
+        metrics["ratio_first"] = seen["ratio_mean"][0].item()
+        return metrics | {"grad_norm": sum(norms) / len(norms), "updates_skipped": float(skipped)}
+
+    def reference_velocity(self, latents: Tensor, timestep: Tensor, conditions) -> Tensor:
+        """Velocity of the model without its adapter."""
+        transformer = self.accelerator.unwrap_model(self.transformer)
+        transformer.disable_adapters()
+        try:
+            with torch.no_grad():
+                guidance = self.config.sampling.guidance_scale
+                return predict_velocity(transformer, latents, timestep, conditions, guidance)
+        finally:
+            transformer.enable_adapters()
+
+    # --- stopping and going on --------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write everything that the next iteration depends on; its noise and prompts follow from seed and iteration."""
+        parameters = {n: p.detach() for n, p in self.pipeline.transformer.named_parameters() if p.requires_grad}
+        state = {"iteration": self.iteration, "parameters": parameters, "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(self.config.run.out, self.iteration, state, self.config.run.keep_checkpoints)
+
+    def resume(self) -> None:
+        found = checkpoint.checkpoints(self.config.run.out)
+        if not found:
+            raise ConfigError(f"run.resume: {self.config.run.out} has no checkpoint")
+        state = checkpoint.load(found[-1])
+        own = {n: p for n, p in self.pipeline.transformer.named_parameters() if p.requires_grad}
+        saved = state["parameters"]
+        if saved.keys() != own.keys() or any(saved[n].shape != own[n].shape for n in own):
+            raise checkpoint.CheckpointError(f"checkpoint: {found[-1]} is of another model or adapter")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+
+
+def train(config: Config) -> dict[str, float]:
+    """Run a configuration to its end. Returns (and writes to summary.json) what it reached."""
+    from star import report  # matplotlib is slow to import and only needed for pictures
+
+    trainer = Trainer(config)
+    out, begin = config.run.out, time.perf_counter()
+    tracker = Tracker(out, trainer.iteration)
+    before = report.held_out(trainer.pipeline, config, "before")
+    total = config.optimisation.iterations
+    with tqdm(total=total, initial=trainer.iteration, desc="training", dynamic_ncols=True) as bar:
+        while trainer.iteration < total:
+            metrics = trainer.step()
+            tracker.log(trainer.iteration - 1, metrics)
+            bar.update()
+            bar.set_postfix(reward=f"{metrics['reward']:.3f}", ratio=f"{metrics['ratio_max']:.4f}")
+            if trainer.iteration % config.run.save_every == 0 or trainer.iteration == total:
+                trainer.save()
+    tracker.close()
+    if config.model.lora_rank:
+        checkpoint.export_lora(trainer.pipeline.transformer, out / "lora")
+    after = report.held_out(trainer.pipeline, config, "after")
+    summary = {"iterations": trainer.iteration, **report.compare(before, after)}
+    if config.run.pictures:
+        report.pictures(trainer.pipeline, config, before, after)
+    summary["seconds"] = round(time.perf_counter() - begin, 1)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
