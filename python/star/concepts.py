@@ -32,9 +32,10 @@ _BREAKS = frozenset(
     (
         "of in on at to from by for with without and or but nor as than into onto over under above below beneath "
         "beside besides behind between among near next along across around through inside outside within upon off "
-        "against about before after during while where when which who whom whose it he she they we you i them him me us there "
-        "here is are was were be been being has have had do does did can could will would shall should may might must "
-        "not very so such wears wear holds hold says say saying reads read sits sit stands stand looks look made"
+        "against about before after during while where when which who whom whose it he she they we you i them him "
+        "me us there here is are was were be been being has have had do does did can could will would shall should "
+        "may might must not very so such wears wear holds hold says say saying reads read sits sit stands stand "
+        "looks look made"
     ).split()
 )
 _PLACES = frozenset("left right top bottom front side middle center centre".split())

@@ -1,0 +1,281 @@
+"""Capture on diffusers' SD3 transformer: right maps, and a model that computes what it computed before."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from models import GRID, HEADS, TEXT, small_inputs, small_transformer
+from peft import LoraConfig
+from torch import Tensor
+
+from star.capture import capture
+from star.concepts import ConceptTokens
+
+N = GRID[0] * GRID[1]
+
+
+def concepts(*groups: list[int], batch=2) -> ConceptTokens:
+    """The same concepts in every row, each a list of text tokens with equal weights."""
+    slots = max(map(len, groups))
+    index = torch.tensor([group + [-1] * (slots - len(group)) for group in groups])
+    weight = (index >= 0) / torch.tensor([[len(group)] for group in groups])
+    return ConceptTokens(index.expand(batch, -1, -1), weight.float().expand(batch, -1, -1))
+
+
+TOKENS = concepts([1], [2, 4])
+
+
+class RecordingProcessor(JointAttnProcessor2_0):
+    """The plain processor; it materialises its probabilities in float64 beside."""
+
+    probabilities: Tensor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        def heads(linear, norm, states):
+            out = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return (out if norm is None else norm(out)).double()
+
+        image, text = hidden_states, encoder_hidden_states
+        query = heads(attn.to_q, attn.norm_q, image)
+        keys = [heads(attn.to_k, attn.norm_k, image), heads(attn.add_k_proj, attn.norm_added_k, text)]
+        scores = query @ torch.cat(keys, 2).transpose(-1, -2) / query.shape[-1] ** 0.5
+        self.probabilities = torch.softmax(scores, -1).mean(1)  # (B, N, N + T)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+def materialised(model, inputs) -> list[Tensor]:
+    """Each block's head-mean probabilities, image queries to all keys."""
+    before = [block.attn.processor for block in model.transformer_blocks]
+    for block in model.transformer_blocks:
+        block.attn.processor = RecordingProcessor()
+    with torch.no_grad():
+        model(**inputs)
+    found = [block.attn.processor.probabilities for block in model.transformer_blocks]
+    for block, processor in zip(model.transformer_blocks, before, strict=True):
+        block.attn.processor = processor
+    return found
+
+
+@pytest.mark.parametrize("lse", [True, False])
+@pytest.mark.parametrize("qk_norm", ["rms_norm", None])
+def test_maps_are_the_materialised_attention(lse, qk_norm):
+    model, inputs = small_transformer(qk_norm=qk_norm), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID, lse=lse) as maps:
+        model(**inputs)
+    for layer, probabilities in enumerate(materialised(model, inputs)):
+        text = probabilities[..., N:]
+        expected = torch.stack([text[..., 1], (text[..., 2] + text[..., 4]) / 2], 1)
+        torch.testing.assert_close(maps.layers()[layer].double(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(maps.read(), maps.layers().mean(0))
+
+
+def test_mass_over_all_keys_is_one():
+    model, inputs = small_transformer(), small_inputs()
+    # Negative text positions would be padding, so all keys are asked for of the operator through a text-only check:
+    # image keys and text keys together make 1.
+    image = [p[..., :N].sum(-1) for p in materialised(model, inputs)]
+    with torch.no_grad(), capture(model, concepts(list(range(TEXT))), grid=GRID) as maps:
+        model(**inputs)
+    for layer in range(3):
+        total = maps.layers()[layer, :, 0].double() * TEXT + image[layer]
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["eager", "autocast", "gradient"])
+def test_the_output_keeps_its_bits(mode):
+    model, inputs = small_transformer(), small_inputs()
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            return model(**inputs, return_dict=False)[0]
+
+    with torch.set_grad_enabled(mode == "gradient"):
+        plain = forward()
+        with capture(model, TOKENS, grid=GRID) as maps:
+            captured = forward()
+    assert torch.equal(plain, captured)
+    assert maps.read().isfinite().all() and maps.read().amin() > 0 and not maps.read().requires_grad
+    if mode == "gradient":
+        parameters = list(model.parameters())
+        for a, b in zip(
+            torch.autograd.grad(plain.sum(), parameters, allow_unused=True),
+            torch.autograd.grad(captured.sum(), parameters, allow_unused=True),
+            strict=True,
+        ):
+            assert a is b is None or torch.equal(a, b)
+
+
+def test_rows_and_columns_of_a_grid_that_is_not_square():
+    """An image that differs in one token only changes the map most at that token's place."""
+    model, inputs = small_transformer(layers=1, dual=()), small_inputs(1)
+    tokens = concepts([1], batch=1)
+    changed = {**inputs, "hidden_states": inputs["hidden_states"].clone()}
+    row, column = 2, 3
+    changed["hidden_states"][0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 2.0
+    fields = []
+    for arguments in (inputs, changed):
+        with torch.no_grad(), capture(model, tokens, grid=GRID) as maps:
+            model(**arguments)
+        fields.append(maps.read()[0, 0].view(GRID))
+    place = int((fields[1] - fields[0]).abs().argmax())
+    assert divmod(place, GRID[1]) == (row, column)
+
+
+def test_the_unconditional_half_is_never_read():
+    model, inputs = small_transformer(), small_inputs(2)
+    tokens = concepts([1], [2, 4], batch=1)
+    with torch.no_grad(), capture(model, tokens, grid=GRID, rows=slice(1, 2)) as maps:
+        model(**inputs)
+        expected = maps.read()
+        poisoned = {name: value.clone() for name, value in inputs.items()}
+        poisoned["hidden_states"][0] = torch.nan
+        poisoned["encoder_hidden_states"][0] = torch.nan
+        model(**poisoned)
+        assert torch.equal(maps.read(), expected)
+
+
+def test_only_joint_attention_of_the_chosen_blocks_is_touched_and_all_is_restored():
+    model, inputs = small_transformer(), small_inputs()
+    before = [p for b in model.transformer_blocks for p in (b.attn.processor, b.attn2 and b.attn2.processor)]
+    with pytest.raises(KeyError), capture(model, TOKENS, grid=GRID, layers=[0, 2]):
+        kinds = [type(block.attn.processor).__name__ for block in model.transformer_blocks]
+        assert kinds == ["CapturingJointAttnProcessor", "JointAttnProcessor2_0", "CapturingJointAttnProcessor"]
+        assert type(model.transformer_blocks[0].attn2.processor) is JointAttnProcessor2_0
+        model(**inputs)
+        raise KeyError
+    after = [p for b in model.transformer_blocks for p in (b.attn.processor, b.attn2 and b.attn2.processor)]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def test_gradient_checkpointing_gives_the_same_maps_and_gradients_and_takes_maps_once(monkeypatch):
+    taken = []
+    import star.capture
+
+    original = star.capture.attention_maps
+    monkeypatch.setattr(star.capture, "attention_maps", lambda *a, **k: taken.append(1) or original(*a, **k))
+    results = []
+    for checkpointing in (False, True):
+        model, inputs = small_transformer(), small_inputs()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        taken.clear()
+        with capture(model, TOKENS, grid=GRID) as maps:
+            out = model(**inputs, return_dict=False)[0]
+            first = maps.read()
+            # A newer forward pass must not be overwritten by the recomputation of the older one.
+            with torch.no_grad():
+                model(**{**inputs, "timestep": inputs["timestep"] / 2})
+            newer = maps.read()
+            out.square().sum().backward()
+            assert torch.equal(maps.read(), newer) and not torch.equal(first, newer)
+        assert len(taken) == 6
+        results.append((first, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_adapters_are_part_of_the_policy_that_is_read():
+    model, inputs = small_transformer(), small_inputs()
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["attn.to_q", "attn.add_k_proj"]))
+
+    def read():
+        with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+            model(**inputs)
+        return maps.read()
+
+    on = read()
+    model.disable_adapters()
+    off = read()
+    model.enable_adapters()
+    assert not torch.equal(on, off) and torch.equal(read(), on)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models(whole):
+    model, inputs = small_transformer(layers=2), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        expected = model(**inputs, return_dict=False)[0]
+        read = maps.read()
+        maps.slots.zero_()
+        torch._dynamo.reset()
+        if whole:
+            got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, return_dict=False)[0]
+        else:
+            for block in model.transformer_blocks:
+                block.compile(backend="aot_eager", fullgraph=True)
+            got = model(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(maps.read(), read)
+
+
+def test_normalisations():
+    model, inputs = small_transformer(), small_inputs()
+
+    def layers(normalise):
+        with torch.no_grad(), capture(model, TOKENS, grid=GRID, normalise=normalise) as maps:
+            model(**inputs)
+        return maps.layers()
+
+    raw, content, shares = (layers(name) for name in ("raw", "content", "concepts"))
+    mass = raw * torch.tensor([1.0, 2.0])[:, None]  # weights are 1 / (number of tokens): back to mass
+    torch.testing.assert_close(content * mass.sum(2, keepdim=True), raw)
+    torch.testing.assert_close(shares, raw / raw.sum(2, keepdim=True))
+
+
+def test_layers_and_their_weights():
+    model, inputs = small_transformer(), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as every:
+        model(**inputs)
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID, layers=[2, 0], layer_weights=[0.25, 0.75]) as some:
+        model(**inputs)
+    torch.testing.assert_close(some.read(), 0.25 * every.layers()[2] + 0.75 * every.layers()[0])
+
+
+def test_head_weights():
+    model, inputs = small_transformer(), small_inputs()
+    single = []
+    for head in range(HEADS):
+        weight = torch.zeros(HEADS)
+        weight[head] = 1.0
+        with torch.no_grad(), capture(model, TOKENS, grid=GRID, head_weight=weight) as maps:
+            model(**inputs)
+        single.append(maps.read())
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        model(**inputs)
+    torch.testing.assert_close(sum(single) / HEADS, maps.read())
+    assert not torch.allclose(single[0], single[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(layers=[3]), ValueError, r"layers: got \[3\], expected distinct blocks in 0..2"),
+        (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
+        (dict(rows=[0]), ValueError, "rows: got 1, expected one for each of the 2 rows"),
+        (dict(normalise="minmax"), ValueError, "normalise: got 'minmax'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(change, error, words):
+    with pytest.raises(error, match=words), capture(small_transformer(), TOKENS, **{"grid": GRID, **change}):
+        pass
+
+
+def test_refusals_name_the_reason():
+    with pytest.raises(TypeError, match="transformer: got AutoencoderKL, expected an SD3Transformer2DModel"):
+        capture(AutoencoderKL(), TOKENS, grid=GRID).__enter__()
+    model = small_transformer()
+    model.transformer_blocks[1].attn.processor = FusedJointAttnProcessor2_0()
+    with pytest.raises(TypeError, match="block 1 has a FusedJointAttnProcessor2_0.*unfuse"):
+        capture(model, TOKENS, grid=GRID).__enter__()
+    model = small_transformer()
+    with (
+        capture(model, TOKENS, grid=GRID),
+        pytest.raises(TypeError, match="block 0 has a CapturingJointAttnProcessor"),
+        capture(model, TOKENS, grid=GRID),
+    ):
+        pass
+    with (
+        torch.no_grad(),
+        capture(model, TOKENS, grid=(4, 4)),
+        pytest.raises(ValueError, match=r"grid: \(4, 4\) has 16 tokens, the model runs 15"),
+    ):
+        model(**small_inputs())
