@@ -6,10 +6,9 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from models import GRID, HEADS, TEXT, small_inputs, small_transformer
 from peft import LoraConfig
-from torch import Tensor
-
 from star.capture import capture
 from star.concepts import ConceptTokens
+from torch import Tensor
 
 N = GRID[0] * GRID[1]
 
@@ -264,7 +263,7 @@ def test_refusals_name_the_reason():
         capture(AutoencoderKL(), TOKENS, grid=GRID).__enter__()
     model = small_transformer()
     model.transformer_blocks[1].attn.processor = FusedJointAttnProcessor2_0()
-    with pytest.raises(TypeError, match="block 1 has a FusedJointAttnProcessor2_0.*unfuse"):
+    with pytest.raises(TypeError, match=r"block 1 has a FusedJointAttnProcessor2_0.*unfuse"):
         capture(model, TOKENS, grid=GRID).__enter__()
     model = small_transformer()
     with (

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from star.concepts import Concept, locate, parse
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from star.concepts import Concept, locate, parse
 
 CORPUS = ["a photo of a red bench left of two green cats", 'a sign that says "Hello World"', "a dog", "the blue bear"]
 
@@ -37,7 +36,11 @@ def test_noun_spans(prompt, expected):
 @pytest.mark.parametrize("quotes", ['""', "“”", "''", "‘’"])
 def test_quoted_text_is_one_concept(quotes):
     prompt = f"a sign that says {quotes[0]}Hello World{quotes[1]} on a wall"
-    assert [(c.text, c.kind) for c in parse(prompt)] == [("sign", "object"), ("Hello World", "text"), ("wall", "object")]
+    assert [(c.text, c.kind) for c in parse(prompt)] == [
+        ("sign", "object"),
+        ("Hello World", "text"),
+        ("wall", "object"),
+    ]
 
 
 def test_apostrophes_are_no_quotes():
@@ -58,7 +61,8 @@ def clip():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<|startoftext|>", "<|endoftext|>"]
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=60, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=60, special_tokens=special, end_of_word_suffix="</w>", show_progress=False),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[(s, tokenizer.token_to_id(s)) for s in special]
@@ -73,7 +77,9 @@ def t5():
     """Unigram with a mark for spaces and an end token, like T5's."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=50, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=50, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-
 from star.transition import schedule
+
 from star_kernels import gaussian_step, log_prob
 
 SIGMAS = torch.linspace(1, 0, 11, dtype=torch.float64)

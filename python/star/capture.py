@@ -70,7 +70,12 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
     query, key, value: (B, H, S, D). Returns (output, lse (B, H, S) or padded, or None).
     """
     aten = torch.ops.aten
-    choice = SDPBackend(torch._fused_sdp_choice(query, key, value))
+    if not torch.compiler.is_compiling():
+        choice = SDPBackend(torch._fused_sdp_choice(query, key, value))
+    elif query.device.type == "cpu":
+        choice = SDPBackend.FLASH_ATTENTION  # the only fused kernel there
+    else:
+        choice = SDPBackend.MATH  # the choice cannot be traced: leave it to PyTorch and let the operator make the LSE
     # The flash kernels take head widths in multiples of 8; F.scaled_dot_product_attention pads others itself.
     if choice == SDPBackend.FLASH_ATTENTION and query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]

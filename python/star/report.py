@@ -156,7 +156,9 @@ def _overlay(axis, image: np.ndarray, field: Tensor, largest: float) -> None:
     height, width = image.shape[:2]
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axis.imshow(field.cpu(), cmap="inferno", vmin=0, vmax=largest, alpha=0.75, extent=extent, interpolation="nearest")
+    axis.imshow(
+        field.cpu().numpy(), cmap="inferno", vmin=0, vmax=largest, alpha=0.75, extent=extent, interpolation="nearest"
+    )
     axis.set_xticks([])
     axis.set_yticks([])
 

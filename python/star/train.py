@@ -73,8 +73,19 @@ def draw_prompts(config: Config, iteration: int) -> list[str]:
     if config.sampling.prompts == "shapes":
         drawn = dict.fromkeys(scenes.prompts(8 * count, seed, "train"))
         return list(drawn)[:count]
-    lines = [line.strip() for line in Path(config.sampling.prompts).read_text().splitlines() if line.strip()]
-    return random.Random(seed).sample(lines, count)
+    return random.Random(seed).sample(read_prompts(config), count)
+
+
+def read_prompts(config: Config) -> list[str]:
+    """The lines of the prompt file that are not empty."""
+    name, count = config.sampling.prompts, config.sampling.prompts_per_iteration
+    try:
+        lines = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"sampling.prompts: {name} cannot be read ({error.strerror})") from error
+    if len(lines) < count:
+        raise ConfigError(f"sampling.prompts: {name} has {len(lines)} prompts, an iteration needs {count}")
+    return lines
 
 
 def prepare_folder(config: Config) -> None:
@@ -101,11 +112,11 @@ class Trainer:
         config.check()
         self.config = config
         self.reward = rewards.load(config.run.reward)
+        draw_prompts(config, 0)
         self.accelerator = Accelerator(mixed_precision=config.optimisation.mixed_precision)
         device = self.accelerator.device
         self.pipeline = load_pipeline(config.model.path, device)
         prepare_folder(config)
-        configuration.save(config, config.run.out / "config.yaml")
         set_seed(config.run.seed)
         parameters = make_trainable(self.pipeline, config)
         optimisation, sampling = config.optimisation, config.sampling
@@ -129,6 +140,7 @@ class Trainer:
         self.told = False
         if config.run.resume:
             self.resume()
+        configuration.save(config, config.run.out / "config.yaml")
 
     # --- one iteration, straight down -----------------------------------------------------------------------------
 

@@ -1,0 +1,89 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+from star.cli import main
+
+TINY = [
+    *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
+    *("--sampling.steps", "4", "--optimisation.iterations", "1", "--run.held-out", "0", "--run.no-pictures"),
+]
+
+
+def run(capsys, *arguments):
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
+    out = tmp_path / "run"
+    train = ["train", *TINY, "--out", str(out)]
+    assert run(capsys, *train)[0] == 0
+    files = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    code, _, error = run(capsys, *train)
+    assert code == 1 and error.strip().splitlines()[-1] == (
+        f"star: run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it"
+    )
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == files
+    assert run(capsys, *train, "--resume", "--optimisation.iterations", "2")[0] == 0
+    assert (out / "metrics.jsonl").read_text().count("\n") == 2
+    assert run(capsys, *train, "--overwrite")[0] == 0
+    assert (out / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "geneval"], "star: preset: unknown 'geneval', expected one of ['shapes']"),
+        ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['shapes'] or"),
+        ([*TINY, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
+        (["--config", "/nowhere.yaml"], "star: config: /nowhere.yaml cannot be read"),
+        ([*TINY, "--sampling.prompts", "/nowhere.txt"], "star: sampling.prompts: /nowhere.txt cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, words):
+    out = tmp_path / "run"
+    code, _, error = run(capsys, "train", *arguments, "--out", str(out))
+    assert code == 1
+    assert error.strip().startswith(words) and len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_corrupt_checkpoint_is_one_line_and_stays(tmp_path, capsys):
+    out = tmp_path / "run"
+    train = ["train", *TINY, "--out", str(out)]
+    assert run(capsys, *train)[0] == 0
+    (state,) = out.rglob("state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    code, _, error = run(capsys, *train, "--resume", "--optimisation.iterations", "2")
+    assert code == 1 and "is damaged" in error and len(error.strip().splitlines()) == 1
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_eval_and_maps(tmp_path, capsys):
+    code, output, _ = run(capsys, "eval", "--n", "16")
+    assert code == 0 and "held-out prompts" in output and "±" in output
+    picture = tmp_path / "maps.png"
+    arguments = ("--prompt", "a red circle and a ring", "--out", str(picture), "--steps", "3", "--layers", "2", "3")
+    code, output, _ = run(capsys, "maps", *arguments)
+    assert code == 0 and "red circle, ring; 2 blocks, 3 steps" in output and picture.stat().st_size > 5000
+    assert run(capsys, "maps", "--prompt", "of and")[2].strip() == "star: prompt: no concept found in 'of and'"
+    assert run(capsys, "eval", "--lora", "/nowhere")[2].strip() == "star: lora: /nowhere is no folder"
+
+
+def test_info_tells_what_each_operator_uses(capsys):
+    code, output, _ = run(capsys, "info")
+    assert code == 0
+    lines = {line.split()[0]: line for line in output.splitlines()}
+    assert "reference on cpu" in lines["attention_maps"]
+    assert " on cpu" in lines["policy_loss"] and "torch" in lines
+
+
+def test_usage():
+    for arguments, code in (([], 0), (["--help"], 0), (["fly"], 2)):
+        result = subprocess.run([sys.executable, "-m", "star.cli", *arguments], capture_output=True, text=True)
+        assert result.returncode == code and "usage: star COMMAND" in result.stdout + result.stderr

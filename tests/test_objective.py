@@ -1,0 +1,104 @@
+"""Advantages and the allocation strategies."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from star.advantage import group_advantages
+from star.objective import STRATEGIES, Allocation, allocation_weights, another, random_like, uniform_rows
+
+GRID = (3, 5)
+MAPS = torch.rand(6, 2, 15, generator=torch.Generator().manual_seed(3)) + 0.05
+GROUPS = torch.arange(6) % 2
+
+
+def weights(strategy, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    masks = (MAPS[:, 0] > 0.5).float()
+    allocation = Allocation(strategy=strategy, **options)
+    return allocation_weights(allocation, MAPS, GRID, groups=GROUPS, masks=masks, generator=generator)
+
+
+def test_advantages_by_hand():
+    rewards, groups = torch.tensor([1.0, 5.0, 3.0, 5.0, 0.3, 0.3]), torch.tensor([7, 2, 7, 2, 9, 9])
+    got = group_advantages(rewards, groups)
+    torch.testing.assert_close(got, torch.tensor([-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]) / 1.0001)
+    assert got[1] == got[4] == 0
+    whole = group_advantages(rewards, groups, global_std=True)
+    torch.testing.assert_close(whole[0], -1 / (rewards.std(correction=0) + 1e-4))
+
+
+def test_advantage_errors():
+    with pytest.raises(ValueError, match=r"groups: got shape \(2,\) for rewards \(3,\)"):
+        group_advantages(torch.ones(3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"groups: got torch.float32, expected int64"):
+        group_advantages(torch.ones(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "uniform"])
+def test_weights_have_mean_one_and_repeat_over_patches(strategy):
+    w = weights(strategy)
+    assert w.shape == (6, 6, 10)
+    torch.testing.assert_close(w.mean((1, 2)), torch.ones(6), rtol=1e-5, atol=0)
+    assert torch.equal(w[:, ::2, ::2], w[:, 1::2, 1::2])
+
+
+def test_uniform_needs_no_weights():
+    assert weights("uniform") is None
+
+
+def test_controls_keep_the_values_and_move_them():
+    attention = weights("attention")
+    shuffled, random = weights("shuffled"), weights("random")
+    source = [int((attention == row).flatten(1).all(1).nonzero()) for row in shuffled]
+    assert sorted(source) == list(range(6))
+    assert all(GROUPS[i] != GROUPS[j] for i, j in enumerate(source))
+    assert torch.equal(random.flatten(1).sort(1).values, attention.flatten(1).sort(1).values)
+    assert not torch.equal(random, attention)
+    assert torch.equal(random, weights("random")) and not torch.equal(random, weights("random", seed=1))
+
+
+def test_random_fields_are_smooth():
+    values = torch.rand(64, 12, 12)
+    field = random_like(values, torch.Generator().manual_seed(0))
+
+    def neighbours(x):  # correlation of horizontal neighbours
+        x = x - x.mean((1, 2), keepdim=True)
+        return ((x[:, :, 1:] * x[:, :, :-1]).mean() / (x**2).mean()).item()
+
+    assert neighbours(field) > 0.5 and abs(neighbours(values)) < 0.1
+
+
+def test_oracle_follows_the_masks():
+    w = weights("oracle", mix=1.0)[:, ::2, ::2].flatten(1)
+    inside = MAPS[:, 0] > 0.5
+    assert (w[~inside] == 0).all() and (w[inside] > 0).all()
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_another_is_a_permutation_that_avoids_its_group_where_it_can(sizes, seed):
+    groups = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
+    batch = len(groups)
+    source = another(groups, batch, torch.Generator().manual_seed(seed))
+    assert sorted(source.tolist()) == list(range(batch))
+    if max(sizes) * 2 <= batch:
+        assert (groups[source] != groups).all()
+    elif batch > 1 and len(sizes) == 1:
+        assert (source != torch.arange(batch)).all()
+
+
+def test_rows_without_information_are_counted():
+    maps = MAPS.clone()
+    maps[1], maps[4, 0, 0] = 0, torch.nan
+    w = allocation_weights(Allocation(), maps, GRID)
+    assert uniform_rows(w) == 2
+    assert torch.equal(w[[1, 4]], torch.ones(2, 6, 10))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="strategy: got 'best'"):
+        allocation_weights(Allocation(strategy="best"), MAPS, GRID)
+    with pytest.raises(ValueError, match="masks: needed by strategy 'oracle'"):
+        allocation_weights(Allocation(strategy="oracle"), MAPS, GRID)
+    with pytest.raises(ValueError, match="maps: needed by strategy 'attention'"):
+        allocation_weights(Allocation(), None, GRID)

@@ -1,0 +1,244 @@
+"""The training loop: exact where it must be exact, and what it leaves on disk."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from star import checkpoint
+from star import config as configuration
+from star import train as training
+from star.config import ConfigError
+from star.rewards import Scores
+from star.shapes import measure
+from star.shapes.model import load_pipeline
+from star.train import Trainer
+
+
+def small(out, **changes):
+    """The shapes preset with the fewest pictures; changes as in YAML."""
+    config = configuration.preset("shapes")
+    base = {
+        "sampling": {"prompts_per_iteration": 3, "images_per_prompt": 2, "steps": 4},
+        "optimisation": {"iterations": 2, "learning_rate": 1e-2},
+        "run": {"out": str(out), "held_out": 0, "pictures": False, "save_every": 1},
+    }
+    for section, values in changes.items():
+        base.setdefault(section, {}).update(values)
+    return configuration.update(config, base)
+
+
+def losses(trainer, iterations):
+    return [trainer.step()["loss"] for _ in range(iterations)]
+
+
+def test_on_policy_ratio_is_exactly_one_and_the_policy_then_moves(tmp_path):
+    trainer = Trainer(small(tmp_path / "a", optimisation={"learning_rate": 1e-2, "updates_per_iteration": 2}))
+    metrics = trainer.step()
+    assert metrics["ratio_first"] == 1.0
+    assert metrics["ratio_min"] < 1.0 or metrics["ratio_max"] > 1.0
+    one = Trainer(small(tmp_path / "b", optimisation={"updates_per_iteration": 1})).step()
+    assert one["ratio_min"] == one["ratio_max"] == 1.0 and one["approx_kl"] == 0
+
+
+def test_same_seed_same_losses_bit_for_bit_and_a_resumed_run_continues_with_them(tmp_path):
+    whole = losses(Trainer(small(tmp_path / "a")), 3)
+    assert losses(Trainer(small(tmp_path / "b")), 3) == whole
+    other = Trainer(small(tmp_path / "c", run={"seed": 1}))
+    assert losses(other, 1) != whole[:1]
+
+    stopped = Trainer(small(tmp_path / "d"))
+    assert losses(stopped, 1) == whole[:1]
+    stopped.save()
+    resumed = Trainer(small(tmp_path / "d", run={"resume": True}))
+    assert resumed.iteration == 1
+    assert losses(resumed, 2) == whole[1:]
+
+
+@pytest.mark.parametrize("strategy", ["attention", "uniform", "shuffled", "random", "oracle"])
+def test_every_strategy_trains(tmp_path, strategy):
+    metrics = Trainer(small(tmp_path, allocation={"strategy": strategy})).step()
+    assert metrics["grad_norm"] > 0 and metrics["nonfinite"] == 0
+    assert ("weights_max" in metrics) == (strategy != "uniform")
+
+
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+def test_every_ratio_trains(tmp_path, ratio):
+    metrics = Trainer(small(tmp_path, loss={"ratio": ratio, "guard": ratio == "token", "kl_coef": 0.01})).step()
+    assert metrics["grad_norm"] > 0 and metrics["nonfinite"] == 0
+    assert metrics["kl"] > 0
+
+
+def test_strategies_differ_only_in_the_weights(tmp_path):
+    """Mix 0 makes any strategy uniform: the same losses as the scalar one, to rounding."""
+    scalar = losses(Trainer(small(tmp_path / "a", allocation={"strategy": "uniform"})), 1)
+    mixed = losses(Trainer(small(tmp_path / "b", allocation={"strategy": "attention", "mix": 0.0})), 1)
+    assert mixed == pytest.approx(scalar, rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path):
+    plain = losses(Trainer(small(tmp_path / "a")), 2)
+    assert losses(Trainer(small(tmp_path / "b", model={"gradient_checkpointing": True})), 2) == plain
+
+
+def test_micro_batches_add_up_to_the_update(tmp_path):
+    whole = Trainer(small(tmp_path / "a", optimisation={"updates_per_iteration": 1})).step()
+    cut = Trainer(small(tmp_path / "b", optimisation={"updates_per_iteration": 1, "micro_batch": 3})).step()
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+    assert cut["ratio_min"] == cut["ratio_max"] == 1.0
+
+
+def test_full_fine_tuning(tmp_path):
+    trainer = Trainer(small(tmp_path, model={"lora_rank": 0}, optimisation={"learning_rate": 1e-4}))
+    assert trainer.step()["grad_norm"] > 0
+
+
+def odd_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("of and\na red circle\n\ntwo blue rings\n")
+    return str(path)
+
+
+def brightness(images, prompts):
+    return Scores(images.mean((1, 2, 3)))
+
+
+def test_prompts_from_a_file_a_reward_by_name_and_a_prompt_without_concept(tmp_path, caplog):
+    config = small(
+        tmp_path / "run", sampling={"prompts": odd_prompts(tmp_path)}, run={"reward": "test_training:brightness"}
+    )
+    trainer = Trainer(config)
+    metrics = [trainer.step(), trainer.step()]
+    # Two pictures of "of and" at two trained steps have weights of exactly 1; told once, counted always.
+    assert [m["weights_uniform"] for m in metrics] == [4.0, 4.0]
+    assert [r.message for r in caplog.records] == ["4 samples had no usable map; their weights are 1"]
+
+
+def nan_reward(images, prompts):
+    scores = torch.ones(len(prompts))
+    scores[1] = torch.nan
+    return Scores(scores)
+
+
+def test_a_reward_that_is_not_finite_names_the_prompt(tmp_path):
+    trainer = Trainer(small(tmp_path, run={"reward": "test_training:nan_reward"}))
+    with pytest.raises(ValueError, match="reward: got nan for the prompt 'a"):
+        trainer.step()
+
+
+def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
+    trainer = Trainer(small(tmp_path))
+    before = [p.detach().clone() for p in trainer.transformer.parameters()]
+    monkeypatch.setattr(training, "group_advantages", lambda rewards, groups, **_: torch.full_like(rewards, torch.nan))
+    metrics = trainer.step()
+    assert metrics["updates_skipped"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.transformer.parameters(), strict=True))
+
+
+def test_a_run_leaves_everything_and_the_adapter_loads_in_plain_diffusers(tmp_path):
+    out = tmp_path / "run"
+    summary = training.train(small(out, run={"held_out": 12, "pictures": True}))
+    keys = {
+        "soft_before",
+        "soft_after",
+        "soft_standard_error",
+        "strict_before",
+        "strict_after",
+        "iterations",
+        "seconds",
+    }
+    assert set(summary) == keys == set(json.loads((out / "summary.json").read_text()))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1] and lines[0]["ratio_first"] == 1.0
+    for name in ("reward_curve.png", "before_after.png", "allocation.png"):
+        assert (out / name).stat().st_size > 5000
+    assert list((out / "tensorboard").iterdir()) and (out / "config.yaml").exists()
+
+    texts = ["a red circle left of a blue square", "two green rings"]
+    plain = load_pipeline()
+    base = measure.sample(plain, texts, 1)
+    plain.load_lora_weights(str(out / "lora"))
+    loaded = measure.sample(plain, texts, 1)
+    resumed = Trainer(dataclasses.replace(small(out, run={"resume": True})))
+    trained = measure.sample(resumed.pipeline, texts, 1)
+    torch.testing.assert_close(torch.from_numpy(loaded), torch.from_numpy(trained), rtol=0, atol=1e-5)
+    assert abs(loaded - base).max() > 1e-3
+
+
+def test_checkpoints_are_kept_and_old_ones_go(tmp_path):
+    for i in range(5):
+        checkpoint.save(tmp_path, i, {"x": torch.tensor(i)}, keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["iteration-000003", "iteration-000004"]
+    assert checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])["x"] == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no meta", "foreign"])
+def test_a_damaged_checkpoint_is_refused_and_stays(tmp_path, damage):
+    place = checkpoint.save(tmp_path, 1, {"x": torch.arange(1000)}, keep=2)
+    state = place / "state.pt"
+    data = state.read_bytes()
+    if damage == "cut":
+        state.write_bytes(data[:-100])
+    elif damage == "flipped":
+        state.write_bytes(data[:500] + bytes([data[500] ^ 1]) + data[501:])
+    elif damage == "no meta":
+        (place / "meta.json").unlink()
+    else:
+        (place / "meta.json").write_text('{"format": "something else"}')
+    before = sorted((p.name, p.read_bytes()) for p in place.iterdir())
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"checkpoint: .* (damaged|cannot be read|is not a star-checkpoint)"
+    ):
+        checkpoint.load(place)
+    assert sorted((p.name, p.read_bytes()) for p in place.iterdir()) == before
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    trainer = Trainer(small(tmp_path))
+    trainer.save()
+    with pytest.raises(checkpoint.CheckpointError, match="is of another model or adapter"):
+        Trainer(small(tmp_path, model={"lora_rank": 4}, run={"resume": True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampling": {"trained_steps": [3]}}, r"sampling.trained_steps: got \(3,\), expected some of 0..2"),
+        (
+            {"sampling": {"images_per_prompt": 1, "prompts_per_iteration": 2}},
+            "sampling.images_per_prompt: got 1, a group needs at least 2",
+        ),
+        ({"optimisation": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 pictures"),
+        ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),
+        ({"run": {"reward": "beauty"}}, "reward: unknown 'beauty'"),
+        ({"model": {"path": "/nowhere"}}, "model.path: '/nowhere' is no pipeline"),
+    ],
+)
+def test_what_cannot_run_is_one_clear_line(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        Trainer(small(tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("smapling: {}", "smapling: unknown key, expected one of"),
+        ("sampling: {step: 3}", "sampling.step: unknown key"),
+        ("sampling: {steps: many}", "sampling.steps: got 'many', expected int"),
+        ("allocation: {strategy: best}", "allocation.strategy: got 'best', expected one of"),
+        ("sampling: 3", "sampling: got 3, expected keys and values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_config_file_is_one_clear_line(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        configuration.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_configurations_survive_yaml(tmp_path):
+    config = configuration.preset("shapes")
+    configuration.save(config, tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml") == config
