@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 BUILD = os.environ.get("STAR_BUILD", "cpu")
 if BUILD not in ("cpu", "none"):
     sys.exit(f"STAR_BUILD: got {BUILD!r}, expected 'cpu' or 'none'")
@@ -64,7 +64,7 @@ def extension_arguments():
             (folder / "kernels.ninja").write_text("\n".join(rules) + "\n")
             jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
             ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-            subprocess.run([ninja, "-f", folder / "kernels.ninja", *jobs], check=True)
+            subprocess.run([ninja, "-f", folder / "kernels.ninja", *jobs], check=True, cwd=folder)
             ext.extra_objects = objects
             super().build_extension(ext)
 
