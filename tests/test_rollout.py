@@ -1,10 +1,14 @@
 """Rollouts of the embedded model: what is stored, what is shared, and that a seed says everything."""
 
+import dataclasses
+
 import pytest
 import torch
 from star.rollout import decode, encode, make_steps, predict_velocity, sample
 from star.shapes.measure import sample as plain_sample
 from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
+
+from star_kernels import gaussian_step
 
 PROMPTS = ["a red circle left of a blue square", "three green rings", "of and"]
 
@@ -48,6 +52,56 @@ def test_a_group_shares_its_latents_until_the_first_trained_step(pipeline):
     assert not torch.equal(shared.samples[1, :3], shared.samples[1, 3:])
     own = rollout(pipeline, shared_noise=False)
     assert not torch.equal(own.samples[0, :3], own.samples[0, 3:])
+
+
+def rows_per_pass(pipeline, run):
+    """Batch sizes of the transformer's forward passes during run()."""
+    seen = []
+    handle = pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    try:
+        return run(), seen
+    finally:
+        handle.remove()
+
+
+def test_one_pass_per_prompt_serves_the_group_until_its_samples_part(pipeline):
+    result, seen = rows_per_pass(pipeline, lambda: rollout(pipeline, chunk=3, captured=()))
+    assert result.shared == 2
+    assert seen == [3, 3, 3, 3, 3, 3, 3]  # step 0 once for all, then two chunks of three prompts
+    _, seen = rows_per_pass(pipeline, lambda: rollout(pipeline, repeats=4, captured=()))
+    assert seen == [3, 3, 12, 12]
+    _, seen = rows_per_pass(pipeline, lambda: rollout(pipeline, repeats=4, captured=(), shared_noise=False))
+    assert seen == [12] * 4
+    _, seen = rows_per_pass(pipeline, lambda: rollout(pipeline, repeats=4, trained=(), captured=()))
+    assert seen == [3] * 4
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 4])
+@pytest.mark.parametrize("shared_noise", [True, False])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_update_meets_the_very_bits_of_the_rollout(pipeline, chunk, shared_noise, guidance_scale):
+    options = dict(chunk=chunk, shared_noise=shared_noise, repeats=4, guidance_scale=guidance_scale)
+    result = rollout(pipeline, **options)
+    for rows in torch.arange(12).split(chunk or 12):
+        for k, step in enumerate(result.steps.trained):
+            with torch.no_grad():
+                velocity = result.velocity(pipeline.transformer, k, rows)
+            transition = result.steps.transitions.rows(slice(step, step + 1)).expand(len(rows))
+            _, mean = gaussian_step(result.samples[k, rows], velocity, torch.zeros_like(velocity), transition)
+            assert torch.equal(mean, result.old_means[k, rows])
+
+
+def test_a_shared_pass_has_the_gradient_of_separate_ones(pipeline):
+    result = rollout(pipeline, repeats=3)
+    parameter = pipeline.transformer.transformer_blocks[1].attn.to_q.weight
+    direction = torch.randn(result.latents.shape, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for shared in (result.shared, 0):
+        one = dataclasses.replace(result, shared=shared)
+        velocity = one.velocity(pipeline.transformer, 0, torch.arange(9))
+        gradients.append(torch.autograd.grad((velocity * direction).sum(), parameter)[0])
+    size = gradients[1].abs().max().item()  # sums over some thousand float32 terms
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-4 * size)
 
 
 def test_without_noise_it_is_the_plain_pipeline(pipeline):

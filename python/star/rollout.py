@@ -109,12 +109,20 @@ def predict_velocity(
     return velocity
 
 
+def distinct(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (B,) int64: the P distinct groups, the first sample of each, and (B,) each sample's place among them."""
+    ids, member = groups.unique(return_inverse=True)
+    first = torch.full_like(ids, len(groups)).scatter_reduce_(0, member, torch.arange(len(groups)), "amin")
+    return ids, first, member
+
+
 @dataclass(frozen=True)
 class Rollout:
     """B samples and their S trained steps. Samples are cut into chunks, which are also the update's minibatches.
 
     groups: (B,) int64 index of each sample's prompt. conditions: of the distinct prompts. samples, prev_samples,
     old_means: (S, B, C, H, W). maps: (M, B, G, N) at the captured steps, or None. latents: (B, C, H, W), the end.
+    shared: the first `shared` steps of the schedule found the samples of a group at one and the same latents.
     """
 
     conditions: Conditions
@@ -126,6 +134,35 @@ class Rollout:
     maps: Tensor | None
     latents: Tensor
     grid: tuple[int, int]
+    shared: int
+    guidance_scale: float
+
+    def velocity(self, transformer: torch.nn.Module, k: int, rows: Tensor) -> Tensor:
+        """Velocity (B', C, H, W) of some samples at the k-th trained step, from the very batch that `sample` ran when
+        `rows` is one of its chunks: matrix products of another batch size may differ in the last bit, and the
+        on-policy ratio would not be exactly 1."""
+        step = self.steps.trained[k]
+        batch = Batch(self.conditions, self.groups[rows], step < self.shared)
+        return batch.velocity(transformer, self.samples[k, rows], self.steps.timesteps[step], self.guidance_scale)
+
+
+class Batch:
+    """One forward pass for some samples; one row for each of their prompts while they share their latents."""
+
+    def __init__(self, conditions: Conditions, groups: Tensor, shared: bool) -> None:
+        ids, self.first, self.member = distinct(groups) if shared else (groups, None, None)
+        self.conditions = conditions.rows(ids)
+
+    def velocity(
+        self, transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, guidance_scale: float
+    ) -> Tensor:
+        if self.first is not None:
+            latents = latents[self.first]
+        return self.each(predict_velocity(transformer, latents, timestep, self.conditions, guidance_scale))
+
+    def each(self, x: Tensor) -> Tensor:
+        """Rows of the pass -> rows of the samples. index_select: its gradient is summed in a fixed order on the CPU."""
+        return x if self.member is None else x.index_select(0, self.member.to(x.device))
 
 
 @torch.no_grad()
@@ -153,9 +190,9 @@ def sample(
         steps: from `make_steps`.
         size: latent (height, width).
         generator: on the CPU, so that a seed means the same everywhere.
-        shared_noise: the samples of a group start from one noise (Flow-GRPO-Fast); they part at the first trained step.
-        chunk: samples per forward pass of a trained step. The update must use the same chunks: matrix products of
-            another batch size may differ in the last bit, and the on-policy ratio would not be exactly 1.
+        shared_noise: the samples of a group start from one noise (Flow-GRPO-Fast) and part after the first trained
+            step; up to and including it one pass per prompt serves the whole group.
+        chunk: samples per minibatch of the update (`Rollout.velocity`), and per forward pass here.
         captured: steps at which maps are read. None: the trained ones. Empty: none.
         layers, normalise: of `star.capture.capture`.
     """
@@ -163,43 +200,37 @@ def sample(
     config = getattr(transformer, "module", transformer).config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
     captured = steps.trained if captured is None else tuple(captured)
-    chunks = torch.arange(batch).split(chunk or batch)
     channels = config.in_channels
     count = len(conditions.prompts) if shared_noise else batch
     noise = torch.randn(count, channels, *size, generator=generator).to(device)
     latents = noise[groups] if shared_noise else noise
     stored = torch.empty(3, len(steps.trained), batch, channels, *size, device=device)
     maps = None
-    # While a group shares its latents one pass per prompt is enough. Captured steps are run in full like trained ones.
-    alone = min((*steps.trained, *captured), default=0) if shared_noise else 0
-    first = torch.tensor([int((groups == g).nonzero()[0]) for g in range(len(conditions.prompts))]) if alone else None
+    shared = min(steps.trained, default=len(steps.timesteps) - 1) + 1 if shared_noise else 0
+    whole, parts = [torch.arange(batch)], torch.arange(batch).split(chunk or batch)
 
     for i, timestep in enumerate(steps.timesteps):
         transition = steps.transitions.rows(slice(i, i + 1)).to(device)
-        if i < alone:
-            velocity = predict_velocity(transformer, latents[first], timestep, conditions, guidance_scale)[groups]
-        else:
-            velocity = torch.empty_like(latents)
-            for rows in chunks:
-                some = conditions.rows(groups[rows])
-                if i in captured:
-                    length = len(rows)
-                    conditional = None if some.negative_embeds is None else slice(length, 2 * length)
-                    with capture(
-                        transformer,
-                        some.tokens,
-                        grid=grid,
-                        rows=None if conditional is None else range(length, 2 * length),
-                        layers=layers,
-                        normalise=normalise,
-                    ) as read:
-                        velocity[rows] = predict_velocity(transformer, latents[rows], timestep, some, guidance_scale)
-                    values = read.read()
-                    if maps is None:
-                        maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
-                    maps[captured.index(i), rows] = values
-                else:
-                    velocity[rows] = predict_velocity(transformer, latents[rows], timestep, some, guidance_scale)
+        velocity = torch.empty_like(latents)
+        for rows in whole if i < shared and i not in steps.trained else parts:
+            part = Batch(conditions, groups[rows], i < shared)
+            if i not in captured:
+                velocity[rows] = part.velocity(transformer, latents[rows], timestep, guidance_scale)
+                continue
+            length = len(part.conditions.prompts)
+            with capture(
+                transformer,
+                part.conditions.tokens,
+                grid=grid,
+                rows=None if conditions.negative_embeds is None else range(length, 2 * length),
+                layers=layers,
+                normalise=normalise,
+            ) as read:
+                velocity[rows] = part.velocity(transformer, latents[rows], timestep, guidance_scale)
+            values = part.each(read.read())
+            if maps is None:
+                maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
+            maps[captured.index(i), rows] = values
         if i in steps.trained:
             noise = torch.randn(latents.shape, generator=generator).to(device)
             after, mean = gaussian_step(latents, velocity, noise, transition.expand(batch))
@@ -208,7 +239,7 @@ def sample(
             latents = after
         else:
             latents = latents + transition.b.view(-1, 1, 1, 1) * velocity
-    return Rollout(conditions, groups, steps, *stored, maps, latents, grid)
+    return Rollout(conditions, groups, steps, *stored, maps, latents, grid, shared, guidance_scale)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from star import config as configuration
 from star.advantage import group_advantages
 from star.config import Config, ConfigError
 from star.objective import allocation_weights, uniform_rows
-from star.rollout import Rollout, decode, encode, make_steps, predict_velocity, sample
+from star.rollout import Rollout, decode, encode, make_steps, sample
 from star.shapes import scenes
 from star.tracking import Tracker
 from star_kernels import policy_loss
@@ -212,18 +212,13 @@ class Trainer:
         per_update = len(chunks) // optimisation.updates_per_iteration
         seen, skipped, norms = defaultdict(list), 0, []
         for number, rows in enumerate(chunks):
-            conditions = rollout.conditions.rows(self.groups[rows])
             for k, step in enumerate(self.steps.trained):
                 transition = self.steps.transitions.rows(slice(step, step + 1)).to(advantages.device).expand(len(rows))
-                latents = rollout.samples[k, rows]
-                timestep, guidance = self.steps.timesteps[step], self.config.sampling.guidance_scale
-                velocity = predict_velocity(self.transformer, latents, timestep, conditions, guidance)
-                reference = None
-                if loss_config.kl_coef:
-                    reference = self.reference_velocity(latents, timestep, conditions)
+                velocity = rollout.velocity(self.transformer, k, rows)
+                reference = self.reference_velocity(rollout, k, rows) if loss_config.kl_coef else None
                 loss, statistics = policy_loss(
                     velocity,
-                    latents,
+                    rollout.samples[k, rows],
                     rollout.prev_samples[k, rows],
                     transition,
                     advantages[rows],
@@ -255,14 +250,13 @@ class Trainer:
         metrics["ratio_first"] = seen["ratio_mean"][0].item()
         return metrics | {"grad_norm": sum(norms) / len(norms), "updates_skipped": float(skipped)}
 
-    def reference_velocity(self, latents: Tensor, timestep: Tensor, conditions) -> Tensor:
+    def reference_velocity(self, rollout: Rollout, k: int, rows: Tensor) -> Tensor:
         """Velocity of the model without its adapter."""
         transformer = self.accelerator.unwrap_model(self.transformer)
         transformer.disable_adapters()
         try:
             with torch.no_grad():
-                guidance = self.config.sampling.guidance_scale
-                return predict_velocity(transformer, latents, timestep, conditions, guidance)
+                return rollout.velocity(transformer, k, rows)
         finally:
             transformer.enable_adapters()
 
