@@ -52,20 +52,20 @@ def extension_arguments():
             folder.mkdir(parents=True, exist_ok=True)
             macros = [f"-DSTAR_HAS_{name.upper()}" for name in INSTRUCTION_SETS]
             includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), ROOT / "csrc")]
-            rules = ["rule cc", "  command = $command -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc"]
+            rules = ["rule cc", "  command = $compile -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc"]
             objects = []
             for source in sorted((ROOT / "csrc" / "cpu").glob("*_kernel.cpp")):
                 for name, flags in INSTRUCTION_SETS.items():
                     target = folder / f"{source.stem}.{name}.o"
                     compiler = [os.environ.get("CXX", "g++"), *FLAGS, *flags, f"-DSTAR_ISA={name}", *macros, *includes]
                     rules.append(f"build {target}: cc {source}")
-                    rules.append(f"  command = {' '.join(map(str, [*compiler, '-c', source, '-o', target]))}")
+                    rules.append(f"  compile = {' '.join(map(str, [*compiler, '-c', source, '-o', target]))}")
                     objects.append(str(target))
             (folder / "kernels.ninja").write_text("\n".join(rules) + "\n")
             jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
             ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
             subprocess.run([ninja, "-f", folder / "kernels.ninja", *jobs], check=True, cwd=folder)
-            ext.extra_objects = objects
+            ext.extra_objects = ext.depends = objects  # as depends, so that a changed kernel is linked again
             super().build_extension(ext)
 
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("**/*_op.cpp"))]

@@ -38,7 +38,7 @@ OPERATORS = {
         "Tensor? head_weight) -> Tensor",
         fake_attention_maps,
         reference.attention_maps,
-        (),
+        ("native",),
     ),
     "allocate": (
         "(Tensor maps, int rows, int columns, str combine, float smooth, float sharpen, float cap, float mix, "

@@ -1,0 +1,118 @@
+// star::attention_maps_native for CPU tensors: lists each row's distinct columns, runs the kernel per (row, query tile).
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/attention_maps.h"
+
+namespace star {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct Columns {
+  std::vector<int64_t> column, start = {0}, place;
+  int64_t most = 0;
+};
+
+// A column that several slots name is computed once.
+Columns distinct_columns(const at::Tensor& index, int64_t keys) {
+  Columns columns;
+  const at::Tensor contiguous = index.contiguous();
+  const int64_t *slot = contiguous.const_data_ptr<int64_t>(), rows = index.size(0), slots = index.size(1) * index.size(2);
+  columns.place.reserve(rows * slots);
+  std::vector<int64_t> seen(keys, -1);
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t i = 0; i < slots; i++, slot++) {
+      TORCH_CHECK_VALUE(*slot >= -1 && *slot < keys, "concept_index: got ", *slot, ", expected -1 or a column in [0, ", keys, ")");
+      if (*slot >= 0 && seen[*slot] < columns.start.back()) {
+        seen[*slot] = int64_t(columns.column.size());
+        columns.column.push_back(*slot);
+      }
+      columns.place.push_back(*slot < 0 ? -1 : seen[*slot] - columns.start.back());
+    }
+    columns.most = std::max(columns.most, int64_t(columns.column.size()) - columns.start.back());
+    columns.start.push_back(int64_t(columns.column.size()));
+  }
+  return columns;
+}
+
+template <typename Q, typename T>
+at::Tensor run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& concept_index,
+               const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
+               const OptionalTensor& head_weight) {
+  const auto type = c10::CppTypeToScalarType<T>::value;
+  const auto options = query.options().dtype(type);
+  const int64_t rows = query.size(0), heads = query.size(1), queries = query.size(2);
+  const at::Tensor weight = (concept_weight ? concept_weight->to(type) : at::full(concept_index.sizes(), 1, options)).contiguous();
+  const at::Tensor share = (head_weight ? head_weight->to(type) : at::full({heads}, 1.0 / double(heads), options)).contiguous();
+  const at::Tensor norm = lse ? lse->to(type) : at::Tensor();
+  const Columns columns = distinct_columns(concept_index, key.size(2));
+  at::Tensor maps = at::empty({rows, concept_index.size(1), queries}, options);
+
+  AttentionMapsArgs<Q, T> args{
+      .heads = heads,
+      .queries = queries,
+      .keys = key.size(2),
+      .width = query.size(3),
+      .groups = concept_index.size(1),
+      .slots = concept_index.size(2),
+      .query = query.const_data_ptr<Q>(),
+      .key = key.const_data_ptr<Q>(),
+      .query_strides = {query.stride(0), query.stride(1), query.stride(2), query.stride(3)},
+      .key_strides = {key.stride(0), key.stride(1), key.stride(2), key.stride(3)},
+      .lse = lse ? norm.const_data_ptr<T>() : nullptr,
+      .lse_strides = {},
+      .scale = T(scale),
+      .head_weight = share.const_data_ptr<T>(),
+      .column = columns.column.data(),
+      .column_start = columns.start.data(),
+      .most_columns = columns.most,
+      .place = columns.place.data(),
+      .weight = weight.const_data_ptr<T>(),
+      .maps = maps.mutable_data_ptr<T>(),
+  };
+  if (lse)
+    for (int axis = 0; axis < 3; axis++) args.lse_strides[axis] = norm.stride(axis);
+
+  const auto kernel = STAR_SELECT(attention_maps_tile<Q, T>);
+  const int64_t bytes = STAR_SELECT(attention_maps_scratch<T>)(args.width, columns.most);
+  const int64_t tiles = (queries + MAP_TILE - 1) / MAP_TILE;
+  at::parallel_for(0, rows * tiles, 1, [&](int64_t begin, int64_t end) {
+    constexpr std::align_val_t alignment{64};
+    const auto free = [](void* memory) { ::operator delete(memory, alignment); };
+    const std::unique_ptr<void, decltype(free)> scratch(::operator new(bytes, alignment), free);
+    for (int64_t task = begin; task < end; task++) kernel(args, task / tiles, task % tiles, scratch.get());
+  });
+  return maps;
+}
+
+at::Tensor attention_maps(const at::Tensor& query, const at::Tensor& key, const at::Tensor& concept_index,
+                          const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
+                          const OptionalTensor& head_weight) {
+  const auto type = c10::promoteTypes(query.scalar_type(), key.scalar_type());
+  const at::Tensor q = query.to(type), k = key.to(type);
+  auto call = [&]<typename Q, typename T>(Q*, T*) {
+    return run<Q, T>(q, k, concept_index, concept_weight, lse, scale, head_weight);
+  };
+  double* d = nullptr;
+  float* f = nullptr;
+  c10::BFloat16* bf = nullptr;
+  c10::Half* h = nullptr;
+  if (type == at::kDouble) return call(d, d);
+  if (type == at::kBFloat16) return call(bf, f);
+  if (type == at::kHalf) return call(h, f);
+  return call(f, f);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(star, CPU, library) { library.impl("attention_maps_native", &attention_maps); }
+
+}  // namespace star
