@@ -55,6 +55,8 @@ class Maps:
 
 def quiet_third_parties() -> None:
     """Keep libraries' notices about themselves off the terminal; their errors stay."""
+    # Read when transformers is imported, which already has something to say.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import diffusers
     import transformers
 

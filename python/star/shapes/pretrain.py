@@ -205,7 +205,7 @@ def main(config: Config) -> None:
     pipeline = make_pipeline()
     pipeline.register_modules(vae=vae)
     train_transformer(config, pipeline)
-    pipeline.vae.register_to_config(_name_or_path=None)  # where it was trained is nobody's business
+    pipeline.vae.register_to_config(_name_or_path=None)  # a path of this machine
     pipeline.to(torch.float16).save_pretrained(config.out / "pipeline")
     # What ships is half precision, so that is what is measured.
     measure.report(load_pipeline(config.out / "pipeline"))
