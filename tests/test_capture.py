@@ -1,14 +1,17 @@
 """Capture on diffusers' SD3 transformer: right maps, and a model that computes what it computed before."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
-from models import GRID, HEADS, TEXT, small_inputs, small_transformer
-from peft import LoraConfig
+from models import GRID, HEADS, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
+from peft import LoraConfig, get_peft_model
 from star.capture import capture
 from star.concepts import ConceptTokens
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 N = GRID[0] * GRID[1]
 
@@ -80,17 +83,24 @@ def test_mass_over_all_keys_is_one():
         torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("mode", ["eager", "autocast", "gradient"])
-def test_the_output_keeps_its_bits(mode):
-    model, inputs = small_transformer(), small_inputs()
+def every_block(model):
+    return [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+
+
+@pytest.mark.parametrize("mode", ["eager", "autocast", "gradient", "math"])
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_the_output_keeps_its_bits(build, make, mode):
+    model, inputs = build(), make()
+    every = list(range(len(every_block(model))))
 
     def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        backends = [SDPBackend.MATH] if mode == "math" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), sdpa_kernel(backends):
             return model(**inputs, return_dict=False)[0]
 
     with torch.set_grad_enabled(mode == "gradient"):
         plain = forward()
-        with capture(model, TOKENS, grid=GRID) as maps:
+        with capture(model, TOKENS, grid=GRID, layers=every) as maps:
             captured = forward()
     assert torch.equal(plain, captured)
     assert maps.read().isfinite().all() and maps.read().amin() > 0 and not maps.read().requires_grad
@@ -185,6 +195,11 @@ def test_adapters_are_part_of_the_policy_that_is_read():
     model.disable_adapters()
     off = read()
     model.enable_adapters()
+    # PEFT's own wrapper around the same kind of model.
+    wrapped = get_peft_model(small_transformer(), LoraConfig(r=4, target_modules=["attn.to_q"]))
+    with torch.no_grad(), capture(wrapped, TOKENS, grid=GRID) as maps:
+        wrapped(**inputs)
+    torch.testing.assert_close(maps.read(), off)  # a new adapter changes nothing
     assert not torch.equal(on, off) and torch.equal(read(), on)
 
 
@@ -204,6 +219,92 @@ def test_compiled_models(whole):
             got = model(**inputs, return_dict=False)[0]
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(maps.read(), read)
+
+
+def test_a_compiled_model_with_checkpointing_keeps_newer_maps():
+    model, inputs = small_transformer(layers=2), small_inputs()
+    model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with capture(compiled, TOKENS, grid=GRID) as maps:
+        out = compiled(**inputs, return_dict=False)[0]
+        first = maps.read()
+        maps.slots.zero_()
+        out.sum().backward()
+        assert (maps.slots == 0).all()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as plain:
+        model(**inputs)
+    torch.testing.assert_close(first, plain.read())
+
+
+class FluxRecorder:
+    """Keeps the queries and keys of FLUX's attention, after norms and rotary embedding."""
+
+    def __init__(self, monkeypatch):
+        import diffusers.models.transformers.transformer_flux as flux
+
+        self.calls, original = [], flux.dispatch_attention_fn
+
+        def dispatch(query, key, value, **options):
+            self.calls.append((query.double(), key.double()))
+            return original(query, key, value, **options)
+
+        monkeypatch.setattr(flux, "dispatch_attention_fn", dispatch)
+
+
+@pytest.mark.parametrize("lse", [True, False])
+def test_flux_maps_are_the_materialised_attention(monkeypatch, lse):
+    model, inputs = small_flux(), flux_inputs()
+    recorder = FluxRecorder(monkeypatch)
+    with torch.no_grad():
+        model(**inputs)
+        calls = list(recorder.calls)
+        with capture(model, TOKENS, grid=GRID, layers=range(4), lse=lse) as maps:
+            model(**inputs)
+    assert len(calls) == 4 and len(recorder.calls) == 4
+    for layer, (query, key) in enumerate(calls):
+        scores = torch.einsum("bihd,bjhd->bhij", query[:, TEXT:], key) / query.shape[-1] ** 0.5
+        text = torch.softmax(scores, -1).mean(1)[..., :TEXT]
+        expected = torch.stack([text[..., 1], (text[..., 2] + text[..., 4]) / 2], 1)
+        torch.testing.assert_close(maps.layers()[layer].double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_flux_takes_double_stream_blocks_by_default_and_refuses_other_attention():
+    model, inputs = small_flux(), flux_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        model(**inputs)
+    assert len(maps.layers()) == 2
+    with (
+        torch.no_grad(),
+        capture(model, concepts([TEXT]), grid=GRID),
+        pytest.raises(ValueError, match=f"tokens: point at text token {TEXT}, the model runs {TEXT}"),
+    ):
+        model(**inputs)
+    with model_backend(model, "flex"), pytest.raises(TypeError, match="block 0 runs attention backend flex"):
+        capture(model, TOKENS, grid=GRID).__enter__()
+    model.fuse_qkv_projections()
+    with pytest.raises(TypeError, match="block 0 has fused projections"):
+        capture(model, TOKENS, grid=GRID).__enter__()
+
+
+@contextmanager
+def model_backend(model, name):
+    for block in every_block(model):
+        block.attn.processor._attention_backend = name
+    yield
+    for block in every_block(model):
+        block.attn.processor._attention_backend = None
+
+
+def test_open_slices_of_rows():
+    model, inputs = small_transformer(), small_inputs(2)
+    tokens = concepts([1], batch=1)
+    found = []
+    for rows in (slice(1, 2), slice(1, None), slice(-1, None), [1]):
+        with torch.no_grad(), capture(model, tokens, grid=GRID, rows=rows) as maps:
+            model(**inputs)
+        found.append(maps.read())
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_normalisations():

@@ -25,12 +25,39 @@ def texts(prompt):
         ("a dog to the right of the cow", ["dog", "cow"]),
         ("a running dog chasing a ball in the park, highly detailed, 4k", ["running dog", "ball", "park"]),
         ("a person's hat", ["person's hat"]),
+        ("two dogs' bowls next to the cats' toys", ["dogs' bowls", "cats' toys"]),
+        ("portrait of an old man with a long white beard, oil painting", ["old man", "long white beard"]),
+        (
+            "a cute corgi wearing sunglasses, sitting on the beach, studio lighting",
+            ["cute corgi", "sunglasses", "beach"],
+        ),
+        (
+            "a well-lit room, a woman with her left hand on a swimming pool",
+            ["well-lit room", "woman", "left hand", "swimming pool"],
+        ),
         ("", []),
         ("the, of and", []),
     ],
 )
 def test_noun_spans(prompt, expected):
     assert texts(prompt) == expected
+
+
+# Objects of COCO's and GenEval's lists whose names are more than one plain noun.
+NAMES = (
+    "bench,traffic light,fire hydrant,stop sign,parking meter,bear,sports ball,baseball bat,tennis racket,wine glass,"
+    "hot dog,potted plant,dining table,tv,computer mouse,tv remote,cell phone,teddy bear,hair drier,scissors,orange"
+).split(",")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_of_geneval(name):
+    other = NAMES[NAMES.index(name) - 1]
+    assert texts(f"a photo of a {name}") == [name]
+    assert texts(f"a photo of four {name}s") == [f"{name}s"]
+    assert texts(f"a photo of a blue {name} and an orange {other}") == [f"blue {name}", f"orange {other}"]
+    for relation in ("and", "left of", "right of", "above", "below"):
+        assert texts(f"a photo of a {name} {relation} a {other}") == [name, other]
 
 
 @pytest.mark.parametrize("quotes", ['""', "“”", "''", "‘’"])
@@ -118,6 +145,14 @@ def test_one_part_alone(clip, t5, tokens, low, high):
     torch.testing.assert_close(found.weight.sum(-1), torch.ones(1, 2))
 
 
+def test_without_a_clip_part_positions_begin_at_zero(clip, t5):
+    prompt = CORPUS[0]
+    beside = locate([prompt], [parse(prompt)], clip, t5, max_sequence_length=64, tokens="t5")
+    alone = locate([prompt], [parse(prompt)], None, t5, max_sequence_length=64)
+    assert torch.equal(alone.index, torch.where(beside.index < 0, -1, beside.index - 40))
+    assert torch.equal(alone.weight, beside.weight)
+
+
 def test_no_begin_end_or_padding(clip):
     prompt = "a dog"
     whole = Concept(prompt, 0, len(prompt), "object")
@@ -143,3 +178,5 @@ def test_errors_name_the_argument(clip):
         locate(["a dog"], [[]], clip, tokens="all")
     with pytest.raises(ValueError, match="'t5' needs t5_tokenizer"):
         locate(["a dog"], [[]], clip, tokens="t5")
+    with pytest.raises(ValueError, match="got None for both"):
+        locate(["a dog"], [[]], None)

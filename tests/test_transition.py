@@ -93,6 +93,10 @@ def test_the_sde_keeps_the_marginal_distribution():
 def test_errors():
     with pytest.raises(ValueError, match="sampler: got 'ddim'"):
         schedule(SIGMAS, "ddim")
+    with pytest.raises(ValueError, match=r"noise_level: got 1.0, expected 0 < level < 1"):
+        schedule(SIGMAS, "cps", 1.0)
+    with pytest.raises(ValueError, match=r"noise_level: got -0.1, expected > 0"):
+        schedule(SIGMAS, "flow_sde", -0.1)
     with pytest.raises(ValueError, match="sigmas: got"):
         schedule(SIGMAS.flip(0))
     with pytest.raises(ValueError, match=r"stochastic: got \[10\], expected steps in 0..9"):

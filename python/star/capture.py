@@ -16,8 +16,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -36,6 +39,7 @@ def in_backward() -> bool:
 def write_maps(
     slots: Tensor,
     slot: int,
+    first: int,
     query: Tensor,
     key: Tensor,
     concept_index: Tensor,
@@ -46,11 +50,16 @@ def write_maps(
     scale: float,
     impl: str,
 ) -> None:
-    """slots[slot] = attention_maps(...) of the given batch rows. Does nothing in a recomputation, so that the backward
-    pass of an old forward pass cannot overwrite newer maps."""
+    """slots[slot] = attention_maps(...) of the given batch rows, for the image tokens' queries, which begin at `first`.
+
+    Does nothing in a recomputation, so that the backward pass of an old forward pass cannot overwrite newer maps.
+    """
     if in_backward():
         return
-    query = query[:, :, : slots.shape[-1]]
+    image = slice(first, first + slots.shape[-1])
+    query = query[:, :, image]
+    # One kernel pads its rows, another adds a trailing axis.
+    lse = None if lse is None else lse.flatten(2)[:, :, image]
     if rows is not None:
         query, key = query[rows], key[rows]
         lse = None if lse is None else lse[rows]
@@ -60,7 +69,7 @@ def write_maps(
 
 
 @write_maps.register_fake
-def _(slots, slot, query, key, concept_index, concept_weight, lse, head_weight, rows, scale, impl) -> None:
+def _(slots, slot, first, query, key, concept_index, concept_weight, lse, head_weight, rows, scale, impl) -> None:
     return None
 
 
@@ -106,6 +115,7 @@ class Maps:
         self.slots, self.tokens, self.grid = slots, tokens, grid
         self.layer_weights, self.normalise, self.rows = layer_weights, normalise, rows
         self.head_weight, self.lse, self.impl = head_weight, lse, impl
+        self.text_tokens = int(tokens.index.max()) + 1 if tokens.index.numel() else 0
 
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured layer, normalised."""
@@ -120,6 +130,30 @@ class Maps:
     def read(self) -> Tensor:
         """(B, G, N) float32: weighted mean over the captured layers, in a copy that later passes leave alone."""
         return (self.layers() * self.layer_weights[:, None, None, None]).sum(0)
+
+
+def captured_attention(
+    maps: Maps, slot: int, query: Tensor, key: Tensor, value: Tensor, text_tokens: int, text_first: bool
+) -> Tensor:
+    """Attention of a joint sequence that writes its maps into a slot. query, key, value, result: (B, H, N + T, D)."""
+    image_tokens = query.shape[2] - text_tokens
+    if image_tokens != maps.slots.shape[-1] or text_tokens < 0:
+        raise ValueError(f"grid: {maps.grid} has {maps.slots.shape[-1]} tokens, the model runs {image_tokens}")
+    if maps.text_tokens > text_tokens:
+        raise ValueError(f"tokens: point at text token {maps.text_tokens - 1}, the model runs {text_tokens}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # F.scaled_dot_product_attention casts under autocast; the kernels below it do not.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    joint, lse = attention_with_lse(query, key, value)
+    index = maps.tokens.index
+    write_maps(
+        *(maps.slots, slot, text_tokens if text_first else 0, query.detach(), key.detach()),
+        index if text_first else torch.where(index < 0, index, index + image_tokens),
+        *(maps.tokens.weight, lse.detach() if maps.lse and lse is not None else None, maps.head_weight, maps.rows),
+        *(query.shape[-1] ** -0.5, maps.impl),
+    )
+    return joint
 
 
 class CapturingJointAttnProcessor:
@@ -144,25 +178,10 @@ class CapturingJointAttnProcessor:
                 (attn.to_v, None, attn.add_v_proj, None),
             )
         )
-        dtype = query.dtype
-        device = query.device.type
-        if torch.is_autocast_enabled(device):
-            # F.scaled_dot_product_attention casts under autocast; the kernels below it do not.
-            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-        joint, lse = attention_with_lse(query, key, value)
-
-        maps = self.maps
-        if image_tokens != maps.slots.shape[-1]:
-            raise ValueError(f"grid: {maps.grid} has {maps.slots.shape[-1]} tokens, the model runs {image_tokens}")
-        index = maps.tokens.index
-        write_maps(
-            *(maps.slots, self.slot, query.detach(), key.detach()),
-            torch.where(index < 0, index, index + image_tokens),
-            *(maps.tokens.weight, lse.detach() if maps.lse and lse is not None else None, maps.head_weight, maps.rows),
-            *(query.shape[-1] ** -0.5, maps.impl),
+        joint = captured_attention(
+            self.maps, self.slot, query, key, value, encoder_hidden_states.shape[1], text_first=False
         )
-
-        joint = joint.transpose(1, 2).reshape(batch, -1, attn.inner_dim).to(dtype)
+        joint = joint.transpose(1, 2).reshape(batch, -1, attn.inner_dim).to(query.dtype)
         image, text = joint[:, :image_tokens], joint[:, image_tokens:]
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
@@ -176,6 +195,86 @@ class CapturingJointAttnProcessor:
             heads = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             parts.append(heads if rms is None else rms(heads))
         return torch.cat(parts, dim=2)
+
+
+class CapturingFluxAttnProcessor:
+    """Attention of FLUX (text tokens first, then packed latents) that writes concept maps into one slot.
+
+    In the double-stream blocks the text comes beside the image, in the single-stream blocks both are one sequence.
+    """
+
+    def __init__(self, maps: Maps, slot: int) -> None:
+        self.maps, self.slot = maps, slot
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: maps can be captured without a mask only")
+        double = encoder_hidden_states is not None
+        projections = [(attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)]
+        joint = [self._heads(attn, *pair, hidden_states) for pair in projections]
+        if double:
+            added = [
+                (attn.add_q_proj, attn.norm_added_q),
+                (attn.add_k_proj, attn.norm_added_k),
+                (attn.add_v_proj, None),
+            ]
+            text = [self._heads(attn, *pair, encoder_hidden_states) for pair in added]
+            joint = [torch.cat(pair, dim=1) for pair in zip(text, joint, strict=True)]
+            text_tokens = encoder_hidden_states.shape[1]
+        else:
+            text_tokens = hidden_states.shape[1] - self.maps.slots.shape[-1]
+        query, key, value = joint
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        heads = captured_attention(
+            *(self.maps, self.slot, *(x.transpose(1, 2) for x in (query, key, value)), text_tokens), text_first=True
+        )
+        states = heads.transpose(1, 2).flatten(2, 3).to(query.dtype)
+        if not double:
+            return states
+        text, image = states.split_with_sizes([text_tokens, states.shape[1] - text_tokens], dim=1)
+        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+
+    @staticmethod
+    def _heads(attn: FluxAttention, linear, norm, states: Tensor) -> Tensor:
+        """(B, S, H, D)."""
+        heads = linear(states).unflatten(-1, (-1, attn.head_dim))
+        return heads if norm is None else norm(heads)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _check_processor(layer: int, attn: torch.nn.Module, expected: type) -> None:
+    """Raise TypeError unless the block computes plain attention as the capturing processors do."""
+    processor = attn.processor
+    kind = type(processor).__name__
+    if type(processor) is not expected:
+        fused = " (unfuse the projections: fused SD3 attention skips the q/k norms)" if "Fused" in kind else ""
+        raise TypeError(f"transformer: block {layer} has a {kind}, expected {expected.__name__}{fused}")
+    if getattr(attn, "fused_projections", False):
+        raise TypeError(f"transformer: block {layer} has fused projections, unfuse them to capture maps")
+    if expected is FluxAttnProcessor:
+        backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if AttentionBackendName(backend) != AttentionBackendName.NATIVE or processor._parallel_config is not None:
+            raise TypeError(f"transformer: block {layer} runs attention backend {backend}, expected the native one")
 
 
 @contextmanager
@@ -195,13 +294,15 @@ def capture(
     """Capture concept maps of every forward pass of `transformer` inside the context; the last one is kept.
 
     Args:
-        transformer: an SD3Transformer2DModel, with adapters or without. Only `.attn` of the chosen blocks is touched,
-            and put back whatever happens.
-        tokens: concepts of the captured rows, from `star.concepts.locate`.
+        transformer: an SD3Transformer2DModel or FluxTransformer2DModel, with adapters or without, compiled or not,
+            also inside DistributedDataParallel. Only `.attn` of the chosen blocks is touched, and put back whatever
+            happens.
+        tokens: concepts of the captured rows, from `star.concepts.locate`; for FLUX of the T5 part alone.
         grid: (rows, columns) of the image tokens: latent height and width over the patch size.
         rows: batch rows to read. With classifier-free guidance the conditional ones: slice(B, 2 * B) for diffusers'
             pipelines. None: all rows.
-        layers: indices of blocks, default all. layer_weights: one for each, default equal.
+        layers: indices of blocks, default all joint ones; FLUX counts its single-stream blocks after the double-stream
+            ones and leaves them out by default. layer_weights: one for each, default equal.
         head_weight: (H,), default equal.
         normalise: "raw" mass; "content": divided by the mass of all concepts' tokens together; "concepts": divided by
             the sum over the concepts.
@@ -214,27 +315,24 @@ def capture(
     Raises:
         TypeError: a model or an attention processor that is not known. ValueError: wrong layers, shapes or options.
     """
-    model = getattr(transformer, "_orig_mod", transformer)
-    model = getattr(model, "module", model)  # DistributedDataParallel
-    if not isinstance(model, SD3Transformer2DModel):
-        raise TypeError(f"transformer: got {type(model).__name__}, expected an SD3Transformer2DModel")
+    model = unwrapped(transformer)
+    if isinstance(model, SD3Transformer2DModel):
+        blocks, default = list(model.transformer_blocks), len(model.transformer_blocks)
+        plain, capturing = JointAttnProcessor2_0, CapturingJointAttnProcessor
+    elif isinstance(model, FluxTransformer2DModel):
+        blocks, default = [*model.transformer_blocks, *model.single_transformer_blocks], len(model.transformer_blocks)
+        plain, capturing = FluxAttnProcessor, CapturingFluxAttnProcessor
+    else:
+        raise TypeError(
+            f"transformer: got {type(model).__name__}, expected an SD3Transformer2DModel or a FluxTransformer2DModel"
+        )
     if normalise not in NORMALISATIONS:
         raise ValueError(f"normalise: got {normalise!r}, expected one of {list(NORMALISATIONS)}")
-    blocks = model.transformer_blocks
-    layers = list(range(len(blocks))) if layers is None else list(layers)
+    layers = list(range(default)) if layers is None else list(layers)
     if not layers or not all(0 <= layer < len(blocks) for layer in layers) or len(set(layers)) != len(layers):
         raise ValueError(f"layers: got {layers}, expected distinct blocks in 0..{len(blocks) - 1}")
     for layer in layers:
-        processor = blocks[layer].attn.processor
-        if type(processor) is not JointAttnProcessor2_0:
-            raise TypeError(
-                f"transformer: block {layer} has a {type(processor).__name__}, expected JointAttnProcessor2_0"
-                + (
-                    " (unfuse the projections: fused SD3 attention skips the q/k norms)"
-                    if "Fused" in str(processor)
-                    else ""
-                )
-            )
+        _check_processor(layer, blocks[layer].attn, plain)
     if layer_weights is not None and len(layer_weights) != len(layers):
         raise ValueError(f"layer_weights: got {len(layer_weights)}, expected one for each of {len(layers)} layers")
     device = next(model.parameters()).device
@@ -249,7 +347,8 @@ def capture(
         index = torch.cat([F.pad(index, (0, whole.shape[2] - slots_per_concept), value=-1), whole], 1)
         weight = torch.cat([F.pad(weight, (0, whole.shape[2] - slots_per_concept)), (whole >= 0).float()], 1)
     if isinstance(rows, slice):
-        rows = range(rows.start or 0, batch if rows.stop is None else rows.stop, rows.step or 1)
+        start, step = rows.start or 0, rows.step or 1
+        rows = range(start, start + batch * step if rows.stop is None else rows.stop, step)
     if rows is not None:
         rows = torch.as_tensor(list(rows) if not isinstance(rows, Tensor) else rows, device=device)
         if len(rows) != batch:
@@ -262,14 +361,14 @@ def capture(
         layer_weights=(equal if layer_weights is None else torch.tensor(layer_weights, dtype=torch.float32)).to(device),
         normalise=normalise,
         rows=rows,
-        head_weight=head_weight,
+        head_weight=None if head_weight is None else head_weight.to(device),
         lse=lse,
         impl=impl,
     )
     before = [blocks[layer].attn.processor for layer in layers]
     try:
         for slot, layer in enumerate(layers):
-            blocks[layer].attn.processor = CapturingJointAttnProcessor(maps, slot)
+            blocks[layer].attn.processor = capturing(maps, slot)
         yield maps
     finally:
         for layer, processor in zip(layers, before, strict=True):

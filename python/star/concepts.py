@@ -20,7 +20,7 @@ _QUOTES = re.compile(
     r"|(?<!\w)'([^']+(?:\w'\w[^']*)*)'(?!\w)"  # an apostrophe between letters neither opens nor closes
     r"|‘([^’]+(?:\w’\w[^’]*)*)’(?!\w)"
 )
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]")
+_WORD = re.compile(r"\w+(?:['’\-]\w+)*(?:(?<=s)['’](?=\s+\w))?|[^\w\s]")  # with "cat's" and "cats' toys"
 _DETERMINERS = frozenset(
     (
         "a an the this that these those some any each every both its his her their my your our no another several many "
@@ -35,7 +35,7 @@ _BREAKS = frozenset(
         "against about before after during while where when which who whom whose it he she they we you i them him "
         "me us there here is are was were be been being has have had do does did can could will would shall should "
         "may might must not very so such wears wear holds hold says say saying reads read sits sit stands stand "
-        "looks look made"
+        "looks look made like out written"
     ).split()
 )
 _PLACES = frozenset("left right top bottom front side middle center centre".split())
@@ -44,13 +44,22 @@ _MEDIA = frozenset(
     (
         "photo photograph picture image painting illustration drawing render rendering sketch shot close-up closeup "
         "view style art artwork artstation quality resolution detail details detailed masterpiece 4k 8k hd uhd "
-        "cinematic photorealistic realistic hyperrealistic highly ultra best trending"
+        "cinematic photorealistic realistic hyperrealistic highly ultra best trending portrait oil digital watercolor "
+        "watercolour studio lighting word words text letters"
     ).split()
 )
 _NOUNS_IN_ING = frozenset(
     (
         "building ring king wing string spring ceiling clothing thing morning evening painting sling lightning awning "
-        "earring railing stocking swing viking wedding pudding duckling"
+        "earring railing stocking swing viking wedding pudding duckling lighting"
+    ).split()
+)
+# What a thing is for, when a noun follows.
+_USES_IN_ING = frozenset(
+    (
+        "dining parking living baking frying cutting chopping rolling washing sewing knitting writing reading swimming "
+        "fishing sailing rowing hiking running boxing bowling skating skiing camping shopping sleeping walking "
+        "wrapping printing measuring vending flying sitting"
     ).split()
 )
 
@@ -97,7 +106,10 @@ def _spans(prompt: str, offset: int) -> list[Concept]:
         word = match.group().lower()
         following = words[i + 1].group().lower() if i + 1 < len(words) else ""
         place = word in _PLACES and (following in ("of", "side", "") or not following.isalnum())
-        verb = word.endswith("ing") and len(word) > 4 and word not in _NOUNS_IN_ING and bool(span)
+        # "a dog chasing a ball" and "sitting on", but "a running dog" and "a white dining table".
+        attribute = following[:1].isalnum() and following not in _BREAKS | _DETERMINERS
+        attribute = attribute and (not span or word in _USES_IN_ING)
+        verb = word.endswith("ing") and len(word) > 4 and word not in _NOUNS_IN_ING and not attribute
         if not word[0].isalnum() or word in _BREAKS or word in _DETERMINERS or place or verb:
             close()
         else:
@@ -153,7 +165,7 @@ def _positions(
 def locate(
     prompts: Sequence[str],
     concepts: Sequence[Sequence[Concept]],
-    clip_tokenizer: PreTrainedTokenizerBase,
+    clip_tokenizer: PreTrainedTokenizerBase | None,
     t5_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     max_sequence_length: int = 256,
@@ -164,8 +176,9 @@ def locate(
     Args:
         prompts: B prompts.
         concepts: for each prompt its concepts, as from `parse`.
-        clip_tokenizer: the pipeline's `tokenizer`; `tokenizer_2` splits the same way.
-        t5_tokenizer: the pipeline's `tokenizer_3`, or None.
+        clip_tokenizer: the pipeline's `tokenizer`; `tokenizer_2` splits the same way. None where the joint sequence has
+            no CLIP part, as in FLUX: T5's positions then begin at 0.
+        t5_tokenizer: the pipeline's `tokenizer_3` (FLUX: `tokenizer_2`), or None.
         max_sequence_length: of the T5 part, as given to the pipeline.
         tokens: which parts to use. A concept said in both gives each part half of its weight.
 
@@ -179,9 +192,13 @@ def locate(
         raise ValueError(f"tokens: got {tokens!r}, expected 'both', 'clip' or 't5'")
     if tokens == "t5" and t5_tokenizer is None:
         raise ValueError("tokens: 't5' needs t5_tokenizer")
+    if clip_tokenizer is None and t5_tokenizer is None:
+        raise ValueError("clip_tokenizer, t5_tokenizer: got None for both, expected at least one")
+    if tokens == "clip" and clip_tokenizer is None:
+        raise ValueError("tokens: 'clip' needs clip_tokenizer")
     parts = []
-    clip_length = clip_tokenizer.model_max_length
-    if tokens != "t5":
+    clip_length = 0 if clip_tokenizer is None else clip_tokenizer.model_max_length
+    if tokens != "t5" and clip_tokenizer is not None:
         parts.append((0, _positions(prompts, concepts, clip_tokenizer, clip_length, "clip_tokenizer")))
     if tokens != "clip" and t5_tokenizer is not None and max_sequence_length > 0:
         found = _positions(prompts, concepts, t5_tokenizer, max_sequence_length, "t5_tokenizer")

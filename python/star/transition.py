@@ -71,17 +71,20 @@ def schedule(
     Args:
         sigmas: (T+1,) decreasing from at most 1 to 0.
         sampler: one of SAMPLERS.
-        noise_level: of the sampler, > 0 (cps: in (0, 1)).
+        noise_level: of the sampler, > 0 (cps: in (0, 1); ode: not used).
         stochastic: steps that use the sampler; the others are ODE steps. None: all of them.
         dtype: of the result.
 
     Returns:
-        Transition with fields (T,). Raises ValueError for an unknown sampler or sigmas that do not decrease.
+        Transition with fields (T,). Raises ValueError for an unknown sampler, a noise level or a step out of range, or
+        sigmas that do not decrease.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: got {sampler!r}, expected one of {list(SAMPLERS)}")
     if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ValueError(f"sigmas: got {sigmas.tolist()}, expected values decreasing from at most 1 to 0")
+    if sampler != "ode" and not (0 < noise_level < (1 if sampler == "cps" else math.inf)):
+        raise ValueError(f"noise_level: got {noise_level}, expected {'0 < level < 1' if sampler == 'cps' else '> 0'}")
     count = len(sigmas) - 1
     steps = range(count) if stochastic is None else stochastic
     if not all(0 <= step < count for step in steps):
@@ -96,6 +99,6 @@ def schedule(
         noisy = cps(sigma, sigma_next, noise_level)
     else:
         noisy = deterministic
-    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen = torch.zeros(count, dtype=torch.bool, device=sigmas.device)
     chosen[list(steps)] = True
     return Transition(*(torch.where(chosen, n, d).to(dtype) for n, d in zip(noisy, deterministic, strict=True)))
