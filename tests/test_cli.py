@@ -6,6 +6,8 @@ import sys
 import pytest
 from star.cli import main
 
+import star_kernels
+
 TINY = [
     *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
     *("--sampling.steps", "4", "--optimisation.iterations", "1", "--run.held-out", "0", "--run.no-pictures"),
@@ -79,8 +81,12 @@ def test_info_tells_what_each_operator_uses(capsys):
     code, output, _ = run(capsys, "info")
     assert code == 0
     lines = {line.split()[0]: line for line in output.splitlines()}
-    assert "reference on cpu" in lines["attention_maps"]
-    assert " on cpu" in lines["policy_loss"] and "torch" in lines
+    for operator in ("attention_maps", "allocate", "gaussian_step", "policy_loss"):
+        reasons = star_kernels.implementations(operator)
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        assert f"{operator} {chosen} on cpu".split() == lines[operator].split()[:4]
+        assert all(reason in lines[operator] for reason in reasons.values() if reason)
+    assert "torch" in lines
 
 
 def test_usage():

@@ -88,9 +88,41 @@ def test_micro_batches_add_up_to_the_update(tmp_path):
     assert cut["ratio_min"] == cut["ratio_max"] == 1.0
 
 
-def test_full_fine_tuning(tmp_path):
-    trainer = Trainer(small(tmp_path, model={"lora_rank": 0}, optimisation={"learning_rate": 1e-4}))
-    assert trainer.step()["grad_norm"] > 0
+def test_full_fine_tuning_leaves_a_pipeline(tmp_path):
+    config = small(tmp_path / "run", model={"lora_rank": 0}, optimisation={"learning_rate": 1e-4, "iterations": 1})
+    assert training.train(config)["iterations"] == 1
+    trained, base = (training.load_pipeline(p).transformer for p in (str(tmp_path / "run/model"), "shapes"))
+    assert not torch.equal(trained.proj_out.weight, base.proj_out.weight)
+
+
+def darkness(images, prompts):
+    return Scores(-images.mean((1, 2, 3)))
+
+
+def test_what_is_easily_learned_is_learned(tmp_path):
+    """Advantages, latents and gradients belong together, with the right sign: pictures get darker, prompt by prompt."""
+    sampling = {"prompts_per_iteration": 2, "images_per_prompt": 8, "steps": 8}
+    trainer = Trainer(
+        small(
+            tmp_path, sampling=sampling, optimisation={"learning_rate": 1e-3}, run={"reward": "test_training:darkness"}
+        )
+    )
+    rewards = []
+    for _ in range(4):
+        trainer.iteration = 0  # the same prompts and noise again: only the policy changes
+        rewards.append(trainer.step()["reward"])
+    assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.05
+
+
+def test_a_control_keeps_its_source_over_the_steps(tmp_path):
+    trainer = Trainer(small(tmp_path, allocation={"strategy": "shuffled"}, sampling={"images_per_prompt": 4}))
+    rollout = trainer.rollout(training.draw_prompts(trainer.config, 0), torch.Generator().manual_seed(0))
+    shuffled = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
+    trainer.config = small(tmp_path, sampling={"images_per_prompt": 4})
+    own = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
+    # At the second trained step the samples have parted, and each has weights of its own.
+    source = [int((own[1] == w).flatten(1).all(1).nonzero()[0]) for w in shuffled[1]]
+    assert torch.equal(shuffled[0], own[0][source])
 
 
 def odd_prompts(tmp_path):
@@ -210,6 +242,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
         ),
         ({"optimisation": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 pictures"),
         ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),
+        ({"model": {"lora_rank": 0}, "loss": {"kl_coef": 0.1}}, "loss.kl_coef: needs an adapter"),
         ({"run": {"reward": "beauty"}}, "reward: unknown 'beauty'"),
         ({"model": {"path": "/nowhere"}}, "model.path: '/nowhere' is no pipeline"),
     ],
@@ -242,3 +275,18 @@ def test_configurations_survive_yaml(tmp_path):
     config = configuration.preset("shapes")
     configuration.save(config, tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_overwrite_deletes_runs_only(tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    with pytest.raises(ConfigError, match=r"run.overwrite: .* is no run of star"):
+        Trainer(small(tmp_path, run={"overwrite": True}))
+    assert precious.read_text() == "mine"
+
+
+def test_a_prompt_file_without_enough_distinct_prompts_is_one_clear_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\na red circle\n")
+    with pytest.raises(ConfigError, match=r"sampling.prompts: .* has 1 distinct prompts, an iteration needs 3"):
+        Trainer(small(tmp_path / "run", sampling={"prompts": str(path)}))

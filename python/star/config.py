@@ -71,6 +71,8 @@ class Loss:
     guard: bool = False
     global_std: bool = False
     """Advantages over the standard deviation of all rewards instead of the group's."""
+    advantage_eps: float = 1e-4
+    """Added to that standard deviation. Larger: groups whose rewards hardly differ count for less."""
 
 
 @dataclass
@@ -141,6 +143,10 @@ class Config:
             )
         if sampling.images_per_prompt < 2:
             raise ConfigError(f"sampling.images_per_prompt: got {sampling.images_per_prompt}, a group needs at least 2")
+        if self.loss.kl_coef and not self.model.lora_rank:
+            raise ConfigError(
+                "loss.kl_coef: needs an adapter (model.lora_rank > 0): without it the reference is the model"
+            )
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
 

@@ -17,7 +17,9 @@ class Tracker:
     def __init__(self, run: Path, start: int) -> None:
         self.path = run / "metrics.jsonl"
         kept = [line for line in read(run) if line["iteration"] < start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        writing = self.path.with_suffix(".writing")
+        writing.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        writing.replace(self.path)
         self.board = SummaryWriter(run / "tensorboard", purge_step=start)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:

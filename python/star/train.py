@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,73 +21,22 @@ from star import config as configuration
 from star.advantage import group_advantages
 from star.config import Config, ConfigError
 from star.objective import allocation_weights, uniform_rows
+from star.pipeline import load_pipeline, make_trainable
+from star.prompts import draw_prompts
 from star.rollout import Rollout, decode, encode, make_steps, sample
-from star.shapes import scenes
 from star.tracking import Tracker
 from star_kernels import policy_loss
 
 log = logging.getLogger("star")
 
 
-def load_pipeline(path: str, device: torch.device | str = "cpu") -> StableDiffusion3Pipeline:
-    """A pipeline in evaluation mode from a folder or hub id; "shapes" is the embedded one."""
-    if path == "shapes":
-        from star.shapes.model import load_pipeline as load_shapes
-
-        return load_shapes().to(device)
-    try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {path!r} is no pipeline ({str(error).splitlines()[0]})") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[torch.nn.Parameter]:
-    """Freeze everything, then add an adapter (or, with rank 0, free the transformer). Returns what is trained."""
-    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        if module is not None:
-            module.requires_grad_(False)
-    transformer, model = pipeline.transformer, config.model
-    transformer.requires_grad_(model.lora_rank == 0)
-    if model.lora_rank:
-        adapter = LoraConfig(
-            r=model.lora_rank,
-            lora_alpha=model.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(model.lora_targets),
-        )
-        transformer.add_adapter(adapter)
-    if model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
-def draw_prompts(config: Config, iteration: int) -> list[str]:
-    """Distinct prompts of an iteration; the same ones whenever the run is started or resumed."""
-    count, seed = config.sampling.prompts_per_iteration, f"{config.run.seed}/{iteration}"
-    if config.sampling.prompts == "shapes":
-        drawn = dict.fromkeys(scenes.prompts(8 * count, seed, "train"))
-        return list(drawn)[:count]
-    return random.Random(seed).sample(read_prompts(config), count)
-
-
-def read_prompts(config: Config) -> list[str]:
-    """The lines of the prompt file that are not empty."""
-    name, count = config.sampling.prompts, config.sampling.prompts_per_iteration
-    try:
-        lines = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"sampling.prompts: {name} cannot be read ({error.strerror})") from error
-    if len(lines) < count:
-        raise ConfigError(f"sampling.prompts: {name} has {len(lines)} prompts, an iteration needs {count}")
-    return lines
-
-
 def prepare_folder(config: Config) -> None:
     """Make the run's folder; never touch what is in it unless told to."""
     out = config.run.out
-    if config.run.overwrite and out.exists():
+    if config.run.overwrite and out.exists() and any(out.iterdir()):
+        # A slip in --out must not cost anyone a folder that is no run.
+        if not (out / "config.yaml").is_file():
+            raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
         shutil.rmtree(out)
     if not config.run.resume and out.exists() and any(out.iterdir()):
         raise ConfigError(f"run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it")
@@ -114,6 +59,8 @@ class Trainer:
         self.reward = rewards.load(config.run.reward)
         draw_prompts(config, 0)
         self.accelerator = Accelerator(mixed_precision=config.optimisation.mixed_precision)
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(f"accelerate: got {self.accelerator.num_processes} processes, one is supported so far")
         device = self.accelerator.device
         self.pipeline = load_pipeline(config.model.path, device)
         prepare_folder(config)
@@ -153,7 +100,9 @@ class Trainer:
         with timed(seconds, "reward"):
             prompts = [rollout.conditions.prompts[i] for i in self.groups.tolist()]
             scores = rewards.check(self.reward(decode(self.pipeline, rollout.latents), prompts), prompts)
-        advantages = group_advantages(scores.reward, self.groups, global_std=config.loss.global_std)
+        advantages = group_advantages(
+            scores.reward, self.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
+        )
         weights = self.weights(rollout, scores.masks, generator)
         with timed(seconds, "update"):
             metrics = self.update(rollout, advantages.to(rollout.latents.device), weights)
@@ -191,6 +140,8 @@ class Trainer:
         """(S, B, H, W) weights of the trained steps, or None for uniform ones."""
         if masks is not None:
             masks = F.adaptive_avg_pool2d(masks[:, None], rollout.grid).flatten(1).to(rollout.latents.device)
+        # Every step starts from the same state: who gets whose weights does not change from step to step.
+        seed = int(torch.randint(2**62, (), generator=generator))
         per_step = [
             allocation_weights(
                 self.config.allocation,
@@ -199,7 +150,7 @@ class Trainer:
                 patch=self.pipeline.transformer.config.patch_size,
                 groups=self.groups,
                 masks=masks,
-                generator=generator,
+                generator=torch.Generator().manual_seed(seed),
             )
             for k in range(len(self.steps.trained))
         ]
@@ -304,6 +255,8 @@ def train(config: Config) -> dict[str, float]:
     tracker.close()
     if config.model.lora_rank:
         checkpoint.export_lora(trainer.pipeline.transformer, out / "lora")
+    else:
+        trainer.pipeline.save_pretrained(out / "model")
     after = report.held_out(trainer.pipeline, config, "after")
     summary = {"iterations": trainer.iteration, **report.compare(before, after)}
     if config.run.pictures:
