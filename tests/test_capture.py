@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from star.capture import capture
 from star.concepts import ConceptTokens
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 N = GRID[0] * GRID[1]
@@ -307,6 +309,23 @@ def test_open_slices_of_rows():
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+def test_gathered_rows_and_rows_that_are_not_there():
+    model, inputs = small_transformer(), small_inputs(3)
+    found = []
+    for rows in ([0, 1, 2], [2, 0]):
+        tokens = concepts([1], batch=len(rows))
+        with torch.no_grad(), capture(model, tokens, grid=GRID, rows=rows) as maps:
+            model(**inputs)
+        found.append(maps.read())
+    assert torch.equal(found[0][[2, 0]], found[1])
+    with (
+        torch.no_grad(),
+        capture(model, TOKENS, grid=GRID, rows=slice(2, 4)) as maps,
+        pytest.raises(ValueError, match="tokens: have 2 rows, the model runs 1 of those asked for"),
+    ):
+        model(**inputs)
+
+
 def test_normalisations():
     model, inputs = small_transformer(), small_inputs()
 
@@ -379,3 +398,41 @@ def test_refusals_name_the_reason():
         pytest.raises(ValueError, match=r"grid: \(4, 4\) has 16 tokens, the model runs 15"),
     ):
         model(**small_inputs())
+
+
+def distributed_rank(rank: int, folder: str) -> None:
+    """One of two processes: half of the batch under DistributedDataParallel, then with sharded parameters."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    half = {name: value[rank : rank + 1] for name, value in small_inputs(2).items()}
+    tokens = concepts([1], [2, 4], batch=1)
+    saved = {}
+    for kind in ("ddp", "fsdp"):
+        # The text stream of the last block has no gradient, which DDP would wait for.
+        model = small_transformer(layers=2)
+        model.enable_gradient_checkpointing()
+        if kind == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for block in model.transformer_blocks:
+                fully_shard(block, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        with capture(wrapped, tokens, grid=GRID) as maps:
+            wrapped(**half, return_dict=False)[0].square().mean().backward()
+        gradient = model.transformer_blocks[0].attn.to_q.weight.grad
+        saved[kind] = (maps.read(), gradient.full_tensor() if kind == "fsdp" else gradient)
+    torch.save(saved, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(distributed_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model, inputs = small_transformer(layers=2), small_inputs(2)
+    with capture(model, TOKENS, grid=GRID) as maps:
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+    gradient = model.transformer_blocks[0].attn.to_q.weight.grad
+    for kind in ("ddp", "fsdp"):
+        torch.testing.assert_close(torch.cat([rank[kind][0] for rank in ranks]), maps.read())
+        for rank in ranks:
+            torch.testing.assert_close(rank[kind][1], gradient)

@@ -39,37 +39,25 @@ def in_backward() -> bool:
 def write_maps(
     slots: Tensor,
     slot: int,
-    first: int,
     query: Tensor,
     key: Tensor,
     concept_index: Tensor,
     concept_weight: Tensor,
     lse: Tensor | None,
     head_weight: Tensor | None,
-    rows: Tensor | None,
     scale: float,
     impl: str,
 ) -> None:
-    """slots[slot] = attention_maps(...) of the given batch rows, for the image tokens' queries, which begin at `first`.
-
-    Does nothing in a recomputation, so that the backward pass of an old forward pass cannot overwrite newer maps.
-    """
-    if in_backward():
-        return
-    image = slice(first, first + slots.shape[-1])
-    query = query[:, :, image]
-    # One kernel pads its rows, another adds a trailing axis.
-    lse = None if lse is None else lse.flatten(2)[:, :, image]
-    if rows is not None:
-        query, key = query[rows], key[rows]
-        lse = None if lse is None else lse[rows]
-    slots[slot] = attention_maps(
-        query, key, concept_index, concept_weight, lse=lse, scale=scale, head_weight=head_weight, impl=impl
-    )
+    """slots[slot] = attention_maps(...). Does nothing in a recomputation, so that the backward pass of an old forward
+    pass cannot overwrite newer maps."""
+    if not in_backward():
+        slots[slot] = attention_maps(
+            query, key, concept_index, concept_weight, lse=lse, scale=scale, head_weight=head_weight, impl=impl
+        )
 
 
 @write_maps.register_fake
-def _(slots, slot, first, query, key, concept_index, concept_weight, lse, head_weight, rows, scale, impl) -> None:
+def _(slots, slot, query, key, concept_index, concept_weight, lse, head_weight, scale, impl) -> None:
     return None
 
 
@@ -107,7 +95,7 @@ class Maps:
         grid: tuple[int, int],
         layer_weights: Tensor,
         normalise: str,
-        rows: Tensor | None,
+        rows: Tensor | slice | None,
         head_weight: Tensor | None,
         lse: bool,
         impl: str,
@@ -146,12 +134,20 @@ def captured_attention(
         # F.scaled_dot_product_attention casts under autocast; the kernels below it do not.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     joint, lse = attention_with_lse(query, key, value)
-    index = maps.tokens.index
+
+    index, rows = maps.tokens.index, slice(None) if maps.rows is None else maps.rows
+    first = text_tokens if text_first else 0
+    image = slice(first, first + image_tokens)
+    query, key = query.detach()[rows], key.detach()[rows]
+    if len(query) != len(index):
+        raise ValueError(f"tokens: have {len(index)} rows, the model runs {len(query)} of those asked for")
+    if lse is not None:
+        # One kernel pads its rows, another adds a trailing axis.
+        lse = lse.detach().flatten(2)[rows, :, image] if maps.lse else None
     write_maps(
-        *(maps.slots, slot, text_tokens if text_first else 0, query.detach(), key.detach()),
+        *(maps.slots, slot, query[:, :, image], key),
         index if text_first else torch.where(index < 0, index, index + image_tokens),
-        *(maps.tokens.weight, lse.detach() if maps.lse and lse is not None else None, maps.head_weight, maps.rows),
-        *(query.shape[-1] ** -0.5, maps.impl),
+        *(maps.tokens.weight, lse, maps.head_weight, query.shape[-1] ** -0.5, maps.impl),
     )
     return joint
 
@@ -350,9 +346,14 @@ def capture(
         start, step = rows.start or 0, rows.step or 1
         rows = range(start, start + batch * step if rows.stop is None else rows.stop, step)
     if rows is not None:
-        rows = torch.as_tensor(list(rows) if not isinstance(rows, Tensor) else rows, device=device)
+        rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         if len(rows) != batch:
             raise ValueError(f"rows: got {len(rows)}, expected one for each of the {batch} rows of tokens")
+        # Neighbours are read in place; anything else has to be gathered into a copy.
+        if rows == list(range(rows[0], rows[0] + batch)):
+            rows = slice(rows[0], rows[-1] + 1 or None)
+        else:
+            rows = torch.tensor(rows, device=device)
     equal = torch.full((len(layers),), 1 / len(layers))
     maps = Maps(
         slots=torch.zeros(len(layers), batch, index.shape[1], grid[0] * grid[1], device=device),
