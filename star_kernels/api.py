@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from star_kernels import native, ops
 from star_kernels.reference import compute_dtype
 from star_kernels.transition import Transition, channel_dim
 
-Implementation = Literal["auto", "reference", "native"]
+Implementation = Literal["auto", "reference", "native", "triton"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -55,8 +56,17 @@ def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]
             reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
         else:
             reasons["native"] = native.REASON
-    reasons["reference"] = None
-    return reasons
+    if "triton" in ops.OPERATORS[operator][3]:
+        reason = None
+        if importlib.util.find_spec("triton") is None:
+            reason = "Triton is not installed (pip install 'star-kernels[triton]')"
+        elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
+        # In the interpreter it is for tests: never the automatic choice.
+        if device == "cpu":
+            return reasons | {"reference": None, "triton": reason}
+        reasons["triton"] = reason
+    return reasons | {"reference": None}
 
 
 def resolve(operator: str, impl: str, device: torch.device) -> str:
@@ -161,7 +171,12 @@ def attention_maps(
             raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected ({batch}, {heads}, {queries})")
         lse = lse[:, :, :queries]
     scale = width**-0.5 if scale is None else float(scale)
-    run = getattr(torch.ops.star, f"attention_maps_{resolve('attention_maps', impl, device)}")
+    chosen = resolve("attention_maps", impl, device)
+    if chosen == "triton" and compute_dtype(query, key) == torch.float64:
+        if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
+            raise TypeError("query: got torch.float64, which impl='triton' does not take")
+        chosen = "reference"
+    run = getattr(torch.ops.star, f"attention_maps_{chosen}")
     with torch.no_grad():
         return run(query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
 

@@ -31,6 +31,12 @@ def fake_policy_loss(velocity, sample, prev_sample, *_) -> tuple[Tensor, Tensor,
     return loss, velocity.new_empty((10,), dtype=torch.float32), velocity.new_empty(velocity.shape)
 
 
+def attention_maps_triton(*args) -> Tensor:
+    from star_kernels.triton.attention_maps import launch  # not before it runs: star_kernels needs torch alone
+
+    return launch(*args)
+
+
 # operator: (schema, fake, reference, other implementations)
 OPERATORS = {
     "attention_maps": (
@@ -38,7 +44,7 @@ OPERATORS = {
         "Tensor? head_weight) -> Tensor",
         fake_attention_maps,
         reference.attention_maps,
-        ("native",),
+        ("native", "triton"),
     ),
     "allocate": (
         "(Tensor maps, int rows, int columns, str combine, float smooth, float sharpen, float cap, float mix, "
@@ -70,6 +76,7 @@ for _operator, (_schema, _fake, _reference, _others) in OPERATORS.items():
         torch.library.define(_name, _schema)
         torch.library.register_fake(_name, _fake)
     torch.library.impl(f"star::{_operator}_reference", "CompositeExplicitAutograd", _reference)
+torch.library.impl("star::attention_maps_triton", ("CPU", "CUDA"), attention_maps_triton)
 for _implementation in ("reference", "native"):
     torch.library.register_autograd(
         f"star::policy_loss_{_implementation}",

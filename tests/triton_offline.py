@@ -1,0 +1,94 @@
+"""Compiles the Triton kernels for GPUs that are not here and prints, as JSON lines, what each build needs.
+
+Runs in a process of its own (`python tests/triton_offline.py`), because Triton fixes at import whether it interprets.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from star_kernels.triton import attention_maps as kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_INSTRUCTIONS = r"\bHMMA\.|\bHGMMA\.|\bUTC\w*MMA|v_mfma"
+ALIGNED = {
+    *("query", "key", "index", "weight", "lse", "head_weight", "partial"),
+    *("query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "queries"),
+}
+
+
+def source(kernel, dtype: str, precision: str, width: int, columns: int) -> ASTSource:
+    """What a launch on contiguous heads would compile: unit strides constant, other addresses divisible by 16."""
+    constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": kernels.BLOCK_N}
+    constants["BLOCK_D"] = kernels.block_width(width, 4 if dtype == "fp32" else 2)
+    if kernel is kernels.maps_kernel:
+        block = kernels.block_columns(columns)
+        constants |= {"lse_n": 1, "LOG2": kernels.LOG2_E, "HEADS_PER_GROUP": 3, "HEAD_GROUPS": 8, "BLOCK_C": block}
+    else:
+        constants |= {"LN2": 1 / kernels.LOG2_E, "BLOCK_S": kernels.BLOCK_S}
+    types = {"query": f"*{dtype}", "key": f"*{dtype}", "index": "*i64", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("weight", "lse", "head_weight", "partial"), "*fp32")
+    names = kernel.arg_names
+    return ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED - set(constants)},
+    )
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers, bytes of shared memory, local memory or spills, and matrix instructions of one build."""
+    report = {"shared": compiled.metadata.shared}
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        field = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        report["registers"] = field("vgpr_count")
+        report["local"] = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            run = lambda *command: subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+            usage = run(TOOLS / "cuobjdump", "--dump-resource-usage").stdout
+            code = run(TOOLS / "nvdisasm", "-c").stdout
+        report["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        report["local"] = int(re.search(r"LOCAL:(\d+)", usage)[1]) + len(re.findall(r"\b(?:LDL|STL)\b", code))
+    report["matrix"] = len(re.findall(MATRIX_INSTRUCTIONS, code))
+    return report
+
+
+def main() -> None:
+    for name, target in TARGETS.items():
+        float32 = "ieee" if target.backend == "hip" else "tf32x3"
+        for kernel, dtype, precision, width, columns in (
+            (kernels.maps_kernel, "bf16", "ieee", 64, 16),
+            (kernels.maps_kernel, "bf16", "ieee", 128, 64),
+            (kernels.maps_kernel, "fp32", float32, 128, 64),
+            (kernels.lse_kernel, "bf16", "ieee", 128, 0),
+            (kernels.lse_kernel, "fp32", float32, 128, 0),
+        ):
+            options = {"num_warps": kernels.warps(4 if dtype == "fp32" else 2)}
+            compiled = triton.compile(source(kernel, dtype, precision, width, columns), target=target, options=options)
+            case = {"kernel": kernel.fn.__name__, "target": name, "dtype": dtype, "width": width, "columns": columns}
+            print(json.dumps(case | resources(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
