@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from star import checkpoint
@@ -275,6 +276,15 @@ def test_configurations_survive_yaml(tmp_path):
     config = configuration.preset("shapes")
     configuration.save(config, tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_scores_before_are_never_measured_after(tmp_path):
+    training.train(small(tmp_path, optimisation={"iterations": 1}))
+    with pytest.raises(ConfigError, match=r"run.held_out: the run was started without it"):
+        training.train(small(tmp_path, run={"resume": True, "held_out": 4}))
+    np.savez(tmp_path / "held_out_before.npz", strict=np.zeros(5), soft=np.zeros(5), images=np.zeros((5, 1, 1, 3)))
+    with pytest.raises(ConfigError, match=r"run.held_out: got 4, the run was started with 5"):
+        training.train(small(tmp_path, run={"resume": True, "held_out": 4}))
 
 
 def test_overwrite_deletes_runs_only(tmp_path):

@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from star import tracking
-from star.config import Config
+from star.config import Config, ConfigError
 from star.objective import Allocation, allocation_weights
 from star.rollout import Rollout, decode, encode, make_steps, sample
 from star.shapes import measure, scenes
@@ -40,8 +40,13 @@ def held_out(pipeline: StableDiffusion3Pipeline, config: Config, label: str) -> 
     texts = scenes.prompts(config.run.held_out, HELD_OUT_SEED, "heldout", distinct=True)
     categories = tuple(scenes.parse_scene(text).category for text in texts)
     path = config.run.out / f"held_out_{label}.npz"
-    if config.run.resume and label == "before" and path.exists():
+    if config.run.resume and label == "before":
+        # The policy has moved since: measuring it now would call trained scores untrained.
+        if not path.exists():
+            raise ConfigError("run.held_out: the run was started without it, so its scores before are not known; use 0")
         with np.load(path) as stored:
+            if len(stored["soft"]) != len(texts):
+                raise ConfigError(f"run.held_out: got {len(texts)}, the run was started with {len(stored['soft'])}")
             scores = measure.Scores(stored["strict"], stored["soft"], categories)
             return HeldOut(tuple(texts), scores, stored["images"])
     images = measure.sample(pipeline, texts, HELD_OUT_SEED, config.sampling.steps)
