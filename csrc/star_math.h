@@ -1,4 +1,6 @@
 // The per-element mathematics of the operators, once for every device. The specification is star_kernels/reference.py.
+// Every device must compile it without contraction into fused multiply-adds (-ffp-contract=off, nvcc -fmad=false):
+// policy_loss makes the mean again that gaussian_step stored, and only with the same bits is the ratio exactly 1.
 #pragma once
 #include <cmath>
 
@@ -16,6 +18,17 @@ constexpr double LOG_RATIO_LIMIT = 30.0;
 template <typename T>
 STAR_HD T transition_mean(T a, T sample, T b, T velocity) {
   return a * sample + b * velocity;
+}
+
+template <typename T>
+STAR_HD T transition_sample(T mean, T s, T noise) {
+  return mean + s * noise;
+}
+
+// A NaN stays.
+template <typename T>
+STAR_HD T clamped(T value, T low, T high) {
+  return value < low ? low : (value > high ? high : value);
 }
 
 // log p - log p_old of one element, but for the factor `precision`, without cancellation.
@@ -46,15 +59,51 @@ STAR_HD Surrogate<T> clipped_surrogate(T log_ratio, T advantage, T clip_low, T c
     return {nan, nan, nan, nan};
   }
   const bool inside = log_ratio >= -limit && log_ratio <= limit;
-  log_ratio = log_ratio < -limit ? -limit : (log_ratio > limit ? limit : log_ratio);
+  log_ratio = clamped(log_ratio, -limit, limit);
   const T excess = std::expm1(log_ratio);
-  const T clipped = excess < -clip_low ? -clip_low : (excess > clip_high ? clip_high : excess);
+  const T clipped = clamped(excess, -clip_low, clip_high);
   const T plain = -advantage * (1 + excess);
   const T bounded = -advantage * (1 + clipped);
   const bool gate = inside && (advantage >= 0 ? excess <= clip_high : excess >= -clip_low);
   // A NaN advantage must reach the loss, which a comparison would hide.
   const T value = plain != plain ? plain : (plain > bounded ? plain : bounded);
   return {log_ratio, excess, value, gate || plain != plain ? plain : T(0)};
+}
+
+// Allocation, in the order in which it is done. A map is usable if every mass is.
+template <typename T>
+STAR_HD bool usable_mass(T mass) {
+  return mass >= 0 && std::isfinite(mass);
+}
+
+// In units of the map's mean. A map without mass is a concept that is not there.
+template <typename T>
+STAR_HD T relative_mass(T mass, T mean) {
+  return mean > 0 ? mass / mean : T(0);
+}
+
+// Weight of a neighbour in the smoothing, before the sum over the neighbours on the grid is divided out.
+template <typename T>
+STAR_HD T smoothing_tap(long long distance, T sigma) {
+  const T scaled = T(distance) / sigma;
+  return std::exp(T(-0.5) * scaled * scaled);
+}
+
+// Furthest neighbour in the smoothing.
+STAR_HD long long smoothing_radius(double sigma, long long size) {
+  const double radius = std::ceil(3 * sigma);
+  return radius < double(size) ? (long long)(radius) : size - 1;
+}
+
+// `largest` of the field cancels when the field is brought to mean 1, and keeps the power from overflowing.
+template <typename T>
+STAR_HD T sharpened(T field, T largest, T exponent) {
+  return exponent == 1 ? field : std::pow(field / largest, exponent);
+}
+
+template <typename T>
+STAR_HD T mixed(T field, T mean, T cap, T mix) {
+  return (1 - mix) + mix * clamped(field / mean, T(0), cap);
 }
 
 }  // namespace star

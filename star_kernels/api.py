@@ -218,7 +218,7 @@ def allocate(
     """
     _tensor("maps", maps, ("B", "G", "N"))
     rows, columns = grid
-    if rows * columns != maps.shape[2] or rows < 1:
+    if rows * columns != maps.shape[2] or rows < 1 or columns < 1:
         raise ValueError(f"grid: got {tuple(grid)}, expected rows * columns = {maps.shape[2]}")
     _choice("combine", combine, ("mean", "max"))
     for name, value, right in (

@@ -10,9 +10,6 @@ except ImportError as error:
     _C = None
     REASON = f"star_kernels._C could not be imported ({error}); reinstall with a C++ compiler"
 
-# Operators with a compiled CPU kernel.
-CPU_OPERATORS = frozenset({"policy_loss"}) if _C is not None else frozenset()
-
 
 def build_info() -> dict[str, str]:
     """How the extension was built: instruction sets compiled and the one in use."""

@@ -51,13 +51,13 @@ OPERATORS = {
         "int patch) -> Tensor",
         fake_allocate,
         reference.allocate,
-        (),
+        ("native",),
     ),
     "gaussian_step": (
         "(Tensor sample, Tensor velocity, Tensor noise, Tensor a, Tensor b, Tensor s) -> (Tensor, Tensor)",
         fake_gaussian_step,
         reference.gaussian_step,
-        (),
+        ("native",),
     ),
     "policy_loss": (
         "(Tensor velocity, Tensor sample, Tensor prev_sample, Tensor a, Tensor b, Tensor s, Tensor precision, "

@@ -64,7 +64,7 @@ def allocate(
     maps = maps.to(dtype)
     mean = maps.mean(-1)  # (B, G)
     present = mean > 0
-    healthy = ((maps >= 0) & maps.isfinite()).all(-1).all(-1) & present.any(-1)  # (B,)
+    healthy = ((maps >= 0) & maps.isfinite()).all(-1).all(-1) & mean.isfinite().all(-1) & present.any(-1)  # (B,)
     relative = torch.where(present[..., None], maps / mean[..., None], 0.0)
     if combine == "mean":
         field = relative.sum(1) / present.sum(1, keepdim=True)
@@ -75,7 +75,8 @@ def allocate(
             smoothing(rows, smooth).to(field) @ field.view(-1, rows, columns) @ smoothing(columns, smooth).to(field).T
         )
         field = field.flatten(1)
-    field = field**sharpen
+    if sharpen != 1:
+        field = (field / field.amax(-1, keepdim=True)) ** sharpen  # the largest value cancels, but would overflow
     field = (field / field.mean(-1, keepdim=True)).clamp(max=cap)
     weights = (1 - mix) + mix * field
     weights = weights / weights.mean(-1, keepdim=True)
@@ -98,8 +99,8 @@ def gaussian_step(
     dtype = compute_dtype(sample, velocity)
     shape = (-1, *(1,) * (sample.ndim - 1))
     a, b, s = (field.to(dtype).view(shape) for field in (a, b, s))
-    mean = a * sample.to(dtype) + b * velocity.to(dtype)
-    return (mean + s * noise.to(dtype)).to(sample.dtype), mean
+    mean = (a * sample.to(dtype) + b * velocity.to(dtype)).contiguous()
+    return (mean + s * noise.to(dtype)).to(sample.dtype).contiguous(), mean
 
 
 def policy_loss(

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/ordered_sum.h"
 #include "star_math.h"
 
 namespace star::STAR_ISA {
@@ -17,17 +18,6 @@ namespace star::STAR_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 1024;  // locations: the accumulators of a block stay in the first-level cache
-
-// Sums in double, in an order that depends on the length alone.
-template <typename T, typename F>
-double ordered_sum(int64_t count, F value) {
-  double lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    for (int k = 0; k < 8; k++) lanes[k] += value(i + k);
-  for (int k = 0; i < count; i++, k++) lanes[k] += value(i);
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-}
 
 enum class Form { delta, guard, log_prob };
 
@@ -185,13 +175,13 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
   } else {
     for (int64_t p = 0; p < places; p++) delta[p] *= scale;
   }
-  sums.nonfinite = ordered_sum<T>(places, [&](int64_t p) { return std::isfinite(delta[p]) ? 0.0 : 1.0; });
+  sums.nonfinite = ordered_sum(places, [&](int64_t p) { return std::isfinite(delta[p]) ? 0.0 : 1.0; });
 
   const T step = (args.step_weights ? args.step_weights[index] : T(1)) *
                  (args.guard ? precision / args.kl_precision[index] : T(1));
   auto advantage = [&](int64_t p) {
     const T value = args.advantages[args.advantages_per_place ? index * places + p : index];
-    return (value < -args.adv_clip ? -args.adv_clip : (value > args.adv_clip ? args.adv_clip : value)) * step;
+    return clamped(value, -args.adv_clip, args.adv_clip) * step;
   };
   auto weight = [&](int64_t p) { return weights ? weights[p] : T(1); };
   // d delta / d velocity = slope * direction; the loss is a mean over the batch and the places.
@@ -217,8 +207,8 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
     }
   } else {
     const bool weighted = args.ratio == Ratio::sample && weights;
-    const double sum = weighted ? ordered_sum<T>(places, [&](int64_t p) { return double(weights[p]) * double(delta[p]); })
-                                : ordered_sum<T>(places, [&](int64_t p) { return double(delta[p]); });
+    const double sum = weighted ? ordered_sum(places, [&](int64_t p) { return double(weights[p]) * double(delta[p]); })
+                                : ordered_sum(places, [&](int64_t p) { return double(delta[p]); });
     const T log_ratio = T(sum / double(places));
     if (args.ratio == Ratio::token && args.advantages_per_place) {
       // One ratio and two signs: the gate and the value of each sign, scaled by the size of each place's advantage.
@@ -231,26 +221,26 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
         delta[p] = weight(p) * std::abs(size) * unit.value;
         factor[p] = weight(p) * std::abs(size) * unit.force * share;
       }
-      sums.loss = ordered_sum<T>(places, [&](int64_t p) { return double(delta[p]); });
+      sums.loss = ordered_sum(places, [&](int64_t p) { return double(delta[p]); });
     } else {
       const Surrogate<T> unit = clipped_surrogate(log_ratio, advantage(0), args.clip_low, args.clip_high);
       count(unit);
       const T scaled = unit.force * share;
       for (int64_t p = 0; p < places; p++) factor[p] = weight(p) * scaled;
       const double mass = args.ratio == Ratio::token && weights
-                              ? ordered_sum<T>(places, [&](int64_t p) { return double(weights[p]); })
+                              ? ordered_sum(places, [&](int64_t p) { return double(weights[p]); })
                               : double(places);
       sums.loss = mass * double(unit.value);
     }
   }
 
   for (int64_t p = 0; p < places; p++) amount[p] *= std::abs(factor[p]);
-  sums.total = ordered_sum<T>(places, [&](int64_t p) { return double(amount[p]); });
+  sums.total = ordered_sum(places, [&](int64_t p) { return double(amount[p]); });
   sums.top = top_amount(weights, amount, delta, places, sums.total);
 
   if (args.reference_velocity) {
     const V *v = args.velocity + index * channels * places, *r = args.reference_velocity + index * channels * places;
-    sums.kl = ordered_sum<T>(channels * places, [&](int64_t i) {
+    sums.kl = ordered_sum(channels * places, [&](int64_t i) {
       const double difference = double(b) * (double(T(v[i])) - double(T(r[i])));
       return difference * difference;
     });

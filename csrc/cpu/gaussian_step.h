@@ -1,0 +1,37 @@
+// What the front end (gaussian_step_op.cpp) and the kernel (gaussian_step_kernel.cpp) of gaussian_step agree on.
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace star {
+
+constexpr int64_t STEP_BLOCK = 1024;  // elements that are converted and computed at once
+
+enum class Float { float64, float32, bfloat16, float16 };
+
+struct FloatArray {
+  const void* data;
+  Float type;
+};
+
+// T: type of the arithmetic. Tensors are contiguous; each keeps its type, so that none is copied as a whole.
+template <typename T>
+struct GaussianStepArgs {
+  int64_t elements;  // of a sample
+  FloatArray sample, velocity, noise;
+  const T *a, *b, *s;  // (B,)
+  void* prev_sample;   // in the type of sample
+  T* mean;
+};
+
+// One block of one sample.
+#define STAR_DECLARE(ISA)                                                                          \
+  namespace ISA {                                                                                  \
+  template <typename T>                                                                            \
+  void gaussian_step_block(const GaussianStepArgs<T>& args, int64_t index, int64_t block);         \
+  }
+STAR_EACH_ISA(STAR_DECLARE)
+#undef STAR_DECLARE
+
+}  // namespace star

@@ -1,0 +1,69 @@
+// gaussian_step of a block: mean and next sample in one pass. A tensor in another type than the arithmetic's is converted
+// by the block, which stays in the first-level cache.
+#include "cpu/gaussian_step.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <type_traits>
+
+#include "star_math.h"
+
+namespace star::STAR_ISA {
+
+namespace {
+
+// Calls use(pointer) with the typed address of element `at`.
+template <typename Void, typename F>
+void typed(Void* data, Float type, int64_t at, F use) {
+  auto address = [&]<typename Q>(Q*) {
+    return static_cast<std::conditional_t<std::is_const_v<Void>, const Q, Q>*>(data) + at;
+  };
+  switch (type) {
+    case Float::float64: return use(address(static_cast<double*>(nullptr)));
+    case Float::float32: return use(address(static_cast<float*>(nullptr)));
+    case Float::bfloat16: return use(address(static_cast<c10::BFloat16*>(nullptr)));
+    case Float::float16: return use(address(static_cast<c10::Half*>(nullptr)));
+  }
+}
+
+// `count` elements in the type of the arithmetic: in place, or converted into the buffer.
+template <typename T>
+const T* read(const FloatArray& array, int64_t at, int64_t count, T* __restrict buffer) {
+  const T* result = buffer;
+  typed(array.data, array.type, at, [&]<typename Q>(const Q* values) {
+    if constexpr (std::is_same_v<Q, T>) {
+      result = values;
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < count; i++) buffer[i] = T(values[i]);
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+template <typename T>
+void gaussian_step_block(const GaussianStepArgs<T>& args, int64_t index, int64_t block) {
+  const int64_t begin = block * STEP_BLOCK, left = args.elements - begin;
+  const int64_t count = left < STEP_BLOCK ? left : STEP_BLOCK, at = index * args.elements + begin;
+  alignas(64) T buffer[3][STEP_BLOCK];
+  const T* x = read(args.sample, at, count, buffer[0]);
+  const T* v = read(args.velocity, at, count, buffer[1]);
+  const T* z = read(args.noise, at, count, buffer[2]);
+  const T a = args.a[index], b = args.b[index], s = args.s[index];
+  T* __restrict mean = args.mean + at;
+  typed(args.prev_sample, args.sample.type, at, [&]<typename Q>(Q* __restrict next) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+      mean[i] = transition_mean(a, x[i], b, v[i]);
+      next[i] = Q(transition_sample(mean[i], s, z[i]));
+    }
+  });
+}
+
+template void gaussian_step_block<double>(const GaussianStepArgs<double>&, int64_t, int64_t);
+template void gaussian_step_block<float>(const GaussianStepArgs<float>&, int64_t, int64_t);
+
+}  // namespace star::STAR_ISA
