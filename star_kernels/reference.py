@@ -62,7 +62,7 @@ def allocate(
     """Maps (B, G, N) to weights (B, rows*patch, columns*patch) of mean 1; see api.allocate."""
     dtype = compute_dtype(maps)
     maps = maps.to(dtype)
-    mean = maps.mean(-1)  # (B, G)
+    mean = maps.mean(-1, dtype=torch.float64).to(dtype)  # (B, G)
     present = mean > 0
     healthy = ((maps >= 0) & maps.isfinite()).all(-1).all(-1) & mean.isfinite().all(-1) & present.any(-1)  # (B,)
     relative = torch.where(present[..., None], maps / mean[..., None], 0.0)

@@ -1,4 +1,4 @@
-"""Tests run in the order a reader learns: reference, operators, capture, objective, world, training, command line."""
+"""Tests run in the order a reader learns: operators, capture, objective, world, training, command line."""
 
 import os
 
@@ -15,9 +15,11 @@ import torch
 
 ORDER = (
     "test_import",
-    "test_reference",
     "test_attention_maps",
+    "test_allocate",
+    "test_gaussian_step",
     "test_policy_loss",
+    "test_instruction_sets",
     "test_concepts",
     "test_transition",
     "test_capture",
@@ -41,3 +43,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def at_thread_counts():
+    """Calls a function with 1, 2 and 5 threads and gives what it returned."""
+    before = torch.get_num_threads()
+
+    def results(call):
+        out = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out.append(call())
+        return out
+
+    yield results
+    torch.set_num_threads(before)

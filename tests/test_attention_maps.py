@@ -1,10 +1,5 @@
 """Every implementation of attention_maps against the whole attention matrix in float64."""
 
-import functools
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,17 +169,11 @@ def test_a_row_alone_and_a_part_of_the_queries_have_the_same_bits(impl, with_lse
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
-def test_native_bits_do_not_depend_on_the_threads(with_lse):
+def test_native_bits_do_not_depend_on_the_threads(with_lse, at_thread_counts):
     query, key, index = example_input(queries=170, slots=20)
     lse = log_sum_exp(query, key) if with_lse else None
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(sk.attention_maps(query, key, index, lse=lse, impl="native"))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    first, *others = at_thread_counts(lambda: sk.attention_maps(query, key, index, lse=lse, impl="native"))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
@@ -230,19 +219,30 @@ def test_inductor(impl):
     assert torch.equal(compiled(query, key, index), capture(query, key, index))
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(name):
-    """The one in use is tested above; each other in a process of its own."""
-    from star_kernels import native
+Q, K = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 9, 8)
+INDEX = torch.zeros(2, 1, 1, dtype=torch.int64)
 
-    info = native.build_info()
-    if name not in info["instruction_sets"].split() or name == info["instruction_set_in_use"]:
-        pytest.skip(f"{name} is not compiled, or is the one in use")
-    environment = os.environ | {"STAR_ISA": name, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
-    code = "from star_kernels import native; print(native.build_info()['instruction_set_in_use'])"
-    if run([sys.executable, "-c", code]).stdout.strip() != name:
-        pytest.skip(f"this processor has no {name}")
-    tests = "native and not inductor and not opcheck and not instruction_set"
-    result = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", tests, __file__])
-    assert result.returncode == 0, result.stdout
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(query=Q[0]), ValueError, r"query: got shape \(2, 4, 8\), expected \(B, H, N, D\)"),
+        (dict(query=[1]), TypeError, "query: got list, expected a torch.Tensor"),
+        (dict(key=K[..., :4]), ValueError, r"key: got shape .* expected \(2, 2, S, 8\)"),
+        (dict(concept_index=INDEX.float()), TypeError, "concept_index: got torch.float32, expected an int64"),
+        (dict(concept_index=INDEX + 9), ValueError, r"concept_index: values in \[9, 9\], .* \[0, 9\)"),
+        (dict(concept_weight=torch.ones(2, 1, 2)), ValueError, "concept_weight: got shape"),
+        (dict(lse=torch.ones(2, 2, 3)), ValueError, "lse: got shape"),
+        (dict(head_weight=torch.ones(3)), ValueError, "head_weight: got shape"),
+        (dict(impl="nonsense"), ValueError, "impl: got 'nonsense'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(change, error, words):
+    with pytest.raises(error, match=words) as caught:
+        sk.attention_maps(**{"query": Q, "key": K, "concept_index": INDEX, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_operators_have_no_implementations():
+    with pytest.raises(ValueError, match=r"operator: got 'sdpa', expected one of \['allocate', 'attention_maps'"):
+        sk.implementations("sdpa")
