@@ -1,35 +1,133 @@
-"""What keeping a capture on costs: memory at 1024 px and time of a stack of real width."""
+"""What reading maps costs: one layer's attention at SD3.5-medium's shape, a stack of blocks, and peak memory."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from pairs import alternate
+from peaks import in_a_process, linux
 from star.capture import Maps, capture, captured_attention
 from star.concepts import ConceptTokens
 
-BLOCKS, TEXT, GRID = 4, 205, (32, 32)  # 512 px with Flow-GRPO's 77 + 128 text tokens
-linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+HEADS, WIDTH = 24, 64  # SD3.5-medium
+SIZES = {512: (205, (32, 32)), 1024: (333, (64, 64))}  # pixels: text tokens (Flow-GRPO's, diffusers'), image tokens
+BLOCKS = 4
 
 
-def concepts(batch: int) -> ConceptTokens:
-    """Two concepts of eight tokens each, in CLIP's part and in T5's."""
-    index = torch.tensor([[3, 4, 5, 6, 80, 81, 82, 83], [9, 10, 11, 12, 90, 91, 92, 93]])
-    return ConceptTokens(index.expand(batch, -1, -1), torch.full((batch, 2, 8), 1 / 8))
+def concepts(batch: int, columns: int = 16, text: int = 205) -> ConceptTokens:
+    """`columns` text tokens in concepts of at most eight."""
+    width = next(width for width in range(8, 0, -1) if columns % width == 0)
+    index = (torch.arange(columns) * text // columns).view(-1, width)
+    return ConceptTokens(index.expand(batch, -1, -1), torch.full((batch, *index.shape), 1 / width))
 
 
-def stack() -> tuple[SD3Transformer2DModel, dict[str, torch.Tensor]]:
-    """Four blocks of SD3.5-medium's width, the first two with dual attention, and inputs of one sample at 512 px."""
+def empty_maps(tokens: ConceptTokens, grid: tuple[int, int], layers: int = 1, rows=None, lse: bool = True) -> Maps:
+    slots = torch.zeros(layers, *tokens.index.shape[:2], grid[0] * grid[1])
+    return Maps(slots, tokens, grid, torch.ones(layers), "raw", rows, None, lse, "native")
+
+
+def attention_inputs(pixels: int, batch: int = 1) -> torch.Tensor:
+    """(3, batch, HEADS, image + text tokens, WIDTH) float32: query, key, value."""
+    text, grid = SIZES[pixels]
     torch.manual_seed(0)
+    return torch.randn(3, batch, HEADS, grid[0] * grid[1] + text, WIDTH)
+
+
+def materialised_attention(query, key, value, maps: Maps) -> torch.Tensor:
+    """What tools that show attention maps do: hold softmax(QK^T), multiply, and pick the columns."""
+    probability = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1)
+    image = maps.slots.shape[-1]
+    mean = probability[:, :, :image, image:].mean(1)  # (B, N, T)
+    for row, (index, weight) in enumerate(zip(maps.tokens.index, maps.tokens.weight, strict=True)):
+        maps.slots[0, row] = (mean[row, :, index] * weight).sum(-1).T
+    return probability @ value
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "columns", "limit"),
+    [
+        ("capture_k16_512", 512, 16, 0.8),
+        ("capture_k16_1024", 1024, 16, 0.4),
+        ("capture_k64_512", 512, 64, 2.5),
+        ("capture_all_512", 512, 205, 8.0),
+    ],
+)
+def test_capture_of_a_layer(name, pixels, columns, limit, benchmark, row):
+    text, grid = SIZES[pixels]
+    qkv = attention_inputs(pixels)
+    maps, truth = (empty_maps(concepts(1, columns, text), grid) for _ in range(2))
+
+    @torch.no_grad()
+    def attention():
+        return F.scaled_dot_product_attention(*qkv)
+
+    @torch.no_grad()
+    def captured():
+        return captured_attention(maps, 0, *qkv, text, text_first=False)
+
+    assert torch.equal(attention(), captured())
+    materialised_attention(*qkv, truth)
+    torch.testing.assert_close(maps.slots, truth.slots, rtol=1e-4, atol=1e-7)
+    pair = alternate(attention, captured, rounds=21 if pixels == 1024 else 101)
+    benchmark.pedantic(captured, rounds=1)
+    note = f"percent; attention {pair.first * 1e3:.2f} ms, with capture {pair.second * 1e3:.2f} ms"
+    row(name, 100 * (pair.ratio - 1), at_most=limit, note=note)
+
+
+def test_own_log_sum_exp(benchmark, row):
+    """Guidance doubles the rows of attention; only the conditional half is read."""
+    text, grid = SIZES[512]
+    qkv = attention_inputs(512, batch=2)
+    maps, truth = (empty_maps(concepts(1), grid, rows=slice(1, 2), lse=lse) for lse in (False, True))
+
+    @torch.no_grad()
+    def attention():
+        return F.scaled_dot_product_attention(*qkv)
+
+    @torch.no_grad()
+    def captured(maps=maps):
+        return captured_attention(maps, 0, *qkv, text, text_first=False)
+
+    assert torch.equal(captured(), captured(truth))
+    torch.testing.assert_close(maps.slots, truth.slots, rtol=1e-4, atol=1e-7)
+    pair = alternate(attention, captured, rounds=31)
+    benchmark.pedantic(captured, rounds=1)
+    note = f"percent; attention of two rows {pair.first * 1e3:.1f} ms, with capture {pair.second * 1e3:.1f} ms"
+    row("capture_nolse_512", 100 * (pair.ratio - 1), at_most=60, note=note)
+
+
+def test_against_materialising(benchmark, row):
+    text, grid = SIZES[512]
+    qkv = attention_inputs(512)
+    maps, truth = (empty_maps(concepts(1), grid) for _ in range(2))
+
+    @torch.no_grad()
+    def captured():
+        return captured_attention(maps, 0, *qkv, text, text_first=False)
+
+    @torch.no_grad()
+    def materialised():
+        return materialised_attention(*qkv, truth)
+
+    torch.testing.assert_close(captured(), materialised(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(maps.slots, truth.slots, rtol=1e-4, atol=1e-7)
+    pair = alternate(captured, materialised, rounds=15)
+    benchmark.pedantic(captured, rounds=1)
+    note = f"times faster; {pair.first * 1e3:.1f} ms against {pair.second * 1e3:.1f} ms"
+    row("materialise_512", pair.ratio, at_least=3.5, note=note)
+
+
+def stack(blocks: int = BLOCKS) -> tuple[SD3Transformer2DModel, dict[str, torch.Tensor]]:
+    """Blocks of SD3.5-medium's width, the first two with dual attention, and inputs of one sample at 512 px."""
+    torch.manual_seed(0)
+    text, grid = SIZES[512]
     model = SD3Transformer2DModel(
         sample_size=128,
-        num_layers=BLOCKS,
-        attention_head_dim=64,
-        num_attention_heads=24,
+        num_layers=blocks,
+        attention_head_dim=WIDTH,
+        num_attention_heads=HEADS,
         joint_attention_dim=4096,
         caption_projection_dim=1536,
         pooled_projection_dim=2048,
@@ -38,8 +136,8 @@ def stack() -> tuple[SD3Transformer2DModel, dict[str, torch.Tensor]]:
         qk_norm="rms_norm",
     )
     inputs = dict(
-        hidden_states=torch.randn(1, 16, 2 * GRID[0], 2 * GRID[1]),
-        encoder_hidden_states=torch.randn(1, TEXT, 4096),
+        hidden_states=torch.randn(1, 16, 2 * grid[0], 2 * grid[1]),
+        encoder_hidden_states=torch.randn(1, text, 4096),
         pooled_projections=torch.randn(1, 2048),
         timestep=torch.tensor([500.0]),
     )
@@ -58,56 +156,19 @@ def test_stack(name, layers, limit, benchmark, row):
 
     @torch.no_grad()
     def captured():
-        with capture(model, concepts(1), grid=GRID, layers=layers):
+        with capture(model, concepts(1), grid=SIZES[512][1], layers=layers):
             return model(**inputs, return_dict=False)[0]
 
     assert torch.equal(plain(), captured())
-    pair = alternate(plain, captured, rounds=9)
+    pair = alternate(plain, captured, rounds=31)
     benchmark.pedantic(captured, rounds=1)
     note = f"percent; forward pass of {BLOCKS} blocks {pair.first:.2f} s, with capture {pair.second:.2f} s"
     row(name, 100 * (pair.ratio - 1), at_most=limit, note=note)
 
 
-# The kernel's own count of the most pages ever held, reset before the call; the allocator returns freed blocks at once.
-PEAK = """
-import sys
-sys.path.insert(0, {folder!r})
-import torch
-import test_capture
-torch.set_num_threads({threads})
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-def peak(call):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmRSS")
-    result = call()
-    return status("VmHWM") - before
-print(*getattr(test_capture, {measure!r})(peak, *{arguments!r}))
-"""
-
-
-def in_a_process(measure: str, *arguments) -> list[int]:
-    """The bytes that `measure` finds in a process of its own."""
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-    code = PEAK.format(
-        folder=os.path.dirname(__file__), threads=torch.get_num_threads(), measure=measure, arguments=arguments
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **allocator}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return [int(word) for word in result.stdout.split()]
-
-
 def layer_peaks(peak, batch: int) -> tuple[int, int, int]:
     """Peak of attention alone, with capture into the slots of 24 layers, and of one sample with its matrix held."""
-    text, grid, layers = 333, (64, 64), 24
-
-    def slots(grid, batch, layers):
-        tokens = concepts(batch)
-        empty = torch.zeros(layers, batch, 2, grid[0] * grid[1])
-        return Maps(empty, tokens, grid, torch.ones(layers), "raw", None, None, True, "auto")
+    (text, grid), layers = SIZES[1024], 24
 
     def attend(maps, qkv, text):
         # Layer after layer into its slot, as in a model: what one needs must not stay behind for the next.
@@ -115,8 +176,9 @@ def layer_peaks(peak, batch: int) -> tuple[int, int, int]:
             captured_attention(maps, layer, *qkv, text, text_first=False)
 
     with torch.no_grad():
-        attend(slots((4, 8), 1, 2), torch.randn(3, 1, 24, 132, 64), 100)  # loads what is loaded once
-        maps, qkv = slots(grid, batch, layers), torch.randn(3, batch, 24, grid[0] * grid[1] + text, 64)
+        # Loads what is loaded once.
+        attend(empty_maps(concepts(1, text=100), (4, 8), 2), torch.randn(3, 1, HEADS, 132, WIDTH), 100)
+        maps, qkv = empty_maps(concepts(batch, text=text), grid, layers), attention_inputs(1024, batch)
         query, key, _ = qkv
         alone = peak(lambda: F.scaled_dot_product_attention(*qkv))
         captured = peak(lambda: attend(maps, qkv, text))
@@ -129,10 +191,44 @@ def layer_peaks(peak, batch: int) -> tuple[int, int, int]:
 def test_memory_of_capture(benchmark, row):
     batch = int(os.environ.get("STAR_BENCH_BATCH", "8"))
     peaks = []
-    benchmark.pedantic(lambda: peaks.extend(in_a_process("layer_peaks", batch)), rounds=1)
+    benchmark.pedantic(lambda: peaks.extend(in_a_process("test_capture", "layer_peaks", batch)), rounds=1)
     alone, captured, materialised = peaks
     note = (
         f"MiB beyond the slots, batch {batch}, 4096 + 333 tokens, float32; attention alone peaks at {alone >> 20} MiB, "
         f"the materialised matrix of a single sample at {materialised >> 20} MiB"
     )
     row("capture_memory_1024", (captured - alone) / 2**20, at_most=4, note=note)
+
+
+def checkpoint_peak(peak, captured: bool) -> tuple[int]:
+    """Peak of a forward and backward pass of the stack with block checkpointing."""
+    model, inputs = stack()
+    model.requires_grad_(True).train()
+    model.enable_gradient_checkpointing()
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        if captured:
+            with capture(model, concepts(1), grid=SIZES[512][1]) as maps:
+                output = model(**inputs, return_dict=False)[0]
+            assert bool((maps.read() > 0).all())
+        else:
+            output = model(**inputs, return_dict=False)[0]
+        output.square().mean().backward()
+
+    step()
+    return (peak(step),)
+
+
+@linux
+def test_memory_with_checkpointing(benchmark, row):
+    peaks = []
+    benchmark.pedantic(
+        lambda: peaks.extend(in_a_process("test_capture", "checkpoint_peak", on)[0] for on in (False, True)), rounds=1
+    )
+    plain, captured = peaks
+    note = (
+        f"percent; forward and backward of {BLOCKS} checkpointed blocks peak at {plain >> 20} MiB, "
+        f"with capture on all of them at {captured >> 20} MiB"
+    )
+    row("checkpoint_memory", 100 * (captured / plain - 1), at_most=1.0, note=note)

@@ -2,13 +2,11 @@
 
 import functools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from pairs import alternate
+from peaks import in_a_process, linux
 
 import star_kernels as sk
 
@@ -113,42 +111,29 @@ def test_bandwidth(benchmark, row):
     row("loss_bandwidth", min(ratios), at_least=0.7, note="; ".join(notes))
 
 
-PEAK = """
-import sys, torch
-sys.path.insert(0, {folder!r})
-torch.set_num_threads(1)
-import test_loss
-import star_kernels as sk
-arguments, _ = test_loss.step({shape})
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-def call():
-    loss = sk.policy_loss(**arguments, clip_range=1e-4, impl="native").loss
-    return torch.autograd.grad(loss, arguments["velocity"])[0]
-for _ in range(3):
-    call()
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # resets the peak
-before = status("VmRSS")
-gradient = call()
-print(status("VmHWM") - before - gradient.nbytes)
-"""
+def loss_peak(peak, shape) -> tuple[int]:
+    """Peak memory of forward and backward beyond the gradient."""
+    arguments, _ = step(shape)
+
+    def call():
+        loss = sk.policy_loss(**arguments, clip_range=CLIP, impl="native").loss
+        return torch.autograd.grad(loss, arguments["velocity"])[0]
+
+    for _ in range(3):
+        call()
+    return (peak(call) - arguments["velocity"].nbytes,)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@linux
 def test_memory(benchmark, row):
-    """Peak memory of forward and backward beyond the gradient, in a process whose allocator keeps nothing back."""
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
     shares, notes = [], []
 
     def measure():
         for shape in SHAPES:
-            command = [sys.executable, "-c", PEAK.format(folder=os.path.dirname(__file__), shape=shape)]
-            result = subprocess.run(command, env={**os.environ, **allocator}, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
+            (extra,) = in_a_process("test_loss", "loss_peak", shape)
             inputs = 4 * (4 * math.prod(shape) + math.prod(shape) // shape[1])
-            shares.append(int(result.stdout) / inputs)
-            notes.append(f"{shape}: {int(result.stdout) >> 10} KiB beside {inputs >> 20} MiB of inputs")
+            shares.append(extra / inputs)
+            notes.append(f"{shape}: {extra >> 10} KiB beside {inputs >> 20} MiB of inputs")
 
     benchmark.pedantic(measure, rounds=1)
     row("loss_memory", max(shares), at_most=0.01, note="; ".join(notes))
