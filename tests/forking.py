@@ -26,8 +26,10 @@ def _call(function: str, arguments: tuple[str, ...]) -> None:
 
     torch.set_num_threads(1)  # no thread pool that a fork would lack
     from star import cli, report, train  # noqa: F401
+    from star.pipeline import load_pipeline
 
     cli.quiet_third_parties()
+    load_pipeline("shapes")  # the libraries' own caches are then warm in every child
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(*arguments)
 

@@ -17,7 +17,7 @@ from star.cli import main
 from star.rewards import Scores
 
 KILLS = 20
-ITERATIONS = 10
+ITERATIONS = 8
 TINY = [
     *("train", "--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
     *("--sampling.steps", "3", "--sampling.trained-steps", "1", "--optimisation.updates-per-iteration", "2"),
@@ -59,7 +59,7 @@ def kill_at_random_moments(folder):
         out = folder / f"killed-{run}"
         while True:
             child = fork(resumed, out, output=folder / "killed.log")
-            time.sleep(rng.uniform(0.2, 0.7) * duration)
+            time.sleep(rng.uniform(0.1, 0.5) * duration)
             os.kill(child, signal.SIGKILL)
             code = wait(child)
             if code != -signal.SIGKILL:
