@@ -27,6 +27,9 @@ ORDER = (
     "test_world",
     "test_rollout",
     "test_training",
+    "test_recovery",
+    "test_distributed",
+    "test_presets",
     "test_cli",
     "test_triton_offline",
 )

@@ -39,7 +39,10 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--preset", "geneval"], "star: preset: unknown 'geneval', expected one of ['shapes']"),
+        (
+            ["--preset", "geneval"],
+            "star: preset: unknown 'geneval', expected one of ['geneval-sd35m', 'geneval-sd35m-fast', 'ocr-",
+        ),
         ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['shapes'] or"),
         ([*TINY, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
         (["--config", "/nowhere.yaml"], "star: config: /nowhere.yaml cannot be read"),

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from star.advantage import group_advantages
-from star.objective import STRATEGIES, Allocation, allocation_weights, another, random_like, uniform_rows
+from star.objective import (
+    STRATEGIES,
+    TEMPORAL,
+    Allocation,
+    allocation_weights,
+    another,
+    random_like,
+    temporal_weights,
+    uniform_rows,
+)
 
 GRID = (3, 5)
 MAPS = torch.rand(6, 2, 15, generator=torch.Generator().manual_seed(3)) + 0.05
@@ -102,3 +111,34 @@ def test_errors():
         allocation_weights(Allocation(strategy="oracle"), MAPS, GRID)
     with pytest.raises(ValueError, match="maps: needed by strategy 'attention'"):
         allocation_weights(Allocation(), None, GRID)
+
+
+def test_temporal_weights_by_hand():
+    noise = torch.tensor([0.6, 0.3, 0.3])[:, None].expand(3, 2)
+    flat_and_half = torch.tensor([[1.0, 1.0], [0.0, 2.0]])  # mean squares 1 and 2
+    spatial = torch.stack([flat_and_half, flat_and_half[[1, 0]], flat_and_half[[0, 0]]])[:, :, None]
+    assert temporal_weights("none", noise, spatial) is None
+    got = temporal_weights("noise_level", noise, None)
+    torch.testing.assert_close(got, torch.tensor([[1.5, 1.5], [0.75, 0.75], [0.75, 0.75]]))
+    got = temporal_weights("concentration", noise, spatial)
+    torch.testing.assert_close(got, torch.tensor([[0.75, 1.5], [1.5, 0.75], [0.75, 0.75]]))
+
+
+@pytest.mark.parametrize("temporal", [t for t in TEMPORAL if t != "none"])
+@given(steps=st.integers(1, 12), batch=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_temporal_weights_have_mean_one_over_the_steps(temporal, steps, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(steps, batch, generator=generator) + 1e-3
+    spatial = torch.rand(steps, batch, 4, 6, generator=generator)
+    spatial /= spatial.mean((2, 3), keepdim=True)
+    got = temporal_weights(temporal, noise, spatial)
+    assert got.dtype == torch.float32 and got.shape == (steps, batch) and (got > 0).all()
+    # One rounding to float32 for each of the weights, of which none exceeds their sum, `steps`.
+    torch.testing.assert_close(got.double().mean(0), torch.ones(batch).double(), rtol=0, atol=steps * 2**-24)
+
+
+def test_temporal_errors():
+    with pytest.raises(ValueError, match="temporal: got 'late', expected one of"):
+        temporal_weights("late", torch.ones(2, 1), None)
+    with pytest.raises(ValueError, match="weights: needed by temporal 'concentration'"):
+        temporal_weights("concentration", torch.ones(2, 1), None)

@@ -63,6 +63,18 @@ def test_every_strategy_trains(tmp_path, strategy):
     assert ("weights_max" in metrics) == (strategy != "uniform")
 
 
+@pytest.mark.parametrize("temporal", ["noise_level", "concentration"])
+def test_temporal_weights_reach_the_loss(tmp_path, temporal):
+    """They change the gradient, not the policy that is sampled; one trained step leaves them nothing to share out."""
+    plain = Trainer(small(tmp_path / "a")).step()
+    weighted = Trainer(small(tmp_path / "b", allocation={"temporal": temporal})).step()
+    assert weighted["reward"] == plain["reward"] and weighted["grad_norm"] != plain["grad_norm"]
+    one = {"trained_steps": [1]}
+    plain = Trainer(small(tmp_path / "c", sampling=one)).step()
+    weighted = Trainer(small(tmp_path / "d", sampling=one, allocation={"temporal": temporal})).step()
+    assert weighted["loss"] == plain["loss"] and weighted["grad_norm"] == plain["grad_norm"]
+
+
 @pytest.mark.parametrize("ratio", ["token", "location", "sample"])
 def test_every_ratio_trains(tmp_path, ratio):
     metrics = Trainer(small(tmp_path, loss={"ratio": ratio, "guard": ratio == "token", "kl_coef": 0.01})).step()
@@ -161,11 +173,11 @@ def test_a_reward_that_is_not_finite_names_the_prompt(tmp_path):
 
 def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
     trainer = Trainer(small(tmp_path))
-    before = [p.detach().clone() for p in trainer.transformer.parameters()]
+    before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
     monkeypatch.setattr(training, "group_advantages", lambda rewards, groups, **_: torch.full_like(rewards, torch.nan))
     metrics = trainer.step()
     assert metrics["updates_skipped"] == 2
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.transformer.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.transformer.parameters(), strict=True))
 
 
 def test_a_run_leaves_everything_and_the_adapter_loads_in_plain_diffusers(tmp_path):

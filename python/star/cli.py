@@ -93,6 +93,11 @@ def train(arguments: list[str]) -> None:
     from star.train import train as run
 
     summary = run(config)
+    if int(os.environ.get("RANK", 0)):
+        return  # the first process speaks for all
+    if summary.get("stopped"):
+        print(f"stopped after {summary['iterations']} iterations, as asked; --resume continues {config.run.out}")
+        return
     table = Table("", "before", "after", title=f"{summary['iterations']} iterations in {summary['seconds']:.0f} s")
     if "soft_before" in summary:
         for name in ("soft", "strict"):

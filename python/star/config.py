@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from star import files
 from star.objective import Allocation
 
 
@@ -36,6 +37,12 @@ class Model:
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     gradient_checkpointing: bool = False
+    compile: Literal["no", "inductor", "aot_eager"] = "no"
+    """Backend of torch.compile for the transformer's blocks. With inductor the on-policy ratio may not be exactly 1."""
+    frozen_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the text encoders and of what adapters leave frozen; trained weights and the autoencoder stay in float32."""
+    offload_encoders: bool = False
+    """Keep the text encoders on the CPU while they are not encoding."""
 
 
 @dataclass
@@ -49,6 +56,8 @@ class Sampling:
     noise_level: float = 0.7
     trained_steps: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """Steps that are stochastic and trained on; the others are ODE steps."""
+    window: int = 0
+    """Of these, so many in a row from a place drawn for each iteration; 0: all of them."""
     shared_noise: bool = False
     """The pictures of a prompt start from one noise and part at the first trained step."""
     prompts: str = "shapes"
@@ -58,6 +67,10 @@ class Sampling:
     layers: tuple[int, ...] | None = None
     """Blocks whose attention is read; None: all."""
     normalise: Literal["raw", "content", "concepts"] = "raw"
+    text_cache: int = 0
+    """Prompts whose embeddings are kept on the CPU from iteration to iteration; each is then encoded alone."""
+    rollout_device: Literal["model", "cpu"] = "model"
+    """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
 
 
 @dataclass
@@ -89,6 +102,10 @@ class Optimisation:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    ema_decay: float = 0.0
+    """Of a moving average of the weights, which is then what is scored and exported; 0: none."""
+    ema_every: int = 8
+    """Updates from one averaging to the next."""
 
 
 @dataclass
@@ -105,8 +122,10 @@ class Run:
     """Held-out prompts of the embedded world scored before and after; 0: none."""
     pictures: bool = True
     """Write reward curve, before/after grid and allocation pictures at the end."""
+    timeout_minutes: int = 30
+    """How long a process waits for the others before it gives the run up."""
     resume: bool = False
-    """Continue the run in `out` from its last checkpoint."""
+    """Continue the run in `out` from its last checkpoint, or from its beginning if it has none yet."""
     overwrite: bool = False
     """Delete what is in `out`."""
 
@@ -122,8 +141,8 @@ class Config:
     optimisation: Optimisation = field(default_factory=Optimisation)
     run: Run = field(default_factory=Run)
 
-    def check(self) -> None:
-        """Raise ConfigError for values that do not go together."""
+    def check(self, processes: int = 1) -> None:
+        """Raise ConfigError for values that do not go together, or not with this number of processes."""
         sampling, optimisation = self.sampling, self.optimisation
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
         if images % optimisation.updates_per_iteration:
@@ -131,21 +150,42 @@ class Config:
                 f"optimisation.updates_per_iteration: {optimisation.updates_per_iteration} does not divide "
                 f"{images} pictures"
             )
-        if optimisation.micro_batch and images // optimisation.updates_per_iteration % optimisation.micro_batch:
+        update = images // optimisation.updates_per_iteration
+        if update % processes:
+            raise ConfigError(f"accelerate: {processes} processes do not divide an update's {update} pictures")
+        if optimisation.micro_batch and update // processes % optimisation.micro_batch:
+            each = f", {update // processes} for each process" if processes > 1 else ""
             raise ConfigError(
                 f"optimisation.micro_batch: {optimisation.micro_batch} does not divide an update's "
-                f"{images // optimisation.updates_per_iteration} pictures"
+                f"{update} pictures{each}"
             )
         if not sampling.trained_steps or not all(0 <= i < sampling.steps - 1 for i in sampling.trained_steps):
             # The last step is nearly deterministic: its log-ratio would drown all others.
             raise ConfigError(
                 f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{sampling.steps - 2}"
             )
+        if not 0 <= sampling.window <= len(sampling.trained_steps):
+            raise ConfigError(
+                f"sampling.window: got {sampling.window}, expected 0..{len(sampling.trained_steps)}, the trained steps"
+            )
+        if self.allocation.temporal == "concentration" and self.allocation.strategy == "uniform":
+            raise ConfigError("allocation.temporal: concentration needs a strategy other than uniform")
         if sampling.images_per_prompt < 2:
             raise ConfigError(f"sampling.images_per_prompt: got {sampling.images_per_prompt}, a group needs at least 2")
         if self.loss.kl_coef and not self.model.lora_rank:
             raise ConfigError(
                 "loss.kl_coef: needs an adapter (model.lora_rank > 0): without it the reference is the model"
+            )
+        half = {"float16": "fp16", "bfloat16": "bf16"}
+        if self.model.frozen_dtype in half and optimisation.mixed_precision != half[self.model.frozen_dtype]:
+            raise ConfigError(
+                f"model.frozen_dtype: {self.model.frozen_dtype} needs optimisation.mixed_precision "
+                f"{half[self.model.frozen_dtype]}, got {optimisation.mixed_precision}"
+            )
+        if not 0 <= optimisation.ema_decay < 1 or optimisation.ema_every < 1:
+            raise ConfigError(
+                f"optimisation.ema_decay, ema_every: got {optimisation.ema_decay}, {optimisation.ema_every}, "
+                "expected 0 <= decay < 1 and at least 1"
             )
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
@@ -170,7 +210,61 @@ def shapes() -> Config:
     )
 
 
-PRESETS = {"shapes": shapes}
+def sd35m(task: str, fast: bool = False) -> Config:
+    """Stable Diffusion 3.5 Medium with Flow-GRPO's published settings and STAR's allocation (the defaults).
+
+    Sources: flow_grpo config/base.py and config/grpo.py, `geneval_sd3`, `general_ocr_sd3` and `pickscore_sd3`; LoRA and
+    the 128 tokens of T5 from scripts/train_sd3.py. fast: `geneval_sd3_fast_nocfg` and `pickscore_sd3_fast_nocfg`; there
+    is no such configuration for OCR, so it takes GenEval's.
+    """
+    published = Config(
+        # Flow-GRPO keeps the frozen transformer in float32; its products are in float16 there too.
+        model=Model(path="stabilityai/stable-diffusion-3.5-medium", frozen_dtype="float16"),
+        sampling=Sampling(
+            prompts=f"dataset/{task}/{'train_metadata.jsonl' if task == 'geneval' else 'train.txt'}",
+            text_cache=1024,  # 205 x 4096 numbers each: 1.7 GB in half precision
+        ),
+        loss=Loss(kl_coef=0.01 if task == "pickscore" else 0.04, global_std=True),
+        optimisation=Optimisation(
+            # Flow-GRPO sets 100000 and is stopped by hand.
+            iterations=5000,
+            # train_batch_size; 48 x 24 pictures in 2 updates: up to 64 processes with whole micro batches.
+            micro_batch=9,
+            mixed_precision="fp16",
+            ema_decay=0.9,  # both in scripts/train_sd3.py
+            ema_every=8,
+        ),
+        run=Run(out=Path(f"runs/{task}-sd35m"), seed=42, reward=task, save_every=60),
+    )
+    if not fast:
+        return published
+    groups = {"prompts_per_iteration": 64, "images_per_prompt": 18} if task == "pickscore" else {}
+    return dataclasses.replace(
+        published,
+        sampling=dataclasses.replace(
+            published.sampling,
+            guidance_scale=1.0,
+            sampler="cps",
+            noise_level=0.8,
+            # sde_window_size 3 in sde_window_range (0, 5).
+            trained_steps=(0, 1, 2, 3, 4),
+            window=3,
+            **groups,
+        ),
+        loss=dataclasses.replace(published.loss, clip_range=1e-5, kl_coef=0.0),
+        run=dataclasses.replace(published.run, out=Path(f"runs/{task}-sd35m-fast")),
+    )
+
+
+PRESETS = {
+    "shapes": shapes,
+    "geneval-sd35m": lambda: sd35m("geneval"),
+    "geneval-sd35m-fast": lambda: sd35m("geneval", fast=True),
+    "ocr-sd35m": lambda: sd35m("ocr"),
+    "ocr-sd35m-fast": lambda: sd35m("ocr", fast=True),
+    "pickscore-sd35m": lambda: sd35m("pickscore"),
+    "pickscore-sd35m-fast": lambda: sd35m("pickscore", fast=True),
+}
 
 
 def preset(name: str) -> Config:
@@ -247,4 +341,4 @@ def load(path: str | Path, base: Config | None = None) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    files.replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -1,4 +1,4 @@
-"""Allocation strategies: which latent positions receive the update. Needs torch and star_kernels only.
+"""Allocation strategies: which latent positions, at which steps, receive the update. Needs torch and star_kernels only.
 
 Every strategy has the same signature, so that a run can be repeated with another one by a flag:
 attention (STAR), uniform (scalar GRPO), shuffled, random (controls) and oracle (given masks).
@@ -15,6 +15,7 @@ from torch import Tensor
 from star_kernels import allocate
 
 STRATEGIES = ("attention", "uniform", "shuffled", "random", "oracle")
+TEMPORAL = ("none", "noise_level", "concentration")
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Allocation:
     """Standard deviation of a Gaussian, in image tokens."""
     sharpen: float = 1.0
     """Exponent of the relative map."""
+    temporal: Literal["none", "noise_level", "concentration"] = "none"
+    """Over the trained steps. noise_level: as the noise of each step (TempFlow-GRPO). concentration: as how unevenly a
+    sample's weights lie over its positions."""
 
 
 def uniform_rows(weights: Tensor) -> int:
@@ -94,6 +98,36 @@ def allocation_weights(
     elif strategy == "random":
         weights = random_like(weights, generator)
     return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+
+
+def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Weights of each sample's trained steps.
+
+    noise_level is Norm(sigma_t sqrt(dt)) of TempFlow-GRPO (arXiv 2508.04324, equation 8): without it the gradient of a
+    step grows as its noise shrinks. concentration is ours: the mean square of the spatial weights, 1 if they are flat.
+
+    Args:
+        temporal: one of TEMPORAL.
+        noise: (S, B) standard deviation of the noise of each trained step, `Transition.s`.
+        weights: (S, B, H, W) of mean 1, from `allocation_weights`; needed by "concentration".
+
+    Returns:
+        (S, B) float32 of mean 1 over the steps, or None for "none": the loss then needs no step weights.
+
+    Raises:
+        ValueError: an unknown `temporal`, or "concentration" without weights.
+    """
+    if temporal not in TEMPORAL:
+        raise ValueError(f"temporal: got {temporal!r}, expected one of {list(TEMPORAL)}")
+    if temporal == "none":
+        return None
+    if temporal == "noise_level":
+        share = noise.double()
+    elif weights is None:
+        raise ValueError("weights: needed by temporal 'concentration'; strategy 'uniform' has none")
+    else:
+        share = weights.double().square().mean((2, 3))
+    return (share / share.mean(0)).float()
 
 
 def another(groups: Tensor | None, batch: int, generator: torch.Generator | None) -> Tensor:

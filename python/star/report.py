@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from star import tracking
+from star import files, tracking
 from star.config import Config, ConfigError
 from star.objective import Allocation, allocation_weights
 from star.rollout import Rollout, decode, encode, make_steps, sample
@@ -33,14 +33,19 @@ class HeldOut:
     images: np.ndarray
 
 
-def held_out(pipeline: StableDiffusion3Pipeline, config: Config, label: str) -> HeldOut | None:
-    """Score the held-out prompts of the embedded world. What was measured before training is kept for a resumed run."""
+def held_out(
+    pipeline: StableDiffusion3Pipeline, config: Config, label: str, *, known: bool = False, write: bool = True
+) -> HeldOut | None:
+    """Score the held-out prompts of the embedded world, or, when `known`, read what an earlier part of the run scored.
+
+    With several processes all of them score; only one may write.
+    """
     if not config.run.held_out:
         return None
     texts = scenes.prompts(config.run.held_out, HELD_OUT_SEED, "heldout", distinct=True)
     categories = tuple(scenes.parse_scene(text).category for text in texts)
     path = config.run.out / f"held_out_{label}.npz"
-    if config.run.resume and label == "before":
+    if known:
         # The policy has moved since: measuring it now would call trained scores untrained.
         if not path.exists():
             raise ConfigError("run.held_out: the run was started without it, so its scores before are not known; use 0")
@@ -51,7 +56,9 @@ def held_out(pipeline: StableDiffusion3Pipeline, config: Config, label: str) -> 
             return HeldOut(tuple(texts), scores, stored["images"])
     images = measure.sample(pipeline, texts, HELD_OUT_SEED, config.sampling.steps)
     result = HeldOut(tuple(texts), measure.score(images, texts), images[:SHOWN])
-    np.savez(path, strict=result.scores.strict, soft=result.scores.soft, images=result.images)
+    if write:
+        arrays = {"strict": result.scores.strict, "soft": result.scores.soft, "images": result.images}
+        files.replace(path, lambda file: np.savez(file, **arrays))
     return result
 
 
@@ -70,19 +77,32 @@ def compare(before: HeldOut | None, after: HeldOut | None) -> dict[str, float]:
     return {name: round(float(value), 5) for name, value in values.items()}
 
 
-def pictures(pipeline: StableDiffusion3Pipeline, config: Config, before: HeldOut | None, after: HeldOut | None) -> None:
-    """Write reward_curve.png, and for the embedded world before_after.png and allocation.png."""
+def pictures(
+    pipeline: StableDiffusion3Pipeline,
+    config: Config,
+    before: HeldOut | None,
+    after: HeldOut | None,
+    *,
+    write: bool = True,
+) -> None:
+    """Write reward_curve.png, and for the embedded world before_after.png and allocation.png.
+
+    With several processes all of them sample; only one may write.
+    """
     out = config.run.out
-    reward_curve(tracking.read(out), out / "reward_curve.png")
+    if write:
+        reward_curve(tracking.read(out), out / "reward_curve.png")
     if before is None or after is None:
         return
-    before_after(before, after, out / "before_after.png")
+    if write:
+        before_after(before, after, out / "before_after.png")
     # Two-object prompts say most about where the maps look.
     texts = scenes.prompts(4, HELD_OUT_SEED, "heldout", ("position", "color_attribution"), distinct=True)
     sampling = config.sampling
     rollout = trace(pipeline, texts, config.model.max_sequence_length, sampling.steps, sampling.guidance_scale,
                     (config.model.height, config.model.width), HELD_OUT_SEED, sampling.layers)  # fmt: skip
-    allocation_picture(pipeline, rollout, config.allocation, out / "allocation.png")
+    if write:
+        allocation_picture(pipeline, rollout, config.allocation, out / "allocation.png")
 
 
 def reward_curve(metrics: list[dict[str, float]], path: Path) -> None:

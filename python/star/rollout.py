@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +46,17 @@ class Conditions:
         )
 
 
+def find_tokens(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int) -> ConceptTokens:
+    """Where each prompt's concepts are in the text that the pipeline makes of it."""
+    return locate(
+        prompts,
+        [parse(prompt) for prompt in prompts],
+        pipeline.tokenizer,
+        pipeline.tokenizer_3,
+        max_sequence_length=max_sequence_length,
+    )
+
+
 @torch.no_grad()
 def encode(
     pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int, guidance_scale: float
@@ -57,16 +71,65 @@ def encode(
         do_classifier_free_guidance=guided,
         max_sequence_length=max_sequence_length,
     )
-    tokens = locate(
-        prompts,
-        [parse(prompt) for prompt in prompts],
-        pipeline.tokenizer,
-        pipeline.tokenizer_3,
-        max_sequence_length=max_sequence_length,
-    )
+    tokens = find_tokens(pipeline, prompts, max_sequence_length)
     # The empty prompt is the same in every row.
     negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
     return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
+
+
+class PromptEncoder:
+    """Text embeddings of prompts. They repeat from iteration to iteration: the last `cached` are kept on the CPU.
+
+    With a cache every prompt is encoded alone, because its embeddings must not depend on what happened to be cached.
+    offload: the text encoders are on the device only while they encode.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int, cached: int, offload: bool):
+        self.pipeline, self.length, self.cached, self.offload = pipeline, max_sequence_length, cached, offload
+        self.cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self.encoders = [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e]
+        self.device = pipeline.transformer.device
+
+    def __call__(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        if not self.cached:
+            with self.on_device():
+                return encode(self.pipeline, prompts, self.length, guidance_scale)
+        wanted = [*prompts, ""] if guidance_scale > 1 else list(prompts)
+        missing = [prompt for prompt in wanted if prompt not in self.cache]
+        found = {prompt: self.cache[prompt] for prompt in wanted if prompt in self.cache}
+        if missing:
+            with self.on_device(), torch.no_grad():
+                found |= {prompt: self.encode_one(prompt) for prompt in missing}
+        self.cache |= found
+        for prompt in wanted:
+            self.cache.move_to_end(prompt)
+        while len(self.cache) > self.cached:
+            self.cache.popitem(last=False)
+        embeds, pooled = (torch.cat(x).to(self.device) for x in zip(*(found[p] for p in prompts), strict=True))
+        negative = (x.to(self.device) for x in found[""]) if guidance_scale > 1 else (None, None)
+        return Conditions(tuple(prompts), embeds, pooled, *negative, find_tokens(self.pipeline, prompts, self.length))
+
+    def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            *([prompt], None, None),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.length,
+        )
+        return embeds.cpu(), pooled.cpu()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        if not self.offload:
+            yield
+            return
+        for encoder in self.encoders:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in self.encoders:
+                encoder.to("cpu")
 
 
 @dataclass(frozen=True)
@@ -86,6 +149,13 @@ def make_steps(scheduler, count: int, trained: Sequence[int], sampler: str, nois
     sigmas = scheduler.sigmas.double().cpu()
     transitions = schedule(sigmas, sampler, noise_level, trained)
     return Steps(sigmas, scheduler.timesteps.float().cpu(), transitions, tuple(trained))
+
+
+def draw_window(steps: Sequence[int], size: int, seed: str) -> tuple[int, ...]:
+    """`size` neighbours of the trained steps at a place that the seed decides, as Flow-GRPO-Fast draws its SDE window;
+    0: all of them."""
+    start = random.Random(f"{seed}/window").randint(0, len(steps) - size) if size else 0
+    return tuple(steps[start : start + size] if size else steps)
 
 
 def predict_velocity(
@@ -121,8 +191,9 @@ class Rollout:
     """B samples and their S trained steps. Samples are cut into chunks, which are also the update's minibatches.
 
     groups: (B,) int64 index of each sample's prompt. conditions: of the distinct prompts. samples, prev_samples,
-    old_means: (S, B, C, H, W). maps: (M, B, G, N) at the captured steps, or None. latents: (B, C, H, W), the end.
-    shared: the first `shared` steps of the schedule found the samples of a group at one and the same latents.
+    old_means: (S, B, C, H, W), on the device that stores them. maps: (M, B, G, N) at the captured steps, or None.
+    latents: (B, C, H, W), the end. shared: the first `shared` steps of the schedule found the samples of a group at one
+    and the same latents.
     """
 
     conditions: Conditions
@@ -143,7 +214,14 @@ class Rollout:
         on-policy ratio would not be exactly 1."""
         step = self.steps.trained[k]
         batch = Batch(self.conditions, self.groups[rows], step < self.shared)
-        return batch.velocity(transformer, self.samples[k, rows], self.steps.timesteps[step], self.guidance_scale)
+        samples = self.samples[k, rows].to(self.latents.device)
+        return batch.velocity(transformer, samples, self.steps.timesteps[step], self.guidance_scale)
+
+    def transition(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Transition]:
+        """samples, prev_samples, old_means (B', C, H, W) and transition of some samples at the k-th trained step."""
+        step, device = self.steps.trained[k], self.latents.device
+        stored = (x[k, rows].to(device) for x in (self.samples, self.prev_samples, self.old_means))
+        return *stored, self.steps.transitions.rows(slice(step, step + 1)).to(device).expand(len(rows))
 
 
 class Batch:
@@ -180,6 +258,8 @@ def sample(
     captured: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     normalise: str = "raw",
+    rows: Tensor | None = None,
+    stored_on_cpu: bool = False,
 ) -> Rollout:
     """Run the sampler.
 
@@ -195,16 +275,25 @@ def sample(
         chunk: samples per minibatch of the update (`Rollout.velocity`), and per forward pass here.
         captured: steps at which maps are read. None: the trained ones. Empty: none.
         layers, normalise: of `star.capture.capture`.
+        rows: (b,) int64, the samples to make of the B, None: all. Their noise is what it is in the whole batch, which
+            is drawn whole; the rollout is of these b samples.
+        stored_on_cpu: keep the latents for the update in (pinned) memory of the CPU.
     """
-    device, batch = conditions.embeds.device, len(groups)
+    device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
+    total, groups = len(groups), groups[rows]
+    batch = len(groups)
     config = getattr(transformer, "module", transformer).config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
     captured = steps.trained if captured is None else tuple(captured)
     channels = config.in_channels
-    count = len(conditions.prompts) if shared_noise else batch
-    noise = torch.randn(count, channels, *size, generator=generator).to(device)
-    latents = noise[groups] if shared_noise else noise
-    stored = torch.empty(3, len(steps.trained), batch, channels, *size, device=device)
+    count = len(conditions.prompts) if shared_noise else total
+    noise = torch.randn(count, channels, *size, generator=generator)
+    latents = noise[groups if shared_noise else rows].to(device)
+    stored = torch.empty(
+        *(3, len(steps.trained), batch, channels, *size),
+        device="cpu" if stored_on_cpu else device,
+        pin_memory=stored_on_cpu and device.type == "cuda",
+    )
     maps = None
     shared = min(steps.trained, default=len(steps.timesteps) - 1) + 1 if shared_noise else 0
     whole, parts = [torch.arange(batch)], torch.arange(batch).split(chunk or batch)
@@ -212,10 +301,10 @@ def sample(
     for i, timestep in enumerate(steps.timesteps):
         transition = steps.transitions.rows(slice(i, i + 1)).to(device)
         velocity = torch.empty_like(latents)
-        for rows in whole if i < shared and i not in steps.trained else parts:
-            part = Batch(conditions, groups[rows], i < shared)
+        for chosen in whole if i < shared and i not in steps.trained else parts:
+            part = Batch(conditions, groups[chosen], i < shared)
             if i not in captured:
-                velocity[rows] = part.velocity(transformer, latents[rows], timestep, guidance_scale)
+                velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
                 continue
             length = len(part.conditions.prompts)
             with capture(
@@ -226,13 +315,13 @@ def sample(
                 layers=layers,
                 normalise=normalise,
             ) as read:
-                velocity[rows] = part.velocity(transformer, latents[rows], timestep, guidance_scale)
+                velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
             values = part.each(read.read())
             if maps is None:
                 maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
-            maps[captured.index(i), rows] = values
+            maps[captured.index(i), chosen] = values
         if i in steps.trained:
-            noise = torch.randn(latents.shape, generator=generator).to(device)
+            noise = torch.randn(total, channels, *size, generator=generator)[rows].to(device)
             after, mean = gaussian_step(latents, velocity, noise, transition.expand(batch))
             k = steps.trained.index(i)
             stored[0, k], stored[1, k], stored[2, k] = latents, after, mean

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+
+from star import files
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str):
+    """Add the time of a `with` block to seconds["seconds/phase"]."""
+    begin = time.perf_counter()
+    yield
+    seconds[f"seconds/{phase}"] += time.perf_counter() - begin
 
 
 class Tracker:
@@ -17,14 +30,14 @@ class Tracker:
     def __init__(self, run: Path, start: int) -> None:
         self.path = run / "metrics.jsonl"
         kept = [line for line in read(run) if line["iteration"] < start]
-        writing = self.path.with_suffix(".writing")
-        writing.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        writing.replace(self.path)
+        files.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(run / "tensorboard", purge_step=start)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint must not be ahead of them
         for name, value in metrics.items():
             self.board.add_scalar(name, value, iteration)
 

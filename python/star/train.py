@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from star import checkpoint, rewards
+from star import checkpoint, files, rewards
 from star import config as configuration
 from star.advantage import group_advantages
-from star.config import Config, ConfigError
-from star.objective import allocation_weights, uniform_rows
-from star.pipeline import load_pipeline, make_trainable
+from star.config import Config
+from star.distributed import LostProcess, Share, Termination, lost, make_accelerator, on_main
+from star.objective import allocation_weights, temporal_weights, uniform_rows
+from star.pipeline import load_pipeline
+from star.policy import Policy
 from star.prompts import draw_prompts
-from star.rollout import Rollout, decode, encode, make_steps, sample
-from star.tracking import Tracker
+from star.rollout import PromptEncoder, Rollout, decode, draw_window, make_steps, sample
+from star.tracking import Tracker, timed
 from star_kernels import policy_loss
 
 log = logging.getLogger("star")
-
-
-def prepare_folder(config: Config) -> None:
-    """Make the run's folder; never touch what is in it unless told to."""
-    out = config.run.out
-    if config.run.overwrite and out.exists() and any(out.iterdir()):
-        # A slip in --out must not cost anyone a folder that is no run.
-        if not (out / "config.yaml").is_file():
-            raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
-        shutil.rmtree(out)
-    if not config.run.resume and out.exists() and any(out.iterdir()):
-        raise ConfigError(f"run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str):
-    begin = time.perf_counter()
-    yield
-    seconds[f"seconds/{phase}"] += time.perf_counter() - begin
 
 
 class Trainer:
@@ -58,36 +38,28 @@ class Trainer:
         self.config = config
         self.reward = rewards.load(config.run.reward)
         draw_prompts(config, 0)
-        self.accelerator = Accelerator(mixed_precision=config.optimisation.mixed_precision)
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(f"accelerate: got {self.accelerator.num_processes} processes, one is supported so far")
-        device = self.accelerator.device
-        self.pipeline = load_pipeline(config.model.path, device)
-        prepare_folder(config)
+        self.accelerator = make_accelerator(config)
+        config.check(self.accelerator.num_processes)
+        device, sampling, updates = self.accelerator.device, config.sampling, config.optimisation.updates_per_iteration
+        self.pipeline = load_pipeline(config.model.path, device, getattr(torch, config.model.frozen_dtype))
+        self.encode = PromptEncoder(
+            self.pipeline, config.model.max_sequence_length, sampling.text_cache, config.model.offload_encoders
+        )
+        on_main(self.accelerator, lambda: checkpoint.prepare_folder(config))
         set_seed(config.run.seed)
-        parameters = make_trainable(self.pipeline, config)
-        optimisation, sampling = config.optimisation, config.sampling
-        optimizer = torch.optim.AdamW(
-            parameters,
-            optimisation.learning_rate,
-            betas=tuple(optimisation.betas),
-            weight_decay=optimisation.weight_decay,
-        )
-        self.transformer, self.optimizer = self.accelerator.prepare(self.pipeline.transformer, optimizer)
-        self.steps = make_steps(
-            self.pipeline.scheduler, sampling.steps, sampling.trained_steps, sampling.sampler, sampling.noise_level
-        )
+        self.policy = Policy(self.pipeline, config, self.accelerator)
         factor = self.pipeline.vae_scale_factor
         self.size = (config.model.height // factor, config.model.width // factor)
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
-        self.chunk = optimisation.micro_batch or images // optimisation.updates_per_iteration
         # Neighbours are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration
+        self.share = Share(self.accelerator, images, updates)
+        self.chunk = config.optimisation.micro_batch or len(self.share.rows) // updates
         self.iteration = 0
         self.told = False
         if config.run.resume:
             self.resume()
-        configuration.save(config, config.run.out / "config.yaml")
+            on_main(self.accelerator, lambda: configuration.save(config, config.run.out / "config.yaml"))
 
     # --- one iteration, straight down -----------------------------------------------------------------------------
 
@@ -98,16 +70,20 @@ class Trainer:
         with timed(seconds, "rollout"):
             rollout = self.rollout(draw_prompts(config, self.iteration), generator)
         with timed(seconds, "reward"):
-            prompts = [rollout.conditions.prompts[i] for i in self.groups.tolist()]
+            prompts = [rollout.conditions.prompts[i] for i in rollout.groups.tolist()]
             scores = rewards.check(self.reward(decode(self.pipeline, rollout.latents), prompts), prompts)
+        reward = self.share.gather(scores.reward)
         advantages = group_advantages(
-            scores.reward, self.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
+            reward, self.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
         )
         weights = self.weights(rollout, scores.masks, generator)
+        noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
+        step_weights = temporal_weights(config.allocation.temporal, noise.to(rollout.latents.device), weights)
         with timed(seconds, "update"):
-            metrics = self.update(rollout, advantages.to(rollout.latents.device), weights)
+            own = advantages[self.share.rows].to(rollout.latents.device)
+            metrics = self.update(rollout, own, weights, step_weights)
         self.iteration += 1
-        metrics |= {"reward": scores.reward.mean().item(), "reward_std": scores.reward.std().item()}
+        metrics |= {"reward": reward.mean().item(), "reward_std": reward.std().item()}
         metrics |= {f"reward_{name}": value.mean().item() for name, value in scores.details.items()}
         metrics["advantage_zero"] = (advantages == 0).float().mean().item()
         if weights is not None:
@@ -116,24 +92,26 @@ class Trainer:
             if metrics["weights_uniform"] and config.allocation.mix > 0 and not self.told:
                 log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
                 self.told = True  # the count is in the metrics of every iteration
-        return metrics | seconds
+        return self.share.reduce(metrics | seconds)
 
     def rollout(self, prompts: list[str], generator: torch.Generator) -> Rollout:
-        config = self.config
-        conditions = encode(self.pipeline, prompts, config.model.max_sequence_length, config.sampling.guidance_scale)
+        config, sampling = self.config, self.config.sampling
+        trained = draw_window(sampling.trained_steps, sampling.window, f"{config.run.seed}/{self.iteration}")
         return sample(
-            self.transformer,
-            conditions,
+            self.policy.transformer,
+            self.encode(prompts, sampling.guidance_scale),
             self.groups,
-            self.steps,
+            make_steps(self.pipeline.scheduler, sampling.steps, trained, sampling.sampler, sampling.noise_level),
             size=self.size,
             generator=generator,
-            guidance_scale=config.sampling.guidance_scale,
-            shared_noise=config.sampling.shared_noise,
+            guidance_scale=sampling.guidance_scale,
+            shared_noise=sampling.shared_noise,
             chunk=self.chunk,
             captured=() if config.allocation.strategy in ("uniform", "oracle") else None,
-            layers=config.sampling.layers,
-            normalise=config.sampling.normalise,
+            layers=sampling.layers,
+            normalise=sampling.normalise,
+            rows=self.share.rows,
+            stored_on_cpu=sampling.rollout_device == "cpu",
         )
 
     def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -142,58 +120,63 @@ class Trainer:
             masks = F.adaptive_avg_pool2d(masks[:, None], rollout.grid).flatten(1).to(rollout.latents.device)
         # Every step starts from the same state: who gets whose weights does not change from step to step.
         seed = int(torch.randint(2**62, (), generator=generator))
-        per_step = [
-            allocation_weights(
+        # The controls look beyond a sample: they need those of every process.
+        everyone = self.config.allocation.strategy in ("shuffled", "random")
+        per_step = []
+        for k in range(len(rollout.steps.trained)):
+            maps = None if rollout.maps is None else rollout.maps[k]
+            weights = allocation_weights(
                 self.config.allocation,
-                None if rollout.maps is None else rollout.maps[k],
+                self.share.gather(maps) if everyone else maps,
                 rollout.grid,
                 patch=self.pipeline.transformer.config.patch_size,
-                groups=self.groups,
+                groups=self.groups if everyone else rollout.groups,
                 masks=masks,
                 generator=torch.Generator().manual_seed(seed),
             )
-            for k in range(len(self.steps.trained))
-        ]
+            per_step.append(weights[self.share.rows] if everyone else weights)
         return None if per_step[0] is None else torch.stack(per_step)
 
-    def update(self, rollout: Rollout, advantages: Tensor, weights: Tensor | None) -> dict[str, float]:
+    def update(
+        self, rollout: Rollout, advantages: Tensor, weights: Tensor | None, step_weights: Tensor | None
+    ) -> dict[str, float]:
         """Optimiser steps over the rollout; each sees its own pictures at every trained step."""
-        loss_config, optimisation = self.config.loss, self.config.optimisation
-        chunks = torch.arange(len(self.groups)).split(self.chunk)
-        per_update = len(chunks) // optimisation.updates_per_iteration
+        loss_config, transformer = self.config.loss, self.policy.transformer
+        chunks, trained = torch.arange(len(rollout.groups)).split(self.chunk), len(rollout.steps.trained)
+        per_update = len(chunks) // self.config.optimisation.updates_per_iteration
         seen, skipped, norms = defaultdict(list), 0, []
         for number, rows in enumerate(chunks):
-            for k, step in enumerate(self.steps.trained):
-                transition = self.steps.transitions.rows(slice(step, step + 1)).to(advantages.device).expand(len(rows))
-                velocity = rollout.velocity(self.transformer, k, rows)
-                reference = self.reference_velocity(rollout, k, rows) if loss_config.kl_coef else None
-                loss, statistics = policy_loss(
-                    velocity,
-                    rollout.samples[k, rows],
-                    rollout.prev_samples[k, rows],
-                    transition,
-                    advantages[rows],
-                    None if weights is None else weights[k, rows],
-                    old_mean=rollout.old_means[k, rows],
-                    reference_velocity=reference,
-                    ratio=loss_config.ratio,
-                    clip_range=loss_config.clip_range,
-                    adv_clip=loss_config.adv_clip,
-                    kl_coef=loss_config.kl_coef,
-                    guard=loss_config.guard,
-                )
-                self.accelerator.backward(loss / (len(self.steps.trained) * per_update))
+            for k in range(trained):
+                last = (number + 1) % per_update == 0 and k == trained - 1
+                # Gradients add up locally; processes exchange them once per update.
+                with nullcontext() if last else self.accelerator.no_sync(transformer):
+                    samples, prev_samples, old_means, transition = rollout.transition(k, rows)
+                    velocity = rollout.velocity(transformer, k, rows)
+                    reference = self.reference_velocity(rollout, k, rows) if loss_config.kl_coef else None
+                    loss, statistics = policy_loss(
+                        velocity,
+                        samples,
+                        prev_samples,
+                        transition,
+                        advantages[rows],
+                        None if weights is None else weights[k, rows],
+                        old_mean=old_means,
+                        reference_velocity=reference,
+                        step_weights=None if step_weights is None else step_weights[k, rows],
+                        ratio=loss_config.ratio,
+                        clip_range=loss_config.clip_range,
+                        adv_clip=loss_config.adv_clip,
+                        kl_coef=loss_config.kl_coef,
+                        guard=loss_config.guard,
+                    )
+                    self.accelerator.backward(loss / (trained * per_update))
                 seen["loss"].append(loss.detach())
                 for name, value in statistics._asdict().items():
                     seen[name].append(value)
-            if (number + 1) % per_update == 0:
-                norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), optimisation.max_grad_norm)
-                norms.append(float(norm))
-                if torch.isfinite(norm):
-                    self.optimizer.step()
-                else:
-                    skipped += 1
-                self.optimizer.zero_grad()
+            if last:
+                norm, was_skipped = self.policy.step()
+                norms.append(norm)
+                skipped += was_skipped
         metrics = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
         metrics["ratio_min"] = torch.stack(seen["ratio_min"]).min().item()
         metrics["ratio_max"] = torch.stack(seen["ratio_max"]).max().item()
@@ -203,64 +186,78 @@ class Trainer:
 
     def reference_velocity(self, rollout: Rollout, k: int, rows: Tensor) -> Tensor:
         """Velocity of the model without its adapter."""
-        transformer = self.accelerator.unwrap_model(self.transformer)
-        transformer.disable_adapters()
-        try:
-            with torch.no_grad():
-                return rollout.velocity(transformer, k, rows)
-        finally:
-            transformer.enable_adapters()
+        with self.policy.reference() as transformer:
+            return rollout.velocity(transformer, k, rows)
 
     # --- stopping and going on --------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write everything that the next iteration depends on; its noise and prompts follow from seed and iteration."""
-        parameters = {n: p.detach() for n, p in self.pipeline.transformer.named_parameters() if p.requires_grad}
-        state = {"iteration": self.iteration, "parameters": parameters, "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(self.config.run.out, self.iteration, state, self.config.run.keep_checkpoints)
+        run = self.config.run
+        state = {"iteration": self.iteration, "random": gather_object([checkpoint.random_state()])}
+        state |= self.policy.state_dict()
+        on_main(self.accelerator, lambda: checkpoint.save(run.out, self.iteration, state, run.keep_checkpoints))
 
     def resume(self) -> None:
         found = checkpoint.checkpoints(self.config.run.out)
         if not found:
-            raise ConfigError(f"run.resume: {self.config.run.out} has no checkpoint")
+            return  # it was stopped before the first one
         state = checkpoint.load(found[-1])
-        own = {n: p for n, p in self.pipeline.transformer.named_parameters() if p.requires_grad}
-        saved = state["parameters"]
-        if saved.keys() != own.keys() or any(saved[n].shape != own[n].shape for n in own):
+        if not self.policy.fits(state):
             raise checkpoint.CheckpointError(f"checkpoint: {found[-1]} is of another model or adapter")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.policy.load_state_dict(state)
+        if self.accelerator.process_index < len(state["random"]):
+            checkpoint.set_random_state(state["random"][self.accelerator.process_index])
         self.iteration = state["iteration"]
 
 
 def train(config: Config) -> dict[str, float]:
-    """Run a configuration to its end. Returns (and writes to summary.json) what it reached."""
+    """Run a configuration to its end. Returns (and writes to summary.json) what it reached; after a SIGTERM it returns
+    early, with `stopped` in what it returns and a checkpoint to continue from."""
+    trainer = None
+    try:
+        with Termination() as termination:
+            trainer = Trainer(config)
+            return run(trainer, termination)
+    except RuntimeError as error:
+        if trainer is None or trainer.accelerator.num_processes == 1 or not lost(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise LostProcess(
+            f"accelerate: another process of the run was lost ({reason}); --resume continues from the last checkpoint"
+        ) from error
+
+
+def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
     from star import report  # matplotlib is slow to import and only needed for pictures
 
-    trainer = Trainer(config)
-    out, begin = config.run.out, time.perf_counter()
-    tracker = Tracker(out, trainer.iteration)
-    before = report.held_out(trainer.pipeline, config, "before")
+    config, accelerator, policy = trainer.config, trainer.accelerator, trainer.policy
+    main, out, begin = accelerator.is_main_process, config.run.out, time.perf_counter()
+    tracker = Tracker(out, trainer.iteration) if main else None
+    # Every process takes part, because the weights may be sharded over them; the main one writes.
+    before = report.held_out(trainer.pipeline, config, "before", known=trainer.iteration > 0, write=main)
     total = config.optimisation.iterations
-    with tqdm(total=total, initial=trainer.iteration, desc="training", dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=trainer.iteration, desc="training", dynamic_ncols=True, disable=not main) as bar:
         while trainer.iteration < total:
+            if termination.agreed(accelerator):
+                trainer.save()
+                return {"iterations": trainer.iteration, "stopped": True}
             metrics = trainer.step()
-            tracker.log(trainer.iteration - 1, metrics)
+            if main:
+                tracker.log(trainer.iteration - 1, metrics)
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", ratio=f"{metrics['ratio_max']:.4f}")
             if trainer.iteration % config.run.save_every == 0 or trainer.iteration == total:
                 trainer.save()
-    tracker.close()
-    if config.model.lora_rank:
-        checkpoint.export_lora(trainer.pipeline.transformer, out / "lora")
-    else:
-        trainer.pipeline.save_pretrained(out / "model")
-    after = report.held_out(trainer.pipeline, config, "after")
+    if main:
+        tracker.close()
+    with policy.averaged():
+        checkpoint.export(trainer.pipeline, out, main)
+        after = report.held_out(trainer.pipeline, config, "after", write=main)
+        if config.run.pictures:
+            report.pictures(trainer.pipeline, config, before, after, write=main)
     summary = {"iterations": trainer.iteration, **report.compare(before, after)}
-    if config.run.pictures:
-        report.pictures(trainer.pipeline, config, before, after)
     summary["seconds"] = round(time.perf_counter() - begin, 1)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if main:
+        files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
