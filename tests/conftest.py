@@ -24,6 +24,7 @@ ORDER = (
     "test_objective",
     "test_world",
     "test_rollout",
+    "test_rewards",
     "test_training",
     "test_cli",
     "test_triton_offline",

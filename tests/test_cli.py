@@ -40,7 +40,7 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--preset", "geneval"], "star: preset: unknown 'geneval', expected one of ['shapes']"),
-        ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['shapes'] or"),
+        ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['shapes', 'ocr',"),
         ([*TINY, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
         (["--config", "/nowhere.yaml"], "star: config: /nowhere.yaml cannot be read"),
         ([*TINY, "--sampling.prompts", "/nowhere.txt"], "star: sampling.prompts: /nowhere.txt cannot be read"),

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from star import checkpoint, rewards
 from star import config as configuration
-from star.advantage import group_advantages
+from star.advantage import group_advantages, location_advantages, weighted_advantages
 from star.config import Config, ConfigError
 from star.objective import allocation_weights, uniform_rows
 from star.pipeline import load_pipeline, make_trainable
-from star.prompts import draw_prompts
+from star.prompts import Prompt, draw_prompts
+from star.rewards.worker import RewardWorker
 from star.rollout import Rollout, decode, encode, make_steps, sample
 from star.tracking import Tracker
 from star_kernels import policy_loss
@@ -56,12 +57,13 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         config.check()
         self.config = config
-        self.reward = rewards.load(config.run.reward)
         draw_prompts(config, 0)
         self.accelerator = Accelerator(mixed_precision=config.optimisation.mixed_precision)
         if self.accelerator.num_processes > 1:
             raise ConfigError(f"accelerate: got {self.accelerator.num_processes} processes, one is supported so far")
         device = self.accelerator.device
+        self.reward = rewards.load(config.run.reward, config.run.reward_models, device)
+        self.worker = RewardWorker(self.reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = load_pipeline(config.model.path, device)
         prepare_folder(config)
         set_seed(config.run.seed)
@@ -95,20 +97,20 @@ class Trainer:
         """One iteration: rollout, reward, advantage, allocation, update. Returns its metrics."""
         config, seconds = self.config, defaultdict(float)
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
+        prompts = draw_prompts(config, self.iteration)
         with timed(seconds, "rollout"):
-            rollout = self.rollout(draw_prompts(config, self.iteration), generator)
+            rollout = self.rollout([prompt.text for prompt in prompts], generator)
         with timed(seconds, "reward"):
-            prompts = [rollout.conditions.prompts[i] for i in self.groups.tolist()]
-            scores = rewards.check(self.reward(decode(self.pipeline, rollout.latents), prompts), prompts)
-        advantages = group_advantages(
-            scores.reward, self.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
-        )
+            scores = self.score(rollout, prompts)
+            failures = self.worker.count_failures()
+        advantages = self.advantages(scores)
         weights = self.weights(rollout, scores.masks, generator)
         with timed(seconds, "update"):
             metrics = self.update(rollout, advantages.to(rollout.latents.device), weights)
         self.iteration += 1
-        metrics |= {"reward": scores.reward.mean().item(), "reward_std": scores.reward.std().item()}
-        metrics |= {f"reward_{name}": value.mean().item() for name, value in scores.details.items()}
+        metrics |= rewards.means(scores)
+        metrics["reward_std"] = scores.reward[scores.reward.isfinite()].std().item()
+        metrics["reward_failed"] = float(failures)
         metrics["advantage_zero"] = (advantages == 0).float().mean().item()
         if weights is not None:
             metrics["weights_max"] = weights.amax((2, 3)).mean().item()
@@ -135,6 +137,30 @@ class Trainer:
             layers=config.sampling.layers,
             normalise=config.sampling.normalise,
         )
+
+    def score(self, rollout: Rollout, prompts: list[Prompt]) -> rewards.Scores:
+        """Scores of the pictures: while one chunk is scored, the next one is decoded."""
+        tickets = []
+        for rows in torch.arange(len(self.groups)).split(self.chunk):
+            chosen = [prompts[i] for i in self.groups[rows].tolist()]
+            images = decode(self.pipeline, rollout.latents[rows])
+            tickets.append(self.worker.submit(images, [p.text for p in chosen], [p.metadata for p in chosen]))
+        return rewards.concatenate([ticket.result() for ticket in tickets])
+
+    def advantages(self, scores: rewards.Scores) -> Tensor:
+        """(B,), or (B, H, W) with loss.advantage 'location'."""
+        loss = self.config.loss
+        options = {"global_std": loss.global_std, "eps": loss.advantage_eps}
+        if loss.advantage == "location":
+            if scores.reward_map is None:
+                raise ConfigError(
+                    f"loss.advantage: 'location' needs a reward that localises, not {self.config.run.reward!r}"
+                )
+            maps = F.adaptive_avg_pool2d(scores.reward_map[:, None], self.size)[:, 0]
+            return location_advantages(maps, self.groups, **options)
+        if loss.normalise_rewards:
+            return weighted_advantages(scores.terms, self.reward.weights, self.groups, **options)
+        return group_advantages(scores.reward, self.groups, **options)
 
     def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
         """(S, B, H, W) weights of the trained steps, or None for uniform ones."""
