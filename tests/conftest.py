@@ -25,6 +25,7 @@ ORDER = (
     "test_world",
     "test_rollout",
     "test_rewards",
+    "test_rewards_clip",
     "test_training",
     "test_cli",
     "test_triton_offline",

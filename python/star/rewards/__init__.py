@@ -222,18 +222,18 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
             from star.rewards import geneval
 
             return geneval.load(path, models.get("geneval_clip"), device)
-        case "pickscore" | "clipscore" | "hps":
+        case "pickscore" | "clipscore":
             from star.rewards import clip
 
             return getattr(clip, name)(path, device)
-        case "aesthetic":
+        case "hps" | "aesthetic":
             from star.rewards import clip
 
-            return clip.aesthetic(path, models.get("aesthetic_clip"), device)
+            return getattr(clip, name)(path, models.get(f"{name}_clip"), device)
         case "image_reward":
             from star.rewards.image_reward import load_image_reward
 
-            return load_image_reward(path, device)
+            return load_image_reward(path, models.get("image_reward_tokenizer"), device)
     module, _, function = name.partition(":")
     if not function:
         raise ValueError(f"reward: unknown {name!r}, expected one of {list(NAMES)} or 'module:function'")
