@@ -26,6 +26,7 @@ ORDER = (
     "test_rollout",
     "test_rewards",
     "test_rewards_clip",
+    "test_geneval",
     "test_training",
     "test_cli",
     "test_triton_offline",
