@@ -27,6 +27,7 @@ ORDER = (
     "test_rewards",
     "test_rewards_clip",
     "test_geneval",
+    "test_rewards_remote",
     "test_training",
     "test_cli",
     "test_triton_offline",
