@@ -29,6 +29,7 @@ ORDER = (
     "test_geneval",
     "test_rewards_remote",
     "test_training",
+    "test_location_rewards",
     "test_cli",
     "test_triton_offline",
 )
