@@ -31,6 +31,7 @@ ORDER = (
     "test_training",
     "test_location_rewards",
     "test_cli",
+    "test_evaluation",
     "test_triton_offline",
 )
 

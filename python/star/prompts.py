@@ -55,8 +55,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         prompts = [_parse(f"{path}:{number}", line) for number, line in lines if line]
     else:
         prompts = [Prompt(line) for _, line in lines if line]
-    # The first of equal ones: a group of an iteration is one prompt.
-    return list({prompt.text: prompt for prompt in reversed(prompts)}.values())[::-1]
+    distinct: dict[str, Prompt] = {}
+    for prompt in prompts:
+        distinct.setdefault(prompt.text, prompt)  # a group of an iteration is one prompt
+    return list(distinct.values())
 
 
 def _parse(place: str, line: str) -> Prompt:

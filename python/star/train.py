@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from star import checkpoint, rewards
+from star import card, checkpoint, rewards
 from star import config as configuration
 from star.advantage import group_advantages, location_advantages, weighted_advantages
 from star.config import Config, ConfigError
@@ -289,4 +289,5 @@ def train(config: Config) -> dict[str, float]:
         report.pictures(trainer.pipeline, config, before, after)
     summary["seconds"] = round(time.perf_counter() - begin, 1)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    card.write(out / ("lora" if config.model.lora_rank else "model"), config, summary)
     return summary
