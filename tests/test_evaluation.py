@@ -86,6 +86,19 @@ def red_reward(images, prompts, metadata):
     return [float(m["tag"] == "red") for m in metadata]
 
 
+def test_a_run_with_the_real_reader(tmp_path):
+    pytest.importorskip("rapidocr")
+    texts = [f'{start} red circle "{word}"' for start in ("a", "one") for word in ("Open", "Late")]
+    path = lines(tmp_path / "train.txt", texts)
+    config = small(tmp_path / "run", sampling={"prompts": str(path)}, optimisation={"iterations": 1},
+                   run={"reward": "ocr:1.0,jpeg_compressibility:0.5"})  # fmt: skip
+    train(config)
+    metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert 0 <= metrics["reward_ocr"] <= 1 and metrics["reward_failed"] == 0 and metrics["grad_norm"] > 0
+    total = metrics["reward_ocr"] + 0.5 * metrics["reward_jpeg_compressibility"]
+    assert metrics["reward"] == pytest.approx(total, abs=1e-6)
+
+
 # --- scoring ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Rewards: each against its formula written anew, and what happens when one fails."""
 
 import io
+import sys
 import threading
 import time
 
@@ -63,6 +64,13 @@ def test_a_wrong_reward_is_one_clear_line(specification, words):
     with pytest.raises(ValueError, match=words) as caught:
         rewards.load(specification)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["rapidocr", "rapidfuzz"])
+def test_a_missing_extra_is_one_clear_line(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RewardError, match=rf"'ocr' needs {library}; pip install 'star-kernels\[rewards\]'"):
+        rewards.load("ocr")
 
 
 def redness(images, prompts, metadata):

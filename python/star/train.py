@@ -279,6 +279,7 @@ def train(config: Config) -> dict[str, float]:
             if trainer.iteration % config.run.save_every == 0 or trainer.iteration == total:
                 trainer.save()
     tracker.close()
+    trainer.worker.close()
     if config.model.lora_rank:
         checkpoint.export_lora(trainer.pipeline.transformer, out / "lora")
     else:
