@@ -26,11 +26,17 @@ ORDER = (
     "test_objective",
     "test_world",
     "test_rollout",
+    "test_rewards",
+    "test_rewards_clip",
+    "test_geneval",
+    "test_rewards_remote",
     "test_training",
+    "test_location_rewards",
     "test_recovery",
     "test_distributed",
     "test_presets",
     "test_cli",
+    "test_evaluation",
     "test_triton_offline",
 )
 

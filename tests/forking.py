@@ -1,7 +1,7 @@
 """Processes for tests that kill or connect them: forked from one that has already imported everything.
 
-The test calls `serve`, which runs one of its module's functions in a fresh interpreter: a fork of the test's own process,
-whose thread pools have run, could hang.
+The test calls `serve`, which runs one of its module's functions in a fresh interpreter: a fork of the test's own
+process, whose thread pools have run, could hang.
 """
 
 import importlib

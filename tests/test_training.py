@@ -10,7 +10,7 @@ from star import checkpoint
 from star import config as configuration
 from star import train as training
 from star.config import ConfigError
-from star.rewards import Scores
+from star.rewards import RewardError, Scores
 from star.shapes import measure
 from star.shapes.model import load_pipeline
 from star.train import Trainer
@@ -108,7 +108,7 @@ def test_full_fine_tuning_leaves_a_pipeline(tmp_path):
     assert not torch.equal(trained.proj_out.weight, base.proj_out.weight)
 
 
-def darkness(images, prompts):
+def darkness(images, prompts, metadata):
     return Scores(-images.mean((1, 2, 3)))
 
 
@@ -129,7 +129,9 @@ def test_what_is_easily_learned_is_learned(tmp_path):
 
 def test_a_control_keeps_its_source_over_the_steps(tmp_path):
     trainer = Trainer(small(tmp_path, allocation={"strategy": "shuffled"}, sampling={"images_per_prompt": 4}))
-    rollout = trainer.rollout(training.draw_prompts(trainer.config, 0), torch.Generator().manual_seed(0))
+    rollout = trainer.rollout(
+        [p.text for p in training.draw_prompts(trainer.config, 0)], torch.Generator().manual_seed(0)
+    )
     shuffled = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
     trainer.config = small(tmp_path, sampling={"images_per_prompt": 4})
     own = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
@@ -144,7 +146,7 @@ def odd_prompts(tmp_path):
     return str(path)
 
 
-def brightness(images, prompts):
+def brightness(images, prompts, metadata):
     return Scores(images.mean((1, 2, 3)))
 
 
@@ -159,15 +161,33 @@ def test_prompts_from_a_file_a_reward_by_name_and_a_prompt_without_concept(tmp_p
     assert [r.message for r in caplog.records] == ["4 samples had no usable map; their weights are 1"]
 
 
-def nan_reward(images, prompts):
-    scores = torch.ones(len(prompts))
+def nan_reward(images, prompts, metadata):
+    scores = images.mean((1, 2, 3))
     scores[1] = torch.nan
-    return Scores(scores)
+    return scores
 
 
-def test_a_reward_that_is_not_finite_names_the_prompt(tmp_path):
-    trainer = Trainer(small(tmp_path, run={"reward": "test_training:nan_reward"}))
-    with pytest.raises(ValueError, match="reward: got nan for the prompt 'a"):
+def broken_reward(images, prompts, metadata):
+    raise KeyError("colour")
+
+
+def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog):
+    run = {"reward": "test_training:nan_reward"}
+    trainer = Trainer(small(tmp_path / "a", run=run))
+    metrics = trainer.step()
+    assert metrics["reward_failed"] == 2 and np.isfinite(metrics["reward"]) and metrics["updates_skipped"] == 0
+    assert metrics["grad_norm"] > 0 and metrics["advantage_zero"] >= 2 / 6
+    first = training.draw_prompts(trainer.config, 0)[1].text  # neighbours are of different prompts
+    assert caplog.records[0].message == f"reward: got nan for the prompt {first!r}"
+    with pytest.raises(RewardError, match=f"reward: got nan for the prompt '{first}'"):
+        Trainer(small(tmp_path / "b", run={**run, "reward_strict": True})).step()
+
+
+def test_a_reward_that_always_fails_ends_the_run(tmp_path):
+    trainer = Trainer(small(tmp_path, run={"reward": "test_training:broken_reward"}))
+    with pytest.raises(
+        RewardError, match=r"reward: KeyError \('colour'\) for the prompt 'a.*; it failed for every picture"
+    ):
         trainer.step()
 
 

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 USAGE = """usage: star COMMAND [--help]
 
   train   post-train a model: --preset NAME, --config FILE.yaml, and any option
-  eval    score a model, with or without an adapter, on the held-out prompts of the embedded world
+  eval    score a model, with or without an adapter, on a prompt file (GenEval's, OCR's, any) or the embedded world
   maps    picture a prompt's concept maps by layer and step; --world measures localisation
   info    versions, what was built, and which implementation each operator uses
 """
@@ -22,15 +23,39 @@ USAGE = """usage: star COMMAND [--help]
 
 @dataclass
 class Eval:
-    """Score a model on the held-out prompts of the embedded world."""
+    """Score a model on a prompt file by a reward, or on the held-out prompts of the embedded world."""
 
     model: str = "shapes"
-    """A pipeline's folder; "shapes" is the embedded model."""
+    """A pipeline's folder or hub id; "shapes" is the embedded model."""
     lora: Path | None = None
     """An adapter's folder, as `star train` writes it."""
-    n: int = 512
-    steps: int = 8
+    prompts: Path | None = None
+    """A text file with one prompt a line, or GenEval's .jsonl; none: the held-out prompts of the embedded world."""
+    reward: str = "shapes"
+    """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function"."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Where rewards find their weights, by name."""
+    n: int | None = None
+    """Only the first so many prompts; of the embedded world 512."""
+    images_per_prompt: int = 4
+    steps: int | None = None
+    """40; for the embedded model 8."""
+    guidance_scale: float | None = None
+    """4.5; for the embedded model 1, none."""
+    height: int | None = None
+    """512; for the embedded model 36."""
+    width: int | None = None
+    max_sequence_length: int = 128
+    """Tokens of the T5 part, if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch: int = 8
     seed: int = 2026
+    out: Path | None = None
+    """A new folder for results.jsonl and summary.json."""
+    save_images: bool = False
+    """Keep the pictures in `out` too, in GenEval's layout."""
+    timeout: float = 600.0
+    """Seconds for a batch of pictures, after which their reward counts as failed."""
 
 
 @dataclass
@@ -110,23 +135,76 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    import numpy as np
+    import torch
     import tyro
+
+    from star.pipeline import load_pipeline
+
+    options = tyro.cli(Eval, args=arguments, prog="star eval")
+    if options.prompts is None and options.reward != "shapes":
+        raise ValueError(f"prompts: needed for the reward {options.reward!r}")
+    if options.save_images and options.out is None:
+        raise ValueError("save_images: needs a folder, --out")
+    if options.lora and not options.lora.is_dir():
+        raise FileNotFoundError(f"lora: {options.lora} is no folder")
+    device = "cuda" if torch.cuda.is_available() and options.prompts else "cpu"
+    evaluate_with = evaluate_world if options.prompts is None else evaluate_prompts
+    evaluate_with(options, lambda: _adapted(load_pipeline(options.model, device), options))
+
+
+def _adapted(pipeline, options: Eval):
+    import torch
+
+    if options.lora:
+        pipeline.load_lora_weights(str(options.lora))
+    return pipeline.to(dtype=getattr(torch, options.dtype))
+
+
+def evaluate_prompts(options: Eval, load) -> None:
+    import torch
+    from rich.console import Console
+
+    from star import evaluation, rewards
+    from star.prompts import read_prompts
+    from star.rewards.worker import RewardWorker
+
+    prompts = read_prompts(options.prompts)[: options.n]
+    if not prompts:
+        raise ValueError(f"prompts: {options.prompts} has none")
+    reward = rewards.load(options.reward, options.models, "cuda" if torch.cuda.is_available() else "cpu")
+    if options.out is not None and options.out.exists() and any(options.out.iterdir()):
+        raise ValueError(f"out: {options.out} is not empty")
+    steps, guidance, side = (8, 1.0, 36) if options.model == "shapes" else (40, 4.5, 512)
+    sampling = evaluation.Sampling(
+        steps=options.steps or steps,
+        guidance_scale=guidance if options.guidance_scale is None else options.guidance_scale,
+        height=options.height or side,
+        width=options.width or options.height or side,
+        max_sequence_length=options.max_sequence_length,
+        images_per_prompt=options.images_per_prompt,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    pipeline = load()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    with RewardWorker(reward, options.timeout) as worker:
+        results = evaluation.evaluate(pipeline, prompts, worker, sampling, options.out, options.save_images)
+    title = f"{len(prompts)} prompts of {options.prompts.name}, {sampling.images_per_prompt} pictures each"
+    Console().print(results.table(title))
+
+
+def evaluate_world(options: Eval, load) -> None:
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
     from star.shapes import measure, scenes
-    from star.train import load_pipeline
 
-    options = tyro.cli(Eval, args=arguments, prog="star eval")
-    pipeline = load_pipeline(options.model)
-    if options.lora:
-        if not options.lora.is_dir():
-            raise FileNotFoundError(f"lora: {options.lora} is no folder")
-        pipeline.load_lora_weights(str(options.lora))
-    texts = scenes.prompts(options.n, options.seed, "heldout", distinct=True)
-    scores = measure.score(measure.sample(pipeline, texts, options.seed, options.steps), texts)
-    table = Table("category", "prompts", "strict", "soft", title=f"{options.n} held-out prompts, {options.steps} steps")
+    n, steps = options.n or 512, options.steps or measure.STEPS
+    texts = scenes.prompts(n, options.seed, "heldout", distinct=True)
+    scores = measure.score(measure.sample(load(), texts, options.seed, steps), texts)
+    table = Table("category", "prompts", "strict", "soft", title=f"{n} held-out prompts, {steps} steps")
     for category in (*scenes.CATEGORIES, None):
         chosen = np.array([category in (None, c) for c in scores.categories])
         if not chosen.any():

@@ -61,7 +61,8 @@ class Sampling:
     shared_noise: bool = False
     """The pictures of a prompt start from one noise and part at the first trained step."""
     prompts: str = "shapes"
-    """A text file with one prompt a line; "shapes" draws from the embedded world."""
+    """A text file with one prompt a line, or .jsonl with metadata (GenEval's format); "shapes" draws from the embedded
+    world."""
     prompts_per_iteration: int = 48
     images_per_prompt: int = 24
     layers: tuple[int, ...] | None = None
@@ -86,6 +87,10 @@ class Loss:
     """Advantages over the standard deviation of all rewards instead of the group's."""
     advantage_eps: float = 1e-4
     """Added to that standard deviation. Larger: groups whose rewards hardly differ count for less."""
+    advantage: Literal["image", "location"] = "image"
+    """One advantage per picture, or one per place from a reward that localises."""
+    normalise_rewards: bool = False
+    """Of several rewards, turn each into advantages before they are weighed, so that their scales do not matter."""
 
 
 @dataclass
@@ -114,8 +119,15 @@ class Run:
 
     out: Path = Path("runs/star")
     seed: int = 0
-    reward: str = "shapes"
-    """A reward's name, or "module:function"."""
+    reward: str | dict[str, float] = "shapes"
+    """A reward's name, "module:function", or several with their weights: "ocr:1.0,pickscore:0.5", in YAML also as a
+    mapping. See docs/rewards.md."""
+    reward_models: dict[str, str] = field(default_factory=dict)
+    """Where rewards find their weights, by name: a folder, a file or a hub id; an http:// address asks a server."""
+    reward_timeout: float = 600.0
+    """Seconds for a batch of pictures, after which their reward counts as failed."""
+    reward_strict: bool = False
+    """End the run at the first picture whose reward fails, instead of counting it and going on."""
     save_every: int = 50
     keep_checkpoints: int = 2
     held_out: int = 0
@@ -187,6 +199,8 @@ class Config:
                 f"optimisation.ema_decay, ema_every: got {optimisation.ema_decay}, {optimisation.ema_every}, "
                 "expected 0 <= decay < 1 and at least 1"
             )
+        if self.loss.normalise_rewards and self.loss.advantage == "location":
+            raise ConfigError("loss.normalise_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
 
@@ -279,6 +293,8 @@ def to_dict(config: Any) -> Any:
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, tuple | list):
         return [to_dict(value) for value in config]
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
     return str(config) if isinstance(config, Path) else config
 
 
@@ -305,7 +321,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(name, value, next(a for a in arguments if a is not type(None)))
+        kinds = [a for a in arguments if a is not type(None)]
+        mapping = [a for a in kinds if typing.get_origin(a) is dict and isinstance(value, dict)]
+        return _convert(name, value, (mapping or kinds)[0])
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{name}: got {value!r}, expected one of {list(arguments)}")
@@ -314,6 +332,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{name}: got {value!r}, expected a list")
         return tuple(_convert(name, item, arguments[0]) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}: got {value!r}, expected keys and values")
+        return {str(key): _convert(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, str):

@@ -8,14 +8,20 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from star.config import Config
+from star.rewards import Scores
 
 # How a metric of every process becomes one; the mean where nothing is said.
-REDUCTIONS = {"ratio_min": Tensor.amin, "ratio_max": Tensor.amax, "weights_uniform": Tensor.sum}
+REDUCTIONS = {
+    "ratio_min": Tensor.amin,
+    "ratio_max": Tensor.amax,
+    "weights_uniform": Tensor.sum,
+    "reward_failed": Tensor.sum,
+}
 
 
 class LostProcess(RuntimeError):
@@ -57,6 +63,30 @@ class Share:
             return x
         gathered = self.accelerator.gather(x.to(self.accelerator.device).contiguous()).to(x.device)
         return torch.empty_like(gathered).index_copy_(0, self.order.to(x.device), gathered)
+
+    def gather_scores(self, scores: Scores) -> Scores:
+        """The same of what a reward said. Masks stay with the process whose pictures they are of."""
+        if self.accelerator.num_processes == 1:
+            return scores
+        # Where the reward failed for every picture of a process, it said less than elsewhere.
+        shape = None if scores.reward_map is None else tuple(scores.reward_map.shape[1:])
+        said = gather_object([(list(scores.details), list(scores.terms), shape)])
+        nothing = torch.full_like(scores.reward, torch.nan)
+
+        def columns(values: dict[str, Tensor], which: int) -> dict[str, Tensor]:
+            names = dict.fromkeys(name for one in said for name in one[which])
+            return {name: self.gather(values.get(name, nothing)) for name in names}
+
+        shape = next((one[2] for one in said if one[2] is not None), None)
+        reward_map = scores.reward_map
+        if shape is not None and reward_map is None:
+            reward_map = nothing.view(-1, 1, 1).expand(-1, *shape)
+        return Scores(
+            self.gather(scores.reward),
+            columns(scores.details, 0),
+            reward_map=None if reward_map is None else self.gather(reward_map),
+            terms=columns(scores.terms, 1),
+        )
 
     def reduce(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of all processes in one; phases take as long as the slowest process."""

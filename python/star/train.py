@@ -14,15 +14,16 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from star import checkpoint, files, rewards
+from star import card, checkpoint, files, rewards
 from star import config as configuration
-from star.advantage import group_advantages
+from star.advantage import advantages_of
 from star.config import Config
 from star.distributed import LostProcess, Share, Termination, lost, make_accelerator, on_main
 from star.objective import allocation_weights, temporal_weights, uniform_rows
 from star.pipeline import load_pipeline
 from star.policy import Policy
-from star.prompts import draw_prompts
+from star.prompts import Prompt, draw_prompts
+from star.rewards.worker import RewardWorker
 from star.rollout import PromptEncoder, Rollout, decode, draw_window, make_steps, sample
 from star.tracking import Tracker, timed
 from star_kernels import policy_loss
@@ -36,11 +37,12 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         config.check()
         self.config = config
-        self.reward = rewards.load(config.run.reward)
         draw_prompts(config, 0)
         self.accelerator = make_accelerator(config)
         config.check(self.accelerator.num_processes)
         device, sampling, updates = self.accelerator.device, config.sampling, config.optimisation.updates_per_iteration
+        self.reward = rewards.load(config.run.reward, config.run.reward_models, device)
+        self.worker = RewardWorker(self.reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = load_pipeline(config.model.path, device, getattr(torch, config.model.frozen_dtype))
         self.encode = PromptEncoder(
             self.pipeline, config.model.max_sequence_length, sampling.text_cache, config.model.offload_encoders
@@ -67,24 +69,24 @@ class Trainer:
         """One iteration: rollout, reward, advantage, allocation, update. Returns its metrics."""
         config, seconds = self.config, defaultdict(float)
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
+        prompts = draw_prompts(config, self.iteration)
         with timed(seconds, "rollout"):
-            rollout = self.rollout(draw_prompts(config, self.iteration), generator)
+            rollout = self.rollout([prompt.text for prompt in prompts], generator)
         with timed(seconds, "reward"):
-            prompts = [rollout.conditions.prompts[i] for i in rollout.groups.tolist()]
-            scores = rewards.check(self.reward(decode(self.pipeline, rollout.latents), prompts), prompts)
-        reward = self.share.gather(scores.reward)
-        advantages = group_advantages(
-            reward, self.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
-        )
-        weights = self.weights(rollout, scores.masks, generator)
+            own = self.score(rollout, prompts)
+            failures = self.worker.count_failures()
+        scores = self.share.gather_scores(own)
+        advantages = advantages_of(scores, self.groups, config.loss, self.reward.weights, self.size)
+        weights = self.weights(rollout, own.masks, generator)
         noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
         step_weights = temporal_weights(config.allocation.temporal, noise.to(rollout.latents.device), weights)
         with timed(seconds, "update"):
-            own = advantages[self.share.rows].to(rollout.latents.device)
-            metrics = self.update(rollout, own, weights, step_weights)
+            advantages_here = advantages[self.share.rows].to(rollout.latents.device)
+            metrics = self.update(rollout, advantages_here, weights, step_weights)
         self.iteration += 1
-        metrics |= {"reward": reward.mean().item(), "reward_std": reward.std().item()}
-        metrics |= {f"reward_{name}": value.mean().item() for name, value in scores.details.items()}
+        metrics |= rewards.means(scores)
+        metrics["reward_std"] = scores.reward[scores.reward.isfinite()].std().item()
+        metrics["reward_failed"] = float(failures)
         metrics["advantage_zero"] = (advantages == 0).float().mean().item()
         if weights is not None:
             metrics["weights_max"] = weights.amax((2, 3)).mean().item()
@@ -113,6 +115,15 @@ class Trainer:
             rows=self.share.rows,
             stored_on_cpu=sampling.rollout_device == "cpu",
         )
+
+    def score(self, rollout: Rollout, prompts: list[Prompt]) -> rewards.Scores:
+        """Scores of the pictures: while one chunk is scored, the next one is decoded."""
+        tickets = []
+        for rows in torch.arange(len(rollout.groups)).split(self.chunk):
+            chosen = [prompts[i] for i in rollout.groups[rows].tolist()]
+            images = decode(self.pipeline, rollout.latents[rows])
+            tickets.append(self.worker.submit(images, [p.text for p in chosen], [p.metadata for p in chosen]))
+        return rewards.concatenate([ticket.result() for ticket in tickets])
 
     def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
         """(S, B, H, W) weights of the trained steps, or None for uniform ones."""
@@ -251,6 +262,7 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
                 trainer.save()
     if main:
         tracker.close()
+    trainer.worker.close()
     with policy.averaged():
         checkpoint.export(trainer.pipeline, out, main)
         after = report.held_out(trainer.pipeline, config, "after", write=main)
@@ -260,4 +272,5 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
     summary["seconds"] = round(time.perf_counter() - begin, 1)
     if main:
         files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        card.write(out / ("lora" if config.model.lora_rank else "model"), config, summary)
     return summary

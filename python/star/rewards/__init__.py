@@ -1,40 +1,239 @@
-"""Rewards: pictures and their prompts in, scores out. One protocol; `load` finds a reward by name."""
+"""Rewards: pictures, their prompts and the prompts' metadata in, scores out. `load` finds rewards by name.
+
+Each reward lives in a file of its own; `worker.py` runs them beside the rollout, `serve.py` and `remote.py` over HTTP.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("shapes",)
+NAMES = (
+    *("shapes", "ocr", "geneval", "pickscore", "clipscore", "hps", "image_reward", "aesthetic"),
+    *("jpeg_compressibility", "jpeg_incompressibility"),
+)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of B pictures.
+    """What a reward says of B pictures. NaN stands for what it could not say.
 
     reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, in pixels, where
-    the picture shows what was asked for, if the reward knows.
+    the picture shows what was asked for, if the reward knows. reward_map: (B, H, W), in pixels, what each place of the
+    picture earned, on the scale of `reward`, if the reward localises. terms: (B,) by name, what a weighted sum is of.
     """
 
     reward: Tensor
     details: dict[str, Tensor] = field(default_factory=dict)
     masks: Tensor | None = None
+    reward_map: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-Reward = Callable[[Tensor, Sequence[str]], Scores]
-"""images (B, 3, H, W) float32 in 0..1 and B prompts -> Scores."""
+Metadata = Sequence[Mapping[str, Any]]
+Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[float]]
+"""images (B, 3, H, W) float32 in 0..1, B prompts, B dicts (empty where a prompt file has none) -> Scores, or the bare
+(B,) rewards. It is called from one thread at a time, with gradients off."""
 
 
-def load(name: str) -> Reward:
-    """A reward by name, or any callable as "module:function". Raises ValueError for an unknown one."""
-    if name == "shapes":
-        from star.rewards.shapes import shapes_reward
+class RewardError(RuntimeError):
+    """A reward failed for a whole batch, so that asking again picture by picture is no use. One line for the user."""
 
-        return shapes_reward
+
+def as_scores(result: Scores | Tensor | Sequence[float], count: int) -> Scores:
+    """What a reward returned as Scores on the CPU. Raises RewardError if it does not say one number a picture."""
+    try:
+        if not isinstance(result, Scores):
+            result = Scores(torch.as_tensor(result, dtype=torch.float32))
+        fields = {
+            "reward": result.reward.detach().float().cpu(),
+            "details": {name: value.detach().float().cpu() for name, value in result.details.items()},
+            "terms": {name: value.detach().float().cpu() for name, value in result.terms.items()},
+        }
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise RewardError(f"reward: got {type(result).__name__}, expected Scores or {count} numbers") from error
+    for name, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
+        if value.shape != (count,):
+            raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count},)")
+    for name in ("masks", "reward_map"):
+        value = getattr(result, name)
+        if value is not None:
+            if value.ndim != 3 or len(value) != count:
+                raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count}, H, W)")
+            fields[name] = value.detach().float().cpu()
+    return Scores(**fields)
+
+
+def failed(count: int) -> Scores:
+    """Scores of pictures whose reward failed."""
+    return Scores(torch.full((count,), torch.nan))
+
+
+def concatenate(parts: Sequence[Scores]) -> Scores:
+    """Scores of several batches in one. What only some of them say is NaN in the others, their masks empty."""
+    counts = [len(part.reward) for part in parts]
+
+    def column(name: str, key: str) -> Tensor:
+        missing = [torch.full((count,), torch.nan) for count in counts]
+        return torch.cat([getattr(p, name).get(key, m) for p, m in zip(parts, missing, strict=True)])
+
+    def field_of(name: str, filling: float) -> Tensor | None:
+        shape = next((getattr(p, name).shape[1:] for p in parts if getattr(p, name) is not None), None)
+        if shape is None:
+            return None
+        missing = [torch.full((count, *shape), filling) for count in counts]
+        return torch.cat(
+            [m if getattr(p, name) is None else getattr(p, name) for p, m in zip(parts, missing, strict=True)]
+        )
+
+    return Scores(
+        torch.cat([part.reward for part in parts]),
+        {key: column("details", key) for key in dict.fromkeys(k for part in parts for k in part.details)},
+        field_of("masks", 0.0),
+        field_of("reward_map", torch.nan),
+        {key: column("terms", key) for key in dict.fromkeys(k for part in parts for k in part.terms)},
+    )
+
+
+def means(scores: Scores) -> dict[str, float]:
+    """What a run logs: the mean of the reward, of the terms of a weighted sum and of the details, without the NaN."""
+    columns = {"reward": scores.reward}
+    if len(scores.terms) > 1:
+        columns |= {f"reward_{name}": value for name, value in scores.terms.items()}
+    columns |= {f"reward_{name}": value for name, value in scores.details.items()}
+    return {
+        name: float(value.nanmean()) for name, value in columns.items() if name == "reward" or value.isfinite().any()
+    }
+
+
+def pixels(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in 0..1 -> (B, H, W, 3) uint8, as a PNG would hold it."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def missing(name: str, error: ImportError) -> RewardError:
+    """The line for a reward whose libraries are not installed."""
+    return RewardError(f"reward: {name!r} needs {error.name or error}; pip install 'star-kernels[rewards]'")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The weighted sum of rewards; of one reward with weight 1, that reward."""
+
+    rewards: dict[str, Reward]
+    weights: dict[str, float]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
+        count = len(prompts)
+        found = {name: as_scores(reward(images, prompts, metadata), count) for name, reward in self.rewards.items()}
+        terms = {name: scores.reward for name, scores in found.items()}
+        if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
+            return replace(next(iter(found.values())), terms=terms)
+        # The sum is known only where every term is.
+        total = sum(self.weights[name] * value for name, value in terms.items())
+        masks = [scores.masks for scores in found.values() if scores.masks is not None]
+        return Scores(
+            total,
+            {f"{name}_{key}": value for name, scores in found.items() for key, value in scores.details.items()},
+            torch.stack(masks).amax(0) if masks else None,
+            self._map(found),
+            terms,
+        )
+
+    def _map(self, found: dict[str, Scores]) -> Tensor | None:
+        """A reward that does not localise earned the same everywhere."""
+        if all(scores.reward_map is None for scores in found.values()):
+            return None
+        return sum(
+            self.weights[name] * (scores.reward.view(-1, 1, 1) if scores.reward_map is None else scores.reward_map)
+            for name, scores in found.items()
+        )
+
+
+def parse(specification: str | Mapping[str, float]) -> dict[str, float]:
+    """{name: weight} of "ocr", "ocr:1.0,pickscore:0.5", "module:function", "module:function:0.5" or such a dict."""
+    if isinstance(specification, str):
+        weights = {}
+        for item in filter(None, (part.strip() for part in specification.split(","))):
+            name, _, weight = item.rpartition(":")
+            try:
+                value = (name, float(weight)) if name else (item, 1.0)
+            except ValueError:
+                value = (item, 1.0)
+            if value[0] in weights:
+                raise ValueError(f"reward: {value[0]!r} is named twice in {specification!r}")
+            weights[value[0]] = value[1]
+    else:
+        weights = {str(name): weight for name, weight in specification.items()}
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight) or weight == 0:
+            raise ValueError(f"reward: got weight {weight!r} for {name!r}, expected a number other than 0")
+    if not weights:
+        raise ValueError(f"reward: got {specification!r}, expected one of {list(NAMES)} or 'module:function'")
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def load(
+    specification: str | Mapping[str, float],
+    models: Mapping[str, str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Weighted:
+    """Rewards by name with their weights.
+
+    Args:
+        specification: see `parse`; names of NAMES, or any callable as "module:function".
+        models: where a reward finds its weights, by name: a folder, a file or a hub id. A reward for which there is an
+            http:// or https:// address is asked over the network (see remote.py), whatever its name.
+        device: for rewards that run a model.
+
+    Raises:
+        ValueError: an unknown name. RewardError: weights or libraries that are missing.
+    """
+    weights, models = parse(specification), dict(models or {})
+    return Weighted({name: _load(name, models, device) for name in weights}, weights)
+
+
+def _load(name: str, models: dict[str, str], device: torch.device | str) -> Reward:
+    path = models.get(name)
+    if path and path.startswith(("http://", "https://")):
+        from star.rewards.remote import Remote
+
+        return Remote(path, name)
+    match name:
+        case "shapes":
+            from star.rewards.shapes import shapes_reward
+
+            return shapes_reward
+        case "jpeg_compressibility" | "jpeg_incompressibility":
+            from star.rewards import jpeg
+
+            return getattr(jpeg, name)
+        case "ocr":
+            from star.rewards.ocr import OCR
+
+            return OCR()
+        case "geneval":
+            from star.rewards import geneval
+
+            return geneval.load(path, models.get("geneval_clip"), device)
+        case "pickscore" | "clipscore":
+            from star.rewards import clip
+
+            return getattr(clip, name)(path, device)
+        case "hps" | "aesthetic":
+            from star.rewards import clip
+
+            return getattr(clip, name)(path, models.get(f"{name}_clip"), device)
+        case "image_reward":
+            from star.rewards.image_reward import load_image_reward
+
+            return load_image_reward(path, models.get("image_reward_tokenizer"), device)
     module, _, function = name.partition(":")
     if not function:
         raise ValueError(f"reward: unknown {name!r}, expected one of {list(NAMES)} or 'module:function'")
@@ -42,13 +241,3 @@ def load(name: str) -> Reward:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward: {name!r} could not be loaded ({error})") from error
-
-
-def check(scores: Scores, prompts: Sequence[str]) -> Scores:
-    """Raise ValueError, naming the prompt, if a reward is missing or not a finite number."""
-    if scores.reward.shape != (len(prompts),):
-        raise ValueError(f"reward: got shape {tuple(scores.reward.shape)}, expected ({len(prompts)},)")
-    bad = (~torch.isfinite(scores.reward)).nonzero()
-    if len(bad):
-        raise ValueError(f"reward: got {scores.reward[bad[0, 0]].item()} for the prompt {prompts[bad[0, 0]]!r}")
-    return scores

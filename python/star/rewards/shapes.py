@@ -1,4 +1,4 @@
-"""The reward of the embedded world: its verifier's soft score, with the objects' masks."""
+"""The reward of the embedded world: its verifier's soft score, with masks and rewards of the objects."""
 
 from __future__ import annotations
 
@@ -6,20 +6,51 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
-from star.rewards import Scores
-from star.shapes.scenes import parse_scene
-from star.shapes.verifier import verify
+from star.rewards import Metadata, Scores
+from star.shapes.scenes import Scene, parse_scene
+from star.shapes.verifier import Verdict, verify
 
 
-def shapes_reward(images: Tensor, prompts: Sequence[str]) -> Scores:
-    """Soft scores in 0..1, `strict` as a detail, and masks of what was found. images: (B, 3, S, S) in 0..1."""
+def shapes_reward(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
+    """Soft scores in 0..1, `strict` as a detail, masks of what was found, and what each place earned."""
     pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-    verdicts = [verify(picture, parse_scene(prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
+    scenes = [parse_scene(prompt) for prompt in prompts]
+    verdicts = [verify(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(pictures.shape[1:3], bool) for v in verdicts])
+    maps = [reward_map(v, scene, pictures.shape[1:3]) for v, scene in zip(verdicts, scenes, strict=True)]
     return Scores(
         reward=torch.tensor([v.soft for v in verdicts], dtype=torch.float32),
         details={"strict": torch.tensor([float(v.strict) for v in verdicts])},
         masks=torch.from_numpy(masks).float(),
+        reward_map=torch.from_numpy(np.stack(maps)),
     )
+
+
+def reward_map(verdict: Verdict, scene: Scene, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) float32: what the picture would earn if all its objects were like the nearest one.
+
+    An object that nobody asked for is worth 0. If there are fewer objects than asked for, none of them is to blame for
+    it: the places between them then earn what the picture earned.
+    """
+    things = len(scene.things)
+    # A relation whose objects are not both there is missed where they are missed.
+    both = all(mask.any() for mask in verdict.masks)
+    whole = [
+        part for part, counts in zip(verdict.parts[things:], [both, True][not scene.relation :], strict=False) if counts
+    ]
+
+    def earned(credit: float) -> float:
+        return (things * credit + sum(whole)) / (things + len(whole))
+
+    field, occupied = np.full(size, verdict.soft, np.float32), np.zeros(size, bool)
+    for detection in verdict.detections:
+        field[detection.mask], occupied[detection.mask] = earned(0.0), True
+    for credit, mask in zip(verdict.parts, verdict.masks, strict=False):
+        field[mask] = earned(credit)
+    if len(verdict.detections) >= sum(thing.count for thing in scene.things) > 0:
+        rows, columns = ndimage.distance_transform_edt(~occupied, return_distances=False, return_indices=True)
+        field = field[rows, columns]
+    return field

@@ -1,0 +1,85 @@
+"""Whether a picture shows the text that its prompt quotes: Flow-GRPO's reward (flow_grpo/ocr.py), read by RapidOCR.
+
+Flow-GRPO reads with PaddleOCR; RapidOCR runs PaddleOCR's networks in onnxruntime, with the weights inside its wheel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from star.rewards import Metadata, Scores, missing, pixels
+
+MATCH = 0.5  # similarity from which a line of text counts as a part of what was asked for
+
+
+def target(prompt: str) -> str:
+    """The text between the first pair of double quotes, without spaces, in lower case. Raises ValueError if none."""
+    for opening, closing in (('"', '"'), ("“", "”")):
+        _, found, rest = prompt.partition(opening)
+        text = normalise(rest.partition(closing)[0]) if found else ""
+        if text:
+            return text
+    raise ValueError(f"reward: 'ocr' found no text in double quotes in the prompt {prompt!r}")
+
+
+def normalise(text: str) -> str:
+    return text.replace(" ", "").lower()
+
+
+def edit_reward(read: str, wanted: str) -> float:
+    """1 - edit distance / length of the text that is wanted, in 0..1; 1 if it is anywhere in what was read.
+
+    Both normalised. A picture full of other text is worth no less than an empty one.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    if wanted in read:
+        return 1.0
+    return 1.0 - min(Levenshtein.distance(read, wanted), len(wanted)) / len(wanted)
+
+
+class OCR:
+    """The reward in 0..1, `exact` as a detail, and as mask the boxes of the lines that are a part of the text.
+
+    threads: of onnxruntime per operator; 0 or less: as many as there are cores.
+    """
+
+    def __init__(self, threads: int = 0) -> None:
+        try:
+            from rapidfuzz import fuzz
+            from rapidocr import RapidOCR
+        except ImportError as error:
+            raise missing("ocr", error) from error
+        self.similarity = fuzz.partial_ratio
+        self.engine = RapidOCR(
+            params={
+                "Global.use_cls": False,  # no rotated lines, as in Flow-GRPO
+                "Global.log_level": "error",
+                "EngineConfig.onnxruntime.intra_op_num_threads": threads or -1,
+            }
+        )
+
+    def read(self, picture: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """Lines of text and their boxes (4, 2) in (x, y) pixels. picture: (H, W, 3) uint8, RGB."""
+        found = self.engine(np.ascontiguousarray(picture[..., ::-1]))  # the networks were trained on BGR
+        return list(zip(found.txts or (), found.boxes if found.txts else (), strict=True))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
+        pictures = pixels(images)
+        rewards, masks = [], np.zeros(pictures.shape[:3], np.float32)
+        for picture, prompt, mask in zip(pictures, prompts, masks, strict=True):
+            wanted, lines = target(prompt), self.read(picture)
+            rewards.append(edit_reward(normalise("".join(text for text, _ in lines)), wanted))
+            for text, box in lines:
+                similarity = self.similarity(normalise(text), wanted) / 100
+                if similarity >= MATCH:
+                    canvas = Image.new("1", mask.shape[::-1])
+                    ImageDraw.Draw(canvas).polygon([tuple(point) for point in box.tolist()], fill=1)
+                    np.maximum(mask, similarity * np.asarray(canvas, np.float32), out=mask)
+        reward = torch.tensor(rewards)
+        return Scores(reward, {"exact": (reward == 1).float()}, torch.from_numpy(masks))
