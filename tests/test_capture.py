@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from models import GRID, HEADS, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
 from peft import LoraConfig, get_peft_model
-from star.capture import capture
+from star.capture import capture, record
 from star.concepts import ConceptTokens
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -143,6 +143,33 @@ def test_the_unconditional_half_is_never_read():
         poisoned["encoder_hidden_states"][0] = torch.nan
         model(**poisoned)
         assert torch.equal(maps.read(), expected)
+
+
+def test_record_keeps_the_maps_of_every_pass():
+    model = small_transformer()
+    inputs = [small_inputs() | dict(timestep=torch.full((2,), t)) for t in (900.0, 500.0, 100.0)]
+    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as passes:
+        for arguments in inputs:
+            model(**arguments)
+    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3
+    for arguments, maps in zip(inputs, passes, strict=True):
+        with torch.no_grad(), capture(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as one:
+            model(**arguments)
+        assert torch.equal(one.read(), maps)
+    assert not torch.equal(passes[0], passes[2])
+    assert not model._forward_hooks
+
+
+def test_record_of_a_module_that_is_not_called_says_so():
+    model = small_transformer()
+    with (
+        pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"),
+        record(model, TOKENS, grid=GRID),
+    ):
+        model.forward(**small_inputs())
+    with pytest.raises(KeyError), record(model, TOKENS, grid=GRID):
+        raise KeyError
+    assert not model._forward_hooks
 
 
 def test_only_joint_attention_of_the_chosen_blocks_is_touched_and_all_is_restored():

@@ -4,6 +4,8 @@
         transformer(...)
     weights = star_kernels.allocate(maps.read(), maps.grid)
 
+`record` does the same around a whole sampler and keeps the maps of every pass.
+
 The joint attention of the chosen blocks runs through the very kernel that F.scaled_dot_product_attention would have
 picked, which is asked for its log-sum-exp as well; from that and the few key columns of the concepts the maps follow.
 """
@@ -374,3 +376,40 @@ def capture(
     finally:
         for layer, processor in zip(layers, before, strict=True):
             blocks[layer].attn.processor = processor
+
+
+@contextmanager
+def record(
+    transformer: torch.nn.Module,
+    tokens: ConceptTokens,
+    *,
+    grid: tuple[int, int],
+    rows: slice | Sequence[int] | Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    normalise: Literal["raw", "content", "concepts"] = "raw",
+) -> Iterator[list[Tensor]]:
+    """Concept maps of every forward pass inside the context, in order: one for each step of a trainer's sampler.
+
+        with record(pipeline.transformer, tokens, grid=(32, 32), rows=slice(B, 2 * B)) as maps:
+            images = pipeline(...)
+        weights = torch.stack([allocate(m, (32, 32)) for m in maps], 1)  # (B, steps, H, W)
+
+    Args:
+        transformer: the very module that the sampler calls, in whatever wrapper.
+        tokens, grid, rows, layers, normalise: of `capture`.
+
+    Yields:
+        A list that each pass adds its maps to, (B, G, N) float32.
+
+    Raises:
+        What `capture` raises. RuntimeError: no pass was made through this module.
+    """
+    passes: list[Tensor] = []
+    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalise=normalise) as maps:
+        handle = transformer.register_forward_hook(lambda *_: passes.append(maps.read()))
+        try:
+            yield passes
+        finally:
+            handle.remove()
+    if not passes:
+        raise RuntimeError("transformer: made no pass inside `record`; give it the module that the sampler calls")
