@@ -37,6 +37,14 @@ ORDER = (
     "test_presets",
     "test_cli",
     "test_evaluation",
+    "test_dropin_objective",
+    "test_dropin_other_objectives",
+    "test_dropin_diffusers_loop",
+    "test_dropin_flow_grpo",
+    "test_dropin_flow_factory",
+    "test_dropin_dance_grpo",
+    "test_dropin_verl_omni",
+    "test_dropin_trl",
     "test_triton_offline",
 )
 

@@ -8,12 +8,15 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from models import GRID, HEADS, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
 from peft import LoraConfig, get_peft_model
-from star.capture import capture
+from star.capture import allocated, capture, record
 from star.concepts import ConceptTokens
+from star.objective import Allocation
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from star_kernels import allocate
 
 N = GRID[0] * GRID[1]
 
@@ -143,6 +146,70 @@ def test_the_unconditional_half_is_never_read():
         poisoned["encoder_hidden_states"][0] = torch.nan
         model(**poisoned)
         assert torch.equal(maps.read(), expected)
+
+
+def test_record_keeps_the_maps_of_every_pass():
+    model = small_transformer()
+    inputs = [small_inputs() | dict(timestep=torch.full((2,), t)) for t in (900.0, 500.0, 100.0)]
+    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as passes:
+        for arguments in inputs:
+            model(**arguments)
+    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3
+    for arguments, maps in zip(inputs, passes, strict=True):
+        with torch.no_grad(), capture(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as one:
+            model(**arguments)
+        assert torch.equal(one.read(), maps)
+    assert not torch.equal(passes[0], passes[2])
+    assert not model._forward_hooks
+
+
+def test_record_of_a_module_that_is_not_called_says_so():
+    model = small_transformer()
+    with (
+        pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"),
+        record(model, TOKENS, grid=GRID),
+    ):
+        model.forward(**small_inputs())
+    with pytest.raises(KeyError), record(model, TOKENS, grid=GRID):
+        raise KeyError
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("build", ["sd3", "flux"])
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_allocated_keeps_the_output_and_weights_its_gradient(build, return_dict):
+    model, inputs = (small_transformer(), small_inputs(4)) if build == "sd3" else (small_flux(), flux_inputs(4))
+    rows = slice(2, 4)  # as if the first half were unconditional
+    run = lambda: model(**inputs, return_dict=return_dict)[0]
+    outside = torch.randn_like(run().detach())
+    with capture(model, TOKENS, grid=GRID, rows=rows) as maps:
+        expected = run()
+    weights = allocate(maps.read(), GRID, patch=2 if build == "sd3" else 1).repeat(2, 1, 1)
+    factor = weights[:, None] if build == "sd3" else weights.flatten(1)[..., None]
+    with allocated(model, TOKENS, grid=GRID, rows=rows):
+        output = run()
+    assert torch.equal(output, expected)
+    parameters = [p for n, p in model.named_parameters() if n.endswith(("to_q.weight", "proj_out.weight"))]
+    gradient = lambda out, outside: torch.autograd.grad((out * outside).sum(), parameters, retain_graph=True)
+    got, plain = gradient(output, outside), gradient(expected, outside)
+    for a, b in zip(got, gradient(expected, outside * factor), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    assert not any(torch.allclose(a, b, rtol=1e-2) for a, b in zip(got, plain, strict=True))
+    assert not model._forward_hooks
+
+
+def test_allocated_as_a_decorator_in_no_grad_and_with_other_strategies():
+    model, inputs = small_transformer(), small_inputs()
+    plain = model(**inputs)[0]
+    decorated = allocated(model, TOKENS, grid=GRID)(lambda: model(**inputs)[0])
+    assert torch.equal(decorated(), plain)
+    with torch.no_grad(), allocated(model, TOKENS, grid=GRID) as maps:
+        assert not model(**inputs)[0].requires_grad
+    assert maps.read().shape == (2, 2, N)
+    for strategy in ("shuffled", "oracle", "uniform"):
+        refused = allocated(model, TOKENS, grid=GRID, allocation=Allocation(strategy=strategy))
+        with pytest.raises(ValueError, match=f"allocation: got strategy '{strategy}'"), refused:
+            pass
 
 
 def test_only_joint_attention_of_the_chosen_blocks_is_touched_and_all_is_restored():

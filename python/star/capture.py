@@ -4,6 +4,9 @@
         transformer(...)
     weights = star_kernels.allocate(maps.read(), maps.grid)
 
+`record` does the same around a whole sampler and keeps the maps of every pass; `allocated` makes weights of them at
+once and gives them to the gradient of the pass's output.
+
 The joint attention of the chosen blocks runs through the very kernel that F.scaled_dot_product_attention would have
 picked, which is asked for its log-sum-exp as well; from that and the few key columns of the concepts the maps follow.
 """
@@ -22,9 +25,11 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.attention import SDPBackend
 
 from star.concepts import ConceptTokens
+from star.objective import Allocation, allocation_weights, weighted_gradient
 from star_kernels import attention_maps
 
 NORMALISATIONS = ("raw", "content", "concepts")
@@ -246,11 +251,11 @@ class CapturingFluxAttnProcessor:
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
+    """The model inside torch.compile's, DistributedDataParallel's, FullyShardedDataParallel's and PEFT's wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        elif isinstance(model, torch.nn.parallel.DistributedDataParallel | FullyShardedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -374,3 +379,95 @@ def capture(
     finally:
         for layer, processor in zip(layers, before, strict=True):
             blocks[layer].attn.processor = processor
+
+
+@contextmanager
+def record(
+    transformer: torch.nn.Module,
+    tokens: ConceptTokens,
+    *,
+    grid: tuple[int, int],
+    rows: slice | Sequence[int] | Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    normalise: Literal["raw", "content", "concepts"] = "raw",
+) -> Iterator[list[Tensor]]:
+    """Concept maps of every forward pass inside the context, in order: one for each step of a trainer's sampler.
+
+        with record(pipeline.transformer, tokens, grid=(32, 32), rows=slice(B, 2 * B)) as maps:
+            images = pipeline(...)
+        weights = torch.stack([allocate(m, (32, 32)) for m in maps], 1)  # (B, steps, H, W)
+
+    Args:
+        transformer: the very module that the sampler calls, in whatever wrapper.
+        tokens, grid, rows, layers, normalise: of `capture`.
+
+    Yields:
+        A list that each pass adds its maps to, (B, G, N) float32.
+
+    Raises:
+        What `capture` raises. RuntimeError: no pass was made through this module.
+    """
+    passes: list[Tensor] = []
+    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalise=normalise) as maps:
+        handle = transformer.register_forward_hook(lambda *_: passes.append(maps.read()))
+        try:
+            yield passes
+        finally:
+            handle.remove()
+    if not passes:
+        raise RuntimeError("transformer: made no pass inside `record`; give it the module that the sampler calls")
+
+
+@contextmanager
+def allocated(
+    transformer: torch.nn.Module,
+    tokens: ConceptTokens,
+    *,
+    grid: tuple[int, int],
+    rows: slice | Sequence[int] | Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    normalise: Literal["raw", "content", "concepts"] = "raw",
+    allocation: Allocation | None = None,
+) -> Iterator[Maps]:
+    """Inside the context the transformer's output has its own values and a gradient weighted by its own maps.
+
+        with allocated(transformer, tokens, grid=(32, 32), rows=slice(B, 2 * B)):
+            noise_pred = transformer(...)
+
+    For an update whose loss is made elsewhere: nothing else changes, and nothing has to be stored. Also a decorator.
+
+    Args:
+        transformer: the very module that is called, in whatever wrapper.
+        tokens, grid, rows, layers, normalise: of `capture`. With guidance in one batch, rows are the conditional ones;
+            the unconditional ones get their weights too: guidance is linear, so that weights the guided velocity.
+        allocation: strategy "attention" (the default) or "random", and options.
+
+    Yields:
+        The Maps of the last pass.
+
+    Raises:
+        What `capture` raises. ValueError: another strategy, or an output that does not fit the grid.
+    """
+    allocation = Allocation() if allocation is None else allocation
+    if allocation.strategy not in ("attention", "random"):
+        raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention' or 'random'")
+
+    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalise=normalise) as maps:
+
+        def weight(module: torch.nn.Module, arguments: tuple, output):
+            velocity = output[0]
+            if not velocity.requires_grad:
+                return None
+            packed = velocity.ndim == 3
+            side = 1 if packed else velocity.shape[-1] // maps.grid[1]
+            weights = allocation_weights(allocation, maps.read(), maps.grid, patch=side)
+            weights = weights.flatten(1) if packed else weights
+            weights = weights.repeat(len(velocity) // len(weights), *(1,) * (weights.ndim - 1))
+            velocity = weighted_gradient(velocity, weights)
+            return (velocity, *output[1:]) if isinstance(output, tuple) else type(output)(sample=velocity)
+
+        handle = transformer.register_forward_hook(weight)
+        try:
+            yield maps
+        finally:
+            handle.remove()

@@ -1,0 +1,47 @@
+"""Which latent positions receive the update, and the losses that let them: for star's loop and for other trainers.
+
+Needs torch and star_kernels only. Reading order: allocation (maps to weights), weighting (weights to gradients),
+grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, Diffusion-DPO).
+"""
+
+from star.objective.allocation import (
+    STRATEGIES,
+    TEMPORAL,
+    Allocation,
+    allocation_weights,
+    another,
+    random_like,
+    temporal_weights,
+    uniform_rows,
+)
+from star.objective.forward_process import DPOLoss, diffusion_dpo_loss, nft_loss
+from star.objective.grpo import (
+    GRPOLoss,
+    fused_grpo_loss,
+    grpo_loss,
+    reinforce_loss,
+    scheduler_transition,
+    sde_step_with_logprob,
+)
+from star.objective.weighting import weighted_gradient
+
+__all__ = [
+    "STRATEGIES",
+    "TEMPORAL",
+    "Allocation",
+    "DPOLoss",
+    "GRPOLoss",
+    "allocation_weights",
+    "another",
+    "diffusion_dpo_loss",
+    "fused_grpo_loss",
+    "grpo_loss",
+    "nft_loss",
+    "random_like",
+    "reinforce_loss",
+    "scheduler_transition",
+    "sde_step_with_logprob",
+    "temporal_weights",
+    "uniform_rows",
+    "weighted_gradient",
+]

@@ -1,0 +1,112 @@
+"""Objectives of the forward process, which are sums over latent positions: a weight for each is all they need."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from star.objective.weighting import over_channels
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    first, *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != first[1].shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(first[1].shape)} of {first[0]}")
+
+
+def _per_sample(error: Tensor, weights: Tensor | None) -> Tensor:
+    """(B,) mean of an elementwise error, weighted by location."""
+    return (error if weights is None else error * over_channels(weights, error)).flatten(1).mean(1)
+
+
+def nft_loss(
+    forward_prediction: Tensor,
+    old_prediction: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    reward_prob: Tensor,
+    weights: Tensor | None = None,
+    *,
+    beta: float,
+    adv_clip_max: float = 5.0,
+    adaptive_weight_min: float | None = 1e-5,
+) -> Tensor:
+    """DiffusionNFT's policy loss with a weight for each location's squared error.
+
+    With v the prediction and v_old the old one, v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v:
+    loss = adv_clip_max / beta * mean of w (r |x0(v+) - x0|^2 / n+ + (1 - r) |x0(v-) - x0|^2 / n-), x0(v) = xt - t v.
+    n, the mean absolute error of the sample, is a constant of the objective and is not weighted.
+
+    Args:
+        forward_prediction, old_prediction: velocities of the policy and of the old one (a constant).
+        x0, xt: the clean latents and the noised ones; same shape, (B, C, H, W), (B, C, T, H, W) or (B, L, C).
+        t: (B,) noise level in 0..1.
+        reward_prob: (B,) in 0..1, DiffusionNFT's r.
+        weights: one per location, mean 1 over each sample. Take them from the old policy's pass at (xt, t).
+        beta: strength of the guidance. adv_clip_max: the factor that DiffusionNFT multiplies by.
+        adaptive_weight_min: smallest n; None leaves n out.
+
+    Returns: (). Raises TypeError, ValueError: shapes that do not fit.
+    Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py.
+    """
+    _same_shape(forward_prediction=forward_prediction, old_prediction=old_prediction, x0=x0, xt=xt)
+    for name, value in (("t", t), ("reward_prob", reward_prob)):
+        if value.shape != (len(x0),):
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({len(x0)},)")
+    if not beta > 0:
+        raise ValueError(f"beta: got {beta}, expected a number > 0")
+    t = t.view(-1, *(1,) * (x0.ndim - 1))
+    old = old_prediction.detach()
+    positive = beta * forward_prediction + (1 - beta) * old
+    negative = (1 + beta) * old - beta * forward_prediction
+
+    def loss(prediction: Tensor) -> Tensor:  # (B,)
+        error = xt - t * prediction - x0
+        if adaptive_weight_min is None:
+            return _per_sample(error**2, weights)
+        size = error.detach().double().abs().flatten(1).mean(1).clamp_min(adaptive_weight_min).to(error.dtype)
+        return _per_sample(error**2, weights) / size
+
+    per_sample = reward_prob * loss(positive) + (1 - reward_prob) * loss(negative)
+    return (per_sample * (adv_clip_max / beta)).mean()
+
+
+class DPOLoss(NamedTuple):
+    """loss: (). implicit_acc: () share of pairs that the policy already orders right."""
+
+    loss: Tensor
+    implicit_acc: Tensor
+
+
+def diffusion_dpo_loss(
+    model_pred: Tensor, model_pred_ref: Tensor, target: Tensor, weights: Tensor | None = None, *, beta: float
+) -> DPOLoss:
+    """Diffusion-DPO's loss, whose error differences are weighted by location.
+
+    -log sigmoid(-beta / 2 ((E_w - E_w_ref) - (E_l - E_l_ref))), E the mean of w (prediction - target)^2, the same
+    weights for the policy and the reference.
+
+    Args:
+        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen pictures
+            first, then the B rejected ones. target: noise - x0 for flow matching.
+        weights: one per location of all 2 B pictures, mean 1 over each.
+        beta: strength.
+
+    Raises TypeError, ValueError: shapes that do not fit.
+    Source: Diffusion-DPO (Wallace et al. 2023), as in Flow-GRPO's scripts/train_sd3_dpo.py.
+    """
+    _same_shape(target=target, model_pred=model_pred, model_pred_ref=model_pred_ref)
+    if len(target) % 2:
+        raise ValueError(f"target: got {len(target)} rows, expected the chosen pictures and as many rejected ones")
+    dtype = torch.promote_types(model_pred.dtype, torch.float32)
+    target = target.to(dtype)
+    policy = _per_sample((model_pred.to(dtype) - target) ** 2, weights)
+    reference = _per_sample((model_pred_ref.detach().to(dtype) - target) ** 2, weights)
+    chosen, rejected = (policy - reference).chunk(2)
+    inside = -0.5 * beta * (chosen - rejected)
+    return DPOLoss(-F.logsigmoid(inside).mean(), (inside.detach() > 0).to(dtype).mean())

@@ -1,0 +1,66 @@
+"""The one thing a trainer needs: the same values, with a gradient that goes where the weights say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from star_kernels.transition import channel_dim
+
+
+def places(x: Tensor) -> tuple[int, ...]:
+    """Shape of a tensor that has one number for each location of x: x's shape without its channel axis."""
+    channel = channel_dim(x)
+    return tuple(x.shape[:channel] + x.shape[channel + 1 :])
+
+
+def check_weights(weights: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless weights are a floating tensor of the expected shape: a shape that broadcasts is a mistake here."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"weights: got {kind}, expected a floating-point tensor")
+    if tuple(weights.shape) != tuple(expected):
+        raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(expected)}")
+
+
+def over_channels(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights of x's locations with an axis for the channels, so that they multiply x."""
+    check_weights(weights, places(x))
+    return weights.detach().to(x.device).unsqueeze(channel_dim(x))
+
+
+class WeightedGradient(torch.autograd.Function):
+    """x, and on the way back the gradient times weights, which multiply x by broadcasting."""
+
+    @staticmethod
+    def forward(x: Tensor, weights: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return (gradient * weights).to(gradient.dtype), None
+
+
+def weighted_gradient(x: Tensor, weights: Tensor | None) -> Tensor:
+    """x itself, bit for bit; its gradient is multiplied by a weight for each latent position.
+
+    Put around the model's velocity, or around a log-density before it is averaged, this allocates the update of any
+    trainer and leaves its loss, ratio, clipping and metrics what they were. For a clipped policy loss of one ratio per
+    sample it is exactly ratio "token" of `star_kernels.policy_loss`: there the gradient of the velocity is the scalar
+    loss's times w, and the value is the scalar loss's, because the weights of a sample have mean 1.
+
+    Everything behind x gets the weighted gradient. A KL term that is to stay unweighted must read the unweighted x.
+
+    Args:
+        x: (B, C, H, W), (B, C, T, H, W) or packed (B, L, C): velocity, mean or elementwise log-density.
+        weights: (B, H, W), (B, T, H, W) or (B, L), mean 1 over each sample, a constant. None returns x.
+
+    Raises:
+        TypeError, ValueError: weights that are not floating-point or not one per location.
+    """
+    return x if weights is None else WeightedGradient.apply(x, over_channels(weights, x))

@@ -1,0 +1,38 @@
+"""Reads the examples and the diffs of other trainers."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MOST_LINES = 15
+
+
+def load_example(path: str) -> ModuleType:
+    """The module of a file under examples/, freshly run."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), EXAMPLES / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_diff(diff: str, example: str) -> list[str]:
+    """Assert that a diff changes at most MOST_LINES lines and the example holds every line it adds; returns those."""
+    lines = (EXAMPLES / diff).read_text().splitlines()
+    changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    added = [line[1:].strip() for line in changed if line[0] == "+"]
+    assert 0 < len(changed) <= MOST_LINES
+    # A hunk's header counts its lines: a diff that was edited by hand and would not apply shows here.
+    expected = found = (0, 0)
+    for line in lines:
+        if line.startswith("@@"):
+            assert found == expected
+            old, new = line.split("@@")[1].split()
+            size = lambda part: int(part.split(",")[1]) if "," in part else 1
+            expected, found = (size(old), size(new)), (0, 0)
+        elif expected != (0, 0) and line[:1] in "+- " and line[:3] not in ("+++", "---"):
+            found = (found[0] + (line[0] in "- "), found[1] + (line[0] in "+ "))
+    assert found == expected != (0, 0)
+    own = {line.strip() for line in (EXAMPLES / example).read_text().splitlines()}
+    assert [line for line in added if line and line not in own] == []
+    return added
