@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import cuda_on_host
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import star_kernels as sk
 
-IMPLEMENTATIONS = [name for name, reason in sk.implementations("policy_loss").items() if reason is None]
+IMPLEMENTATIONS = cuda_on_host.and_runnable("policy_loss")
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
@@ -241,6 +242,31 @@ def test_statistics(impl):
     expected["gradient_share"] = size.gather(1, top).sum() / size.sum()
     for name, value in expected.items():
         torch.testing.assert_close(getattr(got, name).double(), value.double(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("ratio", "advantages"),
+    [("token", "image"), ("token", "location"), ("location", "image"), ("location", "location"), ("sample", "image")],
+)
+@pytest.mark.parametrize("weights", ["none", "distinct", "tied"])
+@pytest.mark.parametrize("shape", [(3, 3, 20, 31), (2, 620, 8)], ids=["planar", "packed"])
+def test_statistics_are_the_reference_ones(impl, ratio, advantages, weights, shape):
+    """Every one of them, on samples of several blocks, with ties at the edge of the top tenth, zeros of both signs."""
+    arguments = make(shape, torch.float64, drift=0.5)
+    if advantages == "location":
+        arguments["advantages"] = torch.randn_like(arguments["weights"])
+    if weights == "tied":
+        arguments["weights"] = (2 * arguments["weights"]).round() / 2
+        arguments["weights"][0] *= 0
+        arguments["weights"][0, ..., ::2] *= -1
+        assert (arguments["weights"].flatten(1).unique(dim=1).shape[1]) < 620
+    elif weights == "none":
+        arguments["weights"] = None
+    options = dict(ratio=ratio, clip_range=(1e-3, 2e-3), kl_coef=0.1, reference_velocity=arguments["sample"])
+    _, expected, _ = run(arguments, **options, impl="reference")
+    _, statistics, _ = run(arguments, **options, impl=impl)
+    torch.testing.assert_close(statistics, expected, rtol=1e-6, atol=1e-7)
 
 
 @each_implementation

@@ -19,24 +19,6 @@ namespace {
 
 constexpr int64_t BLOCK = 1024;  // locations: the accumulators of a block stay in the first-level cache
 
-enum class Form { delta, guard, log_prob };
-
-// Raw log-ratio term of one element and the direction of its gradient.
-template <Form form, typename T>
-STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
-  const T mean = transition_mean(a, x, b, v);
-  if constexpr (form == Form::delta) {
-    direction = next - mean;
-    return delta_term(mean, old, next);
-  } else if constexpr (form == Form::guard) {
-    direction = next - old;
-    return guard_term(mean, old, next);
-  } else {
-    direction = next - mean;
-    return -(direction * direction);
-  }
-}
-
 template <Form form, typename V, typename X, typename T>
 void first_pass(const PolicyLossArgs<V, X, T>& args, int64_t index, T* __restrict delta, T* __restrict amount) {
   constexpr bool keep = std::is_same_v<V, T>;
