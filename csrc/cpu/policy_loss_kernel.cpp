@@ -4,7 +4,6 @@
 #include "cpu/policy_loss.h"
 
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -238,7 +237,5 @@ STAR_INSTANTIATE(double, double, double)
 STAR_INSTANTIATE(float, float, float)
 STAR_INSTANTIATE(c10::BFloat16, float, float)
 STAR_INSTANTIATE(c10::BFloat16, c10::BFloat16, float)
-STAR_INSTANTIATE(c10::Half, float, float)
-STAR_INSTANTIATE(c10::Half, c10::Half, float)
 
 }  // namespace star::STAR_ISA
