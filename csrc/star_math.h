@@ -43,6 +43,26 @@ STAR_HD T guard_term(T mean, T old_mean, T prev_sample) {
   return (prev_sample - old_mean) * (mean - old_mean);
 }
 
+enum class Form { delta, guard, log_prob };
+
+// Raw log-ratio term of one element and the direction of its gradient.
+template <Form form, typename T>
+STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
+  const T mean = transition_mean(a, x, b, v);
+  if constexpr (form == Form::delta) {
+    direction = next - mean;
+    return delta_term(mean, old, next);
+  } else if constexpr (form == Form::guard) {
+    direction = next - old;
+    return guard_term(mean, old, next);
+  } else {
+    direction = next - mean;
+    return -(direction * direction);
+  }
+}
+
+enum class Ratio { token, location, sample };
+
 template <typename T>
 struct Surrogate {
   T log_ratio;  // limited

@@ -290,7 +290,8 @@ def policy_loss(
     "sample" uses exp(mean_p w_p d_p). The loss is the mean of step_weight * w * max(-A r, -A clip(r)).
 
     Args:
-        velocity: model output, (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). The only argument with a gradient.
+        velocity: model output, (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). The only argument with a gradient,
+            which for float16 is float32 until the backward pass, where a gradient scaler's factor comes.
         sample, prev_sample: latents before and after the step, same shape.
         transition: fields (B,), with s > 0.
         advantages: (B,) or one per location.
@@ -320,6 +321,8 @@ def policy_loss(
         raise ValueError(
             f"velocity: got shape {tuple(velocity.shape)}, expected (B, C, H, W), (B, C, T, H, W), (B, L, C)"
         )
+    if velocity.numel() == 0:
+        raise ValueError(f"velocity: got shape {tuple(velocity.shape)}, expected at least one element")
     shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
     channel = channel_dim(velocity)
     places = shape[:channel] + shape[channel + 1 :]
@@ -360,6 +363,10 @@ def policy_loss(
     if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((transition.s > 0).all()):
         raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
     run = getattr(torch.ops.star, f"policy_loss_{resolve('policy_loss', impl, device)}")
+    if velocity.dtype == torch.float16:
+        # The factor of a gradient scaler comes in the backward pass: until then the gradient must not be float16, which
+        # holds nothing below 6e-8, and the mean over a picture's elements makes gradients of 1e-6.
+        velocity = velocity.float()
     with torch.autocast(device.type, enabled=False):
         loss, statistics, _ = run(
             velocity,

@@ -181,7 +181,7 @@ def policy_loss(
     surrogate = torch.maximum(-adv * (1 + excess), -adv * (1 + clipped))
     # Where the clipped branch is the larger one the ratio carries no gradient. The edges belong to the inside.
     gate = torch.where(adv >= 0, excess <= clip_high, excess >= -clip_low) & inside
-    force = torch.where(gate | excess.isnan(), -adv * (1 + excess), 0.0)  # d surrogate / d log-ratio
+    force = torch.where(gate | surrogate.isnan(), -adv * (1 + excess), 0.0)  # d surrogate / d log-ratio
     if ratio == "sample":
         loss = surrogate.mean()
     else:

@@ -9,9 +9,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton decides at import whether it interprets; there is no GPU to compile for.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from pathlib import Path
+
+import cuda_on_host
 import hypothesis
 import pytest
 import torch
+
+from star_kernels import api
 
 ORDER = (
     "test_import",
@@ -60,6 +65,25 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels():
+    """The CUDA kernels, compiled for the CPU, as implementations that the operators take."""
+    cuda_on_host.load(cuda_on_host.build(Path(__file__).parents[1] / "build" / "cuda_on_host"))
+    resolve = api.resolve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            api, "resolve", lambda operator, impl, *rest: impl if "cuda_" in impl else resolve(operator, impl, *rest)
+        )
+        yield
+
+
+@pytest.fixture(autouse=True)
+def loaded_where_asked_for(request):
+    parameters = getattr(request.node, "callspec", None)
+    if parameters and any("cuda_" in str(parameters.params.get(name)) for name in ("impl", "loss")):
+        request.getfixturevalue("cuda_kernels")
 
 
 @pytest.fixture

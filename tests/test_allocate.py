@@ -2,6 +2,7 @@
 
 import math
 
+import cuda_on_host
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import star_kernels as sk
 
-IMPLEMENTATIONS = [name for name, reason in sk.implementations("allocate").items() if reason is None]
+IMPLEMENTATIONS = cuda_on_host.and_runnable("allocate")
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 EPS = torch.finfo(torch.float32).eps
 

@@ -3,10 +3,9 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "star_math.h"
 
 namespace star {
-
-enum class Ratio { token, location, sample };
 
 // V: type of the velocities, X: of the latents, T: of the arithmetic. Tensors are contiguous; optional ones may be null.
 template <typename V, typename X, typename T>

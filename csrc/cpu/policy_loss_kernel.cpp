@@ -4,7 +4,6 @@
 #include "cpu/policy_loss.h"
 
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,24 +17,6 @@ namespace star::STAR_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 1024;  // locations: the accumulators of a block stay in the first-level cache
-
-enum class Form { delta, guard, log_prob };
-
-// Raw log-ratio term of one element and the direction of its gradient.
-template <Form form, typename T>
-STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
-  const T mean = transition_mean(a, x, b, v);
-  if constexpr (form == Form::delta) {
-    direction = next - mean;
-    return delta_term(mean, old, next);
-  } else if constexpr (form == Form::guard) {
-    direction = next - old;
-    return guard_term(mean, old, next);
-  } else {
-    direction = next - mean;
-    return -(direction * direction);
-  }
-}
 
 template <Form form, typename V, typename X, typename T>
 void first_pass(const PolicyLossArgs<V, X, T>& args, int64_t index, T* __restrict delta, T* __restrict amount) {
@@ -256,7 +237,5 @@ STAR_INSTANTIATE(double, double, double)
 STAR_INSTANTIATE(float, float, float)
 STAR_INSTANTIATE(c10::BFloat16, float, float)
 STAR_INSTANTIATE(c10::BFloat16, c10::BFloat16, float)
-STAR_INSTANTIATE(c10::Half, float, float)
-STAR_INSTANTIATE(c10::Half, c10::Half, float)
 
 }  // namespace star::STAR_ISA

@@ -111,7 +111,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
   double* d = nullptr;
   float* f = nullptr;
   c10::BFloat16* bf = nullptr;
-  c10::Half* h = nullptr;
   if (type == at::kDouble || sample.scalar_type() == at::kDouble || prev_sample.scalar_type() == at::kDouble) {
     auto [loss, statistics, gradient] = call(d, d, d);
     return {loss, statistics, gradient.to(type)};
@@ -119,8 +118,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
   const bool same = sample.scalar_type() == type && prev_sample.scalar_type() == type &&
                     (!old_mean || old_mean->scalar_type() == type);
   if (type == at::kBFloat16) return same ? call(bf, bf, f) : call(bf, f, f);
-  if (type == at::kHalf) return same ? call(h, h, f) : call(h, f, f);
-  return call(f, f, f);
+  auto [loss, statistics, gradient] = call(f, f, f);
+  return {loss, statistics, gradient.to(type)};
 }
 
 }  // namespace

@@ -1,0 +1,110 @@
+// What the launchers share. They use libtorch's stable ABI, and nothing of libtorch_cuda: the same file serves every
+// later torch, and imports beside a torch without CUDA. A launch allocates nothing but tensors of torch's caching
+// allocator, never waits for the GPU, and goes to the current stream: CUDA graphs can capture it.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda/device.cuh"
+
+namespace star::cuda {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename T>
+constexpr ScalarType scalar_type = torch::headeronly::CppTypeToScalarType<T>::value;
+
+#ifdef CUDA_ON_HOST
+
+struct CurrentStream {
+  explicit CurrentStream(const Tensor&) {}
+  int handle = 0;
+};
+
+inline void check_launch() {}
+
+// One operator for each order in which the threads may run.
+#define STAR_REGISTER(NAME, FUNCTION)                                                                     \
+  STABLE_TORCH_LIBRARY_IMPL(star, CPU, library) {                                                         \
+    using cuda_on_host::Order, cuda_on_host::Ordered;                                                     \
+    library.impl(#NAME "_cuda_forward", TORCH_BOX((&Ordered<Order::forward, &FUNCTION>::call)));          \
+    library.impl(#NAME "_cuda_reverse", TORCH_BOX((&Ordered<Order::reverse, &FUNCTION>::call)));          \
+    library.impl(#NAME "_cuda_shuffled", TORCH_BOX((&Ordered<Order::shuffled, &FUNCTION>::call)));        \
+  }
+
+#else
+
+// Makes the tensor's device current, until the end of the scope, and has its current stream.
+struct CurrentStream {
+  explicit CurrentStream(const Tensor& tensor)
+      : guard(tensor.get_device_index()),
+        handle(static_cast<cudaStream_t>(
+            torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle())) {}
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t handle;
+};
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "star_kernels: ", cudaGetErrorString(error));
+}
+
+#define STAR_REGISTER(NAME, FUNCTION)                            \
+  STABLE_TORCH_LIBRARY_IMPL(star, CUDA, library) {               \
+    library.impl(#NAME "_native", TORCH_BOX(&FUNCTION));         \
+  }
+
+#endif
+
+// Inputs as the kernels read them. Converted copies live as long as this does; what is right already is not copied.
+class Inputs {
+ public:
+  // Contiguous, of type T; null for none.
+  template <typename T>
+  const T* pointer(const OptionalTensor& tensor) {
+    if (!tensor) return nullptr;
+    Tensor ready = tensor->scalar_type() == scalar_type<T> ? *tensor : torch::stable::to(*tensor, scalar_type<T>);
+    if (!ready.is_contiguous()) ready = torch::stable::contiguous(ready);
+    alive.push_back(ready);
+    const auto* data = static_cast<const T*>(ready.const_data_ptr());
+    aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    return data;
+  }
+
+  // Contiguous, in its own type.
+  Floats<const void> floats(const Tensor& tensor) {
+    alive.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    const void* data = alive.back().const_data_ptr();
+    aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    return {data, tensor.scalar_type()};
+  }
+
+  // A (B,) tensor where it is.
+  PerSample per_sample(const OptionalTensor& tensor) {
+    if (!tensor) return {};
+    const bool is_double = tensor->scalar_type() == ScalarType::Double;
+    const bool fits = is_double || tensor->scalar_type() == ScalarType::Float;
+    alive.push_back(fits ? *tensor : torch::stable::to(*tensor, ScalarType::Float));
+    return {alive.back().const_data_ptr(), alive.back().stride(0), is_double};
+  }
+
+  // Whether every pointer allows accesses of 16 bytes.
+  bool aligned = true;
+
+ private:
+  std::vector<Tensor> alive;
+};
+
+inline int64_t blocks(int64_t count) {
+  STD_TORCH_CHECK(count <= 0x7fffffff, "star_kernels: ", count, " blocks are more than a GPU takes at once");
+  return count;
+}
+
+}  // namespace star::cuda
