@@ -32,8 +32,10 @@ Result run(const Tensor& velocity, const Tensor& sample, const Tensor& prev_samp
   args.sample = inputs.pointer<X>(sample);
   args.prev_sample = inputs.pointer<X>(prev_sample);
   args.old_mean = inputs.pointer<T>(old_mean);
-  const bool wide = inputs.aligned && (args.packed ? args.channels : args.places) % WIDE<V> == 0;
-  if constexpr (!std::is_same_v<V, T>) {
+  constexpr int N = WIDE<V> > WIDE<X> ? WIDE<V> : WIDE<X>;
+  constexpr bool plain = std::is_same_v<V, T> && std::is_same_v<X, T>;
+  const bool wide = inputs.aligned && (args.packed ? args.channels : args.places) % N == 0;
+  if constexpr (!plain) {
     // Odd sizes of narrow types are rare enough not to have kernels of their own.
     if (!wide)
       return run<T, T, T>(velocity, sample, prev_sample, transition, advantages, weights, old_mean, old_log_prob,
@@ -84,8 +86,8 @@ Result run(const Tensor& velocity, const Tensor& sample, const Tensor& prev_samp
     STAR_LAUNCH((policy_loss_gradient<V, X, T, N>), args.batch * args.tiles + 1, THREADS, stream.handle, args);
   };
   if (wide)
-    launch(std::integral_constant<int, WIDE<V>>());
-  else if constexpr (std::is_same_v<V, T>)
+    launch(std::integral_constant<int, N>());
+  else if constexpr (plain)
     launch(std::integral_constant<int, 1>());
   check_launch();
   return {loss, statistics, gradient.scalar_type() == type ? gradient : torch::stable::to(gradient, type)};
@@ -107,11 +109,13 @@ Result policy_loss(const Tensor& velocity, const Tensor& sample, const Tensor& p
   if (type == ScalarType::Double || sample.scalar_type() == ScalarType::Double ||
       prev_sample.scalar_type() == ScalarType::Double)
     return call(double(), double(), double());
-  const bool same = sample.scalar_type() == type && prev_sample.scalar_type() == type;
+  const auto latents = [&](ScalarType wanted) {
+    return sample.scalar_type() == wanted && prev_sample.scalar_type() == wanted;
+  };
   if (type == ScalarType::BFloat16)
-    return same ? call(BFloat16(), BFloat16(), float()) : call(BFloat16(), float(), float());
-  if (type == ScalarType::Half) return same ? call(Half(), Half(), float()) : call(Half(), float(), float());
-  return call(float(), float(), float());
+    return latents(type) ? call(BFloat16(), BFloat16(), float()) : call(BFloat16(), float(), float());
+  // A float16 velocity comes here as float32, for the sake of its gradient.
+  return latents(ScalarType::Half) ? call(float(), Half(), float()) : call(float(), float(), float());
 }
 
 }  // namespace
