@@ -198,6 +198,24 @@ def test_allocated_keeps_the_output_and_weights_its_gradient(build, return_dict)
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize("first_pass", [False, True])
+def test_allocated_over_two_passes_of_guidance(first_pass):
+    model, conditional = small_transformer(), small_inputs()
+    unconditional = conditional | dict(encoder_hidden_states=torch.zeros_like(conditional["encoder_hidden_states"]))
+    found = []
+    for inputs in (conditional, unconditional):
+        with capture(model, TOKENS, grid=GRID) as maps:
+            model(**inputs)
+        found.append(allocate(maps.read(), GRID)[:, None])
+    with allocated(model, TOKENS, grid=GRID, first_pass=first_pass):
+        outputs = [model(**inputs)[0] for inputs in (conditional, unconditional)]
+    factor = [found[0], found[0 if first_pass else 1]]
+    for output, inputs, w in zip(outputs, (conditional, unconditional), factor, strict=True):
+        weight = model.proj_out.weight
+        (got,), (expected,) = (torch.autograd.grad(x, weight) for x in (output.sum(), (model(**inputs)[0] * w).sum()))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 def test_allocated_as_a_decorator_in_no_grad_and_with_other_strategies():
     model, inputs = small_transformer(), small_inputs()
     plain = model(**inputs)[0]

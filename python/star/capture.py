@@ -428,6 +428,7 @@ def allocated(
     layers: Sequence[int] | None = None,
     normalise: Literal["raw", "content", "concepts"] = "raw",
     allocation: Allocation | None = None,
+    first_pass: bool = False,
 ) -> Iterator[Maps]:
     """Inside the context the transformer's output has its own values and a gradient weighted by its own maps.
 
@@ -441,6 +442,8 @@ def allocated(
         tokens, grid, rows, layers, normalise: of `capture`. With guidance in one batch, rows are the conditional ones;
             the unconditional ones get their weights too: guidance is linear, so that weights the guided velocity.
         allocation: strategy "attention" (the default) or "random", and options.
+        first_pass: every pass inside the context gets the weights of the first: for guidance in two passes, the
+            conditional one before the unconditional one.
 
     Yields:
         The Maps of the last pass.
@@ -452,15 +455,18 @@ def allocated(
     if allocation.strategy not in ("attention", "random"):
         raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention' or 'random'")
 
+    read: list[Tensor] = []  # with first_pass the maps of the first pass
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalise=normalise) as maps:
 
         def weight(module: torch.nn.Module, arguments: tuple, output):
             velocity = output[0]
             if not velocity.requires_grad:
                 return None
+            if not (first_pass and read):
+                read[:] = [maps.read()]
             packed = velocity.ndim == 3
             side = 1 if packed else velocity.shape[-1] // maps.grid[1]
-            weights = allocation_weights(allocation, maps.read(), maps.grid, patch=side)
+            weights = allocation_weights(allocation, read[0], maps.grid, patch=side)
             weights = weights.flatten(1) if packed else weights
             weights = weights.repeat(len(velocity) // len(weights), *(1,) * (weights.ndim - 1))
             velocity = weighted_gradient(velocity, weights)
