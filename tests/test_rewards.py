@@ -93,7 +93,7 @@ def test_a_sum_has_its_terms_details_and_map():
     assert logged["reward_test_rewards:redness"] == pytest.approx(red.mean().item())
     assert logged["reward_test_rewards:blueness"] == pytest.approx(blue.mean().item())
     alone = rewards.load("test_rewards:redness")(images, ["a", "b", "c"], [{}] * 3)
-    assert torch.equal(alone.reward, red) and rewards.means(alone).keys() == {"reward", "reward_bare"}
+    assert torch.equal(alone.reward, red) and rewards.means(alone).keys() == {"reward", "reward_std", "reward_bare"}
 
 
 @given(seed=st.integers(0, 99), scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
@@ -117,7 +117,8 @@ def test_batches_that_say_different_things_are_joined():
     assert joined.details["y"].isnan().tolist() == [True, True, False]
     assert joined.masks.amax((1, 2)).tolist() == [1, 1, 0]
     assert joined.reward_map.isnan().all((1, 2)).tolist() == [True, True, False]
-    assert rewards.means(joined) == {"reward": pytest.approx(2 / 3), "reward_x": 1, "reward_y": 0}
+    expected = {"reward": 2 / 3, "reward_std": 3**-0.5, "reward_x": 1, "reward_y": 0}
+    assert rewards.means(joined) == pytest.approx(expected)
 
 
 # --- advantages ---------------------------------------------------------------------------------------------------
@@ -337,3 +338,5 @@ def test_a_reward_that_never_worked_ends_the_run_and_strict_ends_it_at_once():
             ticket.result()
     with pytest.raises(ValueError, match="prompts: got 1 prompts and 1 metadata for 2 images"):
         RewardWorker(mean_and_bad_prompts).submit(images, ["a"])
+    with pytest.raises(RewardError, match="its worker is closed"):
+        worker.submit(images, ["a", "b"])

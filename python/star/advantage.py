@@ -111,6 +111,8 @@ def advantages_of(
     weights: of the rewards in `scores.terms`. size: latent (height, width). Raises ConfigError if there is no map.
     """
     options = {"global_std": loss.global_std, "eps": loss.advantage_eps}
+    if scores.reward.isnan().all():  # every reward of this iteration failed: nothing is better than anything
+        return group_advantages(scores.reward, groups)
     if loss.advantage == "location":
         if scores.reward_map is None:
             raise ConfigError(f"loss.advantage: 'location' needs a reward that localises, not {', '.join(weights)}")

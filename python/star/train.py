@@ -84,9 +84,7 @@ class Trainer:
             advantages_here = advantages[self.share.rows].to(rollout.latents.device)
             metrics = self.update(rollout, advantages_here, weights, step_weights)
         self.iteration += 1
-        metrics |= rewards.means(scores)
-        metrics["reward_std"] = scores.reward[scores.reward.isfinite()].std().item()
-        metrics["reward_failed"] = float(failures)
+        metrics |= rewards.means(scores) | {"reward_failed": float(failures)}
         metrics["advantage_zero"] = (advantages == 0).float().mean().item()
         if weights is not None:
             metrics["weights_max"] = weights.amax((2, 3)).mean().item()
