@@ -34,6 +34,7 @@ ORDER = (
     "test_training",
     "test_cli",
     "test_triton_offline",
+    "test_cuda_offline",
 )
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
