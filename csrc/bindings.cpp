@@ -21,7 +21,6 @@ PYBIND11_MODULE(_C, module) {
         {"compiler", __VERSION__},
         {"instruction_sets", compiled},
         {"instruction_set_in_use", names[int(star::isa())]},
-        {"cuda", "no"},
     };
   });
 }

@@ -52,10 +52,12 @@ def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]
         raise ValueError(f"operator: got {operator!r}, expected one of {sorted(ops.OPERATORS)}")
     reasons: dict[str, str | None] = {}
     if "native" in ops.OPERATORS[operator][3]:
-        if device != "cpu":
-            reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
-        else:
+        if device == "cpu":
             reasons["native"] = native.REASON
+        elif device == "cuda":
+            reasons["native"] = native.cuda_reason(operator)
+        else:
+            reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
     if "triton" in ops.OPERATORS[operator][3]:
         reason = None
         if importlib.util.find_spec("triton") is None:

@@ -51,6 +51,7 @@ ORDER = (
     "test_dropin_verl_omni",
     "test_dropin_trl",
     "test_triton_offline",
+    "test_cuda_offline",
 )
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)

@@ -83,13 +83,15 @@ def test_eval_and_maps(tmp_path, capsys):
 def test_info_tells_what_each_operator_uses(capsys):
     code, output, _ = run(capsys, "info")
     assert code == 0
-    lines = {line.split()[0]: line for line in output.splitlines()}
+    lines = [line.split() for line in output.splitlines()]
     for operator in ("attention_maps", "allocate", "gaussian_step", "policy_loss"):
-        reasons = star_kernels.implementations(operator)
-        chosen = next(name for name, reason in reasons.items() if reason is None)
-        assert f"{operator} {chosen} on cpu".split() == lines[operator].split()[:4]
-        assert all(reason in lines[operator] for reason in reasons.values() if reason)
-    assert "torch" in lines
+        for device in ("cpu", "cuda"):
+            reasons = star_kernels.implementations(operator, device)
+            chosen = next(name for name, reason in reasons.items() if reason is None)
+            (line,) = (line for line in lines if line[:1] == [operator] and line[3] == device)
+            assert line[1:3] == [chosen, "on"]
+            assert all(reason in " ".join(line) for reason in reasons.values() if reason)
+    assert {"torch", "cuda"} <= {line[0] for line in lines}
 
 
 def test_usage():

@@ -204,7 +204,7 @@ def test_an_iteration_whose_rewards_all_fail_teaches_nothing(tmp_path, loss):
 def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
     trainer = Trainer(small(tmp_path))
     before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
-    monkeypatch.setattr(training, "group_advantages", lambda rewards, groups, **_: torch.full_like(rewards, torch.nan))
+    monkeypatch.setattr(training, "advantages_of", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
     metrics = trainer.step()
     assert metrics["updates_skipped"] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.transformer.parameters(), strict=True))

@@ -262,13 +262,14 @@ def info(arguments: list[str]) -> None:
             print(f"{package:14} not installed")
     print(f"{'cpu threads':14} {torch.get_num_threads()}")
     print(f"{'gpu':14} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
-    for name, value in native.build_info().items() or {"extension": native.REASON}.items():
+    for name, value in native.build_info().items():
         print(f"{name.replace('_', ' '):14} {value}")
     for operator in ("attention_maps", "allocate", "gaussian_step", "policy_loss"):
-        reasons = star_kernels.implementations(operator)
-        chosen = next(name for name, reason in reasons.items() if reason is None)
-        others = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
-        print(f"{operator:14} {chosen} on cpu" + (f" ({others})" if others else ""))
+        for device in ("cpu", "cuda"):
+            reasons = star_kernels.implementations(operator, device)
+            chosen = next(name for name, reason in reasons.items() if reason is None)
+            others = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
+            print(f"{operator:14} {chosen} on {device}" + (f" ({others})" if others else ""))
 
 
 def main(arguments: list[str] | None = None) -> int:

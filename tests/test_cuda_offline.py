@@ -1,0 +1,84 @@
+"""The CUDA kernels build for every GPU of a release, keep to registers and 16-byte accesses, and load without a GPU."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from star_kernels import native
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+
+
+@pytest.fixture(scope="module")
+def library():
+    import cuda_offline
+
+    return cuda_offline.build(ROOT / "build" / "cuda_offline")
+
+
+def test_every_kernel_keeps_to_registers_and_wide_accesses(library):
+    import cuda_offline
+
+    kernels = cuda_offline.kernels(library)
+    assert {kernel["architecture"] for kernel in kernels} == ARCHITECTURES
+    names = {re.match(r"\w+", kernel["kernel"])[0] for kernel in kernels}
+    assert names == {"policy_loss_ratios", "policy_loss_gradient", "gaussian_step_kernel", "allocate_kernel"}
+    wide = [kernel for kernel in kernels if re.search(r", (2|4|8)>", kernel["kernel"])]
+    assert len(wide) == len(ARCHITECTURES) * (5 * 2 + 2)  # policy_loss: five combinations of types, two launches
+    wrong = [
+        kernel
+        for kernel in kernels
+        if kernel["stack"] or kernel["local"] or kernel["spills"] or kernel["atomics"] or kernel["shared"] > 48 * 1024
+    ]
+    # Every tensor of latents is read and written 16 bytes at a time; only what there is one of per sample is not.
+    wrong += [kernel for kernel in wide if kernel["accesses_2"] or kernel["loads_16"] < 4]
+    wrong += [kernel for kernel in wide if "ratios" not in kernel["kernel"] and kernel["stores_16"] < 2]
+    assert not wrong
+
+
+def test_the_library_loads_beside_a_torch_without_cuda(library):
+    code = (
+        "import importlib.util, torch, star_kernels\n"
+        f"spec = importlib.util.spec_from_file_location('_cuda', {str(library)!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "names = [f'star::{name}_native' for name in sorted(star_kernels.native.CUDA_OPERATORS)]\n"
+        "print(module.ARCHITECTURES, *(torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA') for n in names))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [*sorted(ARCHITECTURES, key=lambda a: int(a[3:])), "compute_120", *["True"] * 3]
+
+
+def test_a_toolkit_that_is_asked_for_and_not_there_is_one_clear_line():
+    environment = {"STAR_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": ""}
+    command = [sys.executable, "setup.py", "--version"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.strip() == "STAR_CUDA=1: found no nvcc; install the CUDA toolkit or set CUDA_HOME"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),  # code runs on later GPUs of its generation
+        ("sm_89", (8, 6), False),
+        ("sm_80", (9, 0), False),
+        ("sm_80 compute_80", (9, 0), True),  # PTX on all later ones
+        ("compute_120", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a", (10, 3), False),
+        ("sm_100f", (10, 3), True),
+        ("sm_100", (12, 0), False),
+        ("sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_120", (12, 1), True),
+    ],
+)
+def test_which_gpus_a_build_covers(built, capability, runs):
+    assert native.covers(native.architectures(built), capability) is runs
