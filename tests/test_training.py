@@ -179,6 +179,16 @@ def test_a_reward_that_always_fails_ends_the_run(tmp_path):
         trainer.step()
 
 
+@pytest.mark.parametrize("loss", [{}, {"advantage": "location"}, {"normalise_rewards": True}])
+def test_an_iteration_whose_rewards_all_fail_teaches_nothing(tmp_path, loss):
+    trainer = Trainer(small(tmp_path, loss=loss))
+    trainer.step()
+    trainer.worker.reward = broken_reward
+    metrics = trainer.step()
+    assert metrics["reward_failed"] == 6 and np.isnan(metrics["reward"])
+    assert metrics["advantage_zero"] == 1 and metrics["grad_norm"] == 0
+
+
 def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
     trainer = Trainer(small(tmp_path))
     before = [p.detach().clone() for p in trainer.transformer.parameters()]

@@ -118,8 +118,8 @@ def pictures(pipeline: StableDiffusion3Pipeline, prompts: Sequence[Prompt], samp
     for start in range(0, len(jobs), sampling.batch):
         chosen = jobs[start : start + sampling.batch]
         generators = [
-            torch.Generator().manual_seed((sampling.seed * 1_000_003 + index) * 1_000_003 + number)
-            for index, number in chosen
+            torch.Generator().manual_seed(int(np.random.SeedSequence([sampling.seed, *job]).generate_state(1)[0]))
+            for job in chosen
         ]
         images = pipeline(
             [prompts[index].text for index, _ in chosen],

@@ -108,9 +108,7 @@ class Trainer:
         with timed(seconds, "update"):
             metrics = self.update(rollout, advantages.to(rollout.latents.device), weights)
         self.iteration += 1
-        metrics |= rewards.means(scores)
-        metrics["reward_std"] = scores.reward[scores.reward.isfinite()].std().item()
-        metrics["reward_failed"] = float(failures)
+        metrics |= rewards.means(scores) | {"reward_failed": float(failures)}
         metrics["advantage_zero"] = (advantages == 0).float().mean().item()
         if weights is not None:
             metrics["weights_max"] = weights.amax((2, 3)).mean().item()
@@ -151,6 +149,8 @@ class Trainer:
         """(B,), or (B, H, W) with loss.advantage 'location'."""
         loss = self.config.loss
         options = {"global_std": loss.global_std, "eps": loss.advantage_eps}
+        if scores.reward.isnan().all():  # every reward of this iteration failed: nothing is better than anything
+            return group_advantages(scores.reward, self.groups)
         if loss.advantage == "location":
             if scores.reward_map is None:
                 raise ConfigError(

@@ -6,6 +6,7 @@ Each reward lives in a file of its own; `worker.py` runs them beside the rollout
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,14 +103,15 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
 
 
 def means(scores: Scores) -> dict[str, float]:
-    """What a run logs: the mean of the reward, of the terms of a weighted sum and of the details, without the NaN."""
+    """What a run logs: mean and deviation of the reward, means of the terms of a weighted sum and of the details, all
+    without the NaN."""
     columns = {"reward": scores.reward}
     if len(scores.terms) > 1:
         columns |= {f"reward_{name}": value for name, value in scores.terms.items()}
     columns |= {f"reward_{name}": value for name, value in scores.details.items()}
-    return {
-        name: float(value.nanmean()) for name, value in columns.items() if name == "reward" or value.isfinite().any()
-    }
+    found = {name: float(value.nanmean()) for name, value in columns.items() if value.isfinite().any()}
+    known = scores.reward[scores.reward.isfinite()]
+    return {"reward": math.nan, **found, "reward_std": float(known.std()) if len(known) > 1 else math.nan}
 
 
 def pixels(images: Tensor) -> np.ndarray:
@@ -172,7 +174,7 @@ def parse(specification: str | Mapping[str, float]) -> dict[str, float]:
     else:
         weights = {str(name): weight for name, weight in specification.items()}
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight) or weight == 0:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
             raise ValueError(f"reward: got weight {weight!r} for {name!r}, expected a number other than 0")
     if not weights:
         raise ValueError(f"reward: got {specification!r}, expected one of {list(NAMES)} or 'module:function'")

@@ -103,11 +103,13 @@ class RewardWorker:
         self.current: Ticket | None = None
         self.thread: threading.Thread | None = None
         self.lock = threading.Lock()
-        self.hung, self.failures = 0, 0
+        self.hung, self.failures, self.closed = 0, 0, False
         self.scored, self.first_line = False, ""  # whether any picture has had a reward; the first failure
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Ticket:
         """Queue B pictures (B, 3, H, W) in 0..1. They must not be changed afterwards."""
+        if self.closed:
+            raise RewardError("reward: its worker is closed")
         metadata = [{} for _ in prompts] if metadata is None else list(metadata)
         if not len(images) == len(prompts) == len(metadata):
             raise ValueError(
@@ -181,6 +183,8 @@ class RewardWorker:
                 self.current = None
 
     def close(self) -> None:
+        """Let the thread end after what is waiting."""
+        self.closed = True
         self.waiting.put(None)
 
     def __enter__(self) -> RewardWorker:
