@@ -105,7 +105,7 @@ ASK = (torch.rand(2, 3, 2, 2), ["a", "b"], [{}, {}])
 
 
 def quick(url, **options):
-    return Remote(url, "far", backoff=0.01, timeout=options.pop("timeout", 5.0), **options)
+    return Remote(url, "far", backoff=0.01, timeout=options.pop("timeout", 60.0), **options)
 
 
 def test_a_server_that_recovers_is_asked_again_and_the_retries_are_counted(caplog):
@@ -151,28 +151,22 @@ def test_an_answer_that_is_none_is_one_clear_line(body, words):
 
 @pytest.mark.parametrize("script", [(200, b" " * 50 + GOOD, "trickle"), (200, b"", 2.0)])
 def test_a_slow_server_times_out(script):
-    with scripted(script) as (_, url):
-        begin = time.monotonic()
-        with pytest.raises(
-            RewardError, match=r"failed 2 times \(timed out\)|failed 2 times \(.*time.*\)|something else"
-        ):
-            quick(url, timeout=0.3, attempts=2)(*ASK)
-        assert time.monotonic() - begin < 3
+    with scripted(script) as (_, url), pytest.raises(RewardError, match=r"failed 2 times \(timed out\)"):
+        quick(url, timeout=0.3, attempts=2)(*ASK)
 
 
-def test_a_dead_server_costs_the_batch_and_is_not_asked_picture_by_picture():
+def test_a_dead_server_costs_the_batch_and_is_not_asked_picture_by_picture(caplog):
     with scripted((200, GOOD, 0)) as (_, url):
         pass
-    begin = time.monotonic()
     with RewardWorker(quick(url)) as worker:
         assert worker.submit(*ASK).result().reward.isnan().all()
         with pytest.raises(RewardError, match=r"reward: 'far' at .* failed 3 times \(.*refused.*\).*for every picture"):
             worker.count_failures()
-    assert time.monotonic() - begin < 3
+    assert caplog.text.count("attempt 2 follows") == caplog.text.count("attempt 3 follows") == 1
 
 
 def post(url, body, path="/score", headers=None):
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     connection.request("POST", path, body, headers or {})
     response = connection.getresponse()
     return response.status, json.loads(response.read())
@@ -220,6 +214,6 @@ def test_the_server_as_a_command():
         assert torch.equal(got.reward, here.reward)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
     wrong = subprocess.run([*command, "beauty"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.strip().startswith("star: reward: unknown 'beauty'")
