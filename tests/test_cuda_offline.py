@@ -48,6 +48,7 @@ def test_the_library_loads_beside_a_torch_without_cuda(library):
         "import importlib.util, torch, star_kernels\n"
         f"spec = importlib.util.spec_from_file_location('_cuda', {str(library)!r})\n"
         "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
         "names = [f'star::{name}_native' for name in sorted(star_kernels.native.CUDA_OPERATORS)]\n"
         "print(module.ARCHITECTURES, *(torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA') for n in names))\n"
     )
