@@ -1,4 +1,4 @@
-"""Flow-Factory: its update through an adapter of fifteen lines, over the host's adapter where it is importable.
+"""Flow-Factory: its update through an adapter of fourteen lines, over the host's adapter where it is importable.
 
 What the host holds at its commit a0b2bc5: latents in the storage type at the trained positions with an index map,
 log_probs of the stored values, (lower, upper) clip ranges, the whole batch (prompts too) handed to `adapter.forward`.

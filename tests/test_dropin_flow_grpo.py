@@ -6,7 +6,7 @@ timesteps (B, T), guidance with the unconditional rows first, all samples shuffl
 
 import pytest
 import torch
-from dropin import check_diff, load_example
+from dropin import EXAMPLES, check_diff, load_example
 from star.shapes.model import load_pipeline
 from test_dropin_objective import EPS, random_weights, scheduler, step_by_formula
 
@@ -57,6 +57,27 @@ def gradients(loss, pipeline):
 def test_the_diff_is_short_and_runs_in_the_example():
     added = check_diff("flow_grpo/star.diff", "flow_grpo/loop.py")
     assert 'weights=sample["weights"][:, j],' in added
+
+
+@pytest.mark.parametrize(
+    ("page", "source"),
+    [
+        ("flow_grpo.md", "flow_grpo/star.diff"),
+        ("dance_grpo.md", "dance_grpo/star.diff"),
+        ("mix_grpo.md", "mix_grpo/star.diff"),
+        ("flow_factory.md", "flow_factory/star_adapter.py"),
+        ("verl_omni.md", "verl_omni/verl_star.py"),
+    ],
+)
+def test_the_pages_show_what_the_examples_run(page, source):
+    text = (EXAMPLES.parent / "docs" / page).read_text()
+    shown = text.split("```diff\n")[1].split("```")[0].splitlines()
+    lines = (EXAMPLES / source).read_text().splitlines()
+    if source.endswith(".py"):
+        assert shown[1:] == [f"+{line}" for line in lines]
+    else:
+        assert shown == [line for line in lines if not line.startswith(("diff --git", "index "))]
+    assert text.index("pip install") < text.index("```diff") < 400  # the page's first lines
 
 
 def test_what_is_stored(pipeline, epoch):

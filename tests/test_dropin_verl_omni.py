@@ -1,4 +1,4 @@
-"""verl-omni: its actor update through an adapter of fourteen lines, guidance in two passes, its loss untouched.
+"""verl-omni: its actor update through an adapter of thirteen lines, guidance in two passes, its loss untouched.
 
 What the host holds at its commit a1139ba: a window of the trajectory (B, S+1, C, H, W), timesteps and advantages
 (B, S), old_log_probs of a pass of its own, padded prompt ids, the negative prompt in a second forward pass.
