@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
         return
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    RESULTS.write_text(json.dumps([{**r, "machine": machine()} for r in rows], indent=2) + "\n")
     terminalreporter.section("benchmarks")
     terminalreporter.line(machine())
     width = max(len(r["name"]) for r in rows)
