@@ -71,7 +71,12 @@ def seeded():
 @pytest.fixture(scope="session")
 def cuda_kernels():
     """The CUDA kernels, compiled for the CPU, as implementations that the operators take."""
-    cuda_on_host.load(cuda_on_host.build(Path(__file__).parents[1] / "build" / "cuda_on_host"))
+    build = Path(__file__).parents[1] / "build"
+    if os.environ.get("STAR_SANITIZE") == "1":
+        library = cuda_on_host.build(build / "sanitize" / "cuda_on_host", cuda_on_host.SANITIZE)
+    else:
+        library = cuda_on_host.build(build / "cuda_on_host")
+    cuda_on_host.load(library)
     resolve = api.resolve
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

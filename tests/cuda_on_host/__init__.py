@@ -25,6 +25,9 @@ FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=of
 FLAGS += ["-Wno-unknown-pragmas", "-DCUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
 
 
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+
+
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     """The library of all launchers, in the folder; compiled again only where a source has changed."""
     folder.mkdir(parents=True, exist_ok=True)
