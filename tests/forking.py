@@ -1,7 +1,7 @@
 """Processes for tests that kill or connect them: forked from one that has already imported everything.
 
-The test calls `serve`, which runs one of its module's functions in a fresh interpreter: a fork of the test's own process,
-whose thread pools have run, could hang.
+The test calls `serve`, which runs one of its module's functions in a fresh interpreter: a fork of the test's own
+process, whose thread pools have run, could hang.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 
-def serve(function: str, *arguments: str, timeout: float = 300) -> None:
+def serve(function: str, *arguments: str, timeout: float = 580) -> None:
     """Run "module:function" of the tests' folder in a fresh process; its errors are shown."""
     code = f"import forking; forking._call({function!r}, {arguments!r})"
     result = subprocess.run(
