@@ -5,9 +5,9 @@ from pathlib import Path
 
 TEXT = """# Benchmarks
 
-`make bench` runs all of them, prints this table and writes `benchmarks/results.json`. Both sides of every ratio are measured
-alternately in one run, and first shown to compute the same thing; a value is the median over the rounds. "percent" is what
-comes on top, "times" how often the second fits into the first. Nothing here was measured on a GPU.
+`make bench` runs all of them, prints this table and writes `benchmarks/results.json`. Both sides of every ratio are
+measured alternately in one run, and first shown to compute the same thing; a value is the median over the rounds.
+"percent" is what comes on top, "times faster" how often ours fits into the other. Nothing here was measured on a GPU.
 
 Last full run: {machine}.
 

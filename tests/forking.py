@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 
-def serve(function: str, *arguments: str, timeout: float = 300) -> None:
+def serve(function: str, *arguments: str, timeout: float = 580) -> None:
     """Run "module:function" of the tests' folder in a fresh process; its errors are shown."""
     code = f"import forking; forking._call({function!r}, {arguments!r})"
     result = subprocess.run(

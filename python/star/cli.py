@@ -1,4 +1,4 @@
-"""`star train | eval | maps | info`."""
+"""`star train | plan | eval | maps | info`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Literal
 USAGE = """usage: star COMMAND [--help]
 
   train   post-train a model: --preset NAME, --config FILE.yaml, and any option
+  plan    print what a run will take, before anything is loaded: --gpus N and the options of train
   eval    score a model, with or without an adapter, on a prompt file (GenEval's, OCR's, any) or the embedded world
   maps    picture a prompt's concept maps by layer and step; --world measures localisation
   info    versions, what was built, and which implementation each operator uses
@@ -92,7 +93,8 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
 
-def train(arguments: list[str]) -> None:
+def read_config(arguments: list[str], prog: str):
+    """A preset, then a file, then options; each over what came before."""
     import tyro
 
     from star import config as configuration
@@ -110,7 +112,11 @@ def train(arguments: list[str]) -> None:
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
-    config = tyro.cli(Config, default=base, args=rest, prog="star train")
+    return tyro.cli(Config, default=base, args=rest, prog=prog)
+
+
+def train(arguments: list[str]) -> None:
+    config = read_config(arguments, "star train")
 
     from rich.console import Console
     from rich.table import Table
@@ -132,6 +138,35 @@ def train(arguments: list[str]) -> None:
     console = Console()
     console.print(table)
     console.print(f"[bold]{config.run.out}[/bold]: " + ", ".join(sorted(p.name for p in config.run.out.iterdir())))
+
+
+def plan(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--fsdp", action="store_true")
+    known, rest = parser.parse_known_args(arguments)
+    config = read_config(rest, "star plan [--gpus N] [--fsdp]")
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from star.plan import plan as predict
+
+    if known.gpus < 1:
+        raise ValueError(f"gpus: got {known.gpus}, expected at least 1")
+    plan = predict(config, known.gpus, known.fsdp)
+    table = Table("", "", title=f"{config.model.path}: one iteration on {known.gpus} GPUs, predicted")
+    table.add_row("pictures", f"{plan.pictures:,} ({plan.pictures_per_gpu:,} per GPU)")
+    table.add_row("trained steps", f"{plan.trained_steps} of {config.sampling.steps}")
+    table.add_row("forward rows per GPU", f"{plan.rollout_rows:,} rollout, {plan.reference_rows:,} reference")
+    table.add_row("forward and backward rows", f"{plan.update_rows:,} per GPU", end_section=True)
+    table.add_row("a row", f"{plan.forward_flops / 1e12:.3g} TFLOP forward, {plan.backward_flops / 1e12:.3g} backward")
+    table.add_row("transformer, per GPU", f"{plan.flops_per_gpu / 1e15:.3g} PFLOP", end_section=True)
+    table.add_row("parameters", f"{plan.parameters / 1e6:,.1f} M, {plan.trained_parameters / 1e6:,.1f} M trained")
+    for name, size in plan.memory.items():
+        table.add_row(name, f"{size / 2**30:,.2f} GiB")
+    table.add_row("[bold]peak per GPU", f"[bold]{plan.peak / 2**30:,.1f} GiB")
+    Console().print(table)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -275,7 +310,7 @@ def info(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 1 after printing one line about what was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "eval": evaluate, "maps": maps, "info": info}
+    commands = {"train": train, "plan": plan, "eval": evaluate, "maps": maps, "info": info}
     if not arguments or arguments[0] not in commands:
         print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments in ([], ["--help"], ["-h"]) else 2

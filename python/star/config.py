@@ -209,7 +209,7 @@ def shapes() -> Config:
     """The embedded world on two CPU cores: `make demo`.
 
     One stochastic step, early and with much noise: of what was tried it moves the reward most, and up to it one pass
-    per prompt serves the whole group, in the update too. Adapters on every matrix of the blocks learn more than adapters
+    per prompt serves the whole group, in the update too. Adapters on every matrix of the blocks learn more than those
     on attention alone before their noise does harm.
     """
     stream = ("to_q", "to_k", "to_v", "to_out.0")
@@ -228,7 +228,7 @@ def shapes() -> Config:
             ),
         ),
         sampling=Sampling(
-            steps=6,
+            steps=5,
             guidance_scale=1.0,
             noise_level=1.2,
             trained_steps=(1,),

@@ -107,7 +107,8 @@ def make_pipeline() -> StableDiffusion3Pipeline:
     """The whole pipeline with untrained weights; seed torch before for reproducible ones."""
     return StableDiffusion3Pipeline(
         transformer=make_transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        # Without a terminal the last step would begin at sigma 0.001 and change nothing.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=0.2),
         vae=make_vae(),
         text_encoder=make_text_encoder(),
         tokenizer=make_tokenizer(),
