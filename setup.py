@@ -1,6 +1,7 @@
 """Builds star_kernels._C: every kernel file under csrc/cpu once per instruction set, and one pybind11 module.
 
 STAR_BUILD=none leaves the extension out (plain PyTorch implementations remain). MAX_JOBS limits parallel compilers.
+STAR_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; see `make sanitize`.
 """
 
 import os
@@ -29,6 +30,10 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("STAR_SANITIZE") == "1" else []
+if SANITIZE:
+    # Python's own flags define signed overflow; here it is to be reported. Every report ends the process.
+    FLAGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -76,6 +81,7 @@ def extension_arguments():
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=macros,
         extra_compile_args=FLAGS,
+        extra_link_args=SANITIZE,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildKernels}}
 
