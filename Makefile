@@ -7,7 +7,12 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test lint bench sanitize clean
 help:
-	@echo "make demo | test | lint | bench | sanitize | clean"
+	@echo "make demo      train the embedded model"
+	@echo "make test      lint, build, all tests"
+	@echo "make lint      ruff alone"
+	@echo "make bench     every benchmark, one table"
+	@echo "make sanitize  the compiled kernels under the address and undefined-behaviour sanitizers"
+	@echo "make clean     remove what was built and installed"
 
 .venv/installed: requirements-ci.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +38,21 @@ test: lint
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc
+
+# A build of its own under build/sanitize; the editable one stays as it is. The interpreter is not instrumented, so the
+# runtime is preloaded, with libstdc++ for its exceptions; Python's allocator would hide small overruns, and it and torch
+# never free everything. Inductor would compile its own code under the preloaded runtime.
+SANITIZED := $(CURDIR)/build/sanitize
+sanitize: setup
+	@mkdir -p $(SANITIZED)
+	STAR_SANITIZE=1 $(BIN)/python setup.py build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib \
+	  > $(SANITIZED)/build.log 2>&1 || { cat $(SANITIZED)/build.log; exit 1; }
+	export STAR_SANITIZE=1 PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
+	$(BIN)/python -c "from star_kernels import native; assert native.build_info()['sanitizers'] != 'none', native.REASON" && \
+	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not inductor" \
+	  $(addprefix tests/test_,attention_maps.py allocate.py gaussian_step.py policy_loss.py instruction_sets.py)
 
 clean:
 	rm -rf .venv build dist *.egg-info star_kernels/*.so runs/demo

@@ -4,6 +4,7 @@ STAR_BUILD=none leaves the CPU kernels out (plain PyTorch remains). MAX_JOBS lim
 STAR_CUDA=auto (default) builds the GPU kernels where torch is a CUDA build and nvcc is found, 1 demands them (torch may
 be a CPU build: the libtorch stable ABI makes them the same), 0 leaves them out. CUDA_HOME says where the toolkit is,
 TORCH_CUDA_ARCH_LIST for which GPUs to compile.
+STAR_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; see `make sanitize`.
 """
 
 import os
@@ -33,6 +34,10 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("STAR_SANITIZE") == "1" else []
+if SANITIZE:
+    # Python's own flags define signed overflow; here it is to be reported. Every report ends the process.
+    FLAGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -166,6 +171,7 @@ def extension_arguments():
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=macros,
         extra_compile_args=FLAGS,
+        extra_link_args=SANITIZE,
     )
     modules = [module] if BUILD == "cpu" else []
     if home is not None:

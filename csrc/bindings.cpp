@@ -17,10 +17,15 @@ PYBIND11_MODULE(_C, module) {
 #ifdef STAR_HAS_AVX512
     compiled += " avx512";
 #endif
+    std::string sanitizers = "none";
+#ifdef __SANITIZE_ADDRESS__
+    sanitizers = "address undefined";
+#endif
     return std::map<std::string, std::string>{
         {"compiler", __VERSION__},
         {"instruction_sets", compiled},
         {"instruction_set_in_use", names[int(star::isa())]},
+        {"sanitizers", sanitizers},
     };
   });
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import native, ops
+from star_kernels.autograd import PolicyLoss as PolicyLossFunction
 from star_kernels.reference import compute_dtype
 from star_kernels.transition import Transition, channel_dim
 
@@ -370,8 +371,8 @@ def policy_loss(
         # holds nothing below 6e-8, and the mean over a picture's elements makes gradients of 1e-6.
         velocity = velocity.float()
     with torch.autocast(device.type, enabled=False):
-        loss, statistics, _ = run(
-            velocity,
+        loss, statistics = PolicyLossFunction.apply(
+            *(run, velocity),
             *(sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity),
             *(step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from star_kernels import autograd, reference
+from star_kernels import reference
 
 
 def fake_attention_maps(query, key, concept_index, concept_weight, lse, scale, head_weight) -> Tensor:
@@ -77,9 +77,3 @@ for _operator, (_schema, _fake, _reference, _others) in OPERATORS.items():
         torch.library.register_fake(_name, _fake)
     torch.library.impl(f"star::{_operator}_reference", "CompositeExplicitAutograd", _reference)
 torch.library.impl("star::attention_maps_triton", ("CPU", "CUDA"), attention_maps_triton)
-for _implementation in ("reference", "native"):
-    torch.library.register_autograd(
-        f"star::policy_loss_{_implementation}",
-        autograd.policy_loss_backward,
-        setup_context=autograd.policy_loss_setup,
-    )

@@ -6,6 +6,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <type_traits>
 
@@ -110,22 +111,43 @@ void second_pass(const PolicyLossArgs<V, X, T>& args, int64_t index, const T* __
   }
 }
 
+// The (rank + 1)-th largest of values that are not negative. Such numbers are in the order of their bits, of which every
+// pass decides one: twenty passes over vectors cost less than one selection by swapping, and need no copy.
+template <typename T>
+T ranked(const T* values, int64_t count, int64_t rank) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  T least = values[0], most = values[0];
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < count; i++) {
+    least = values[i] < least ? values[i] : least;
+    most = values[i] > most ? values[i] : most;
+  }
+  Bits found = 0;
+  for (Bits bit = Bits(1) << (8 * sizeof(T) - 2); bit; bit >>= 1) {
+    const T candidate = std::bit_cast<T>(found | bit);
+    if (!(candidate <= most)) continue;
+    Bits reached = 0;
+    if (candidate > least)
+#pragma omp simd reduction(+ : reached)
+      for (int64_t i = 0; i < count; i++) reached += values[i] >= candidate ? 1 : 0;
+    if (candidate <= least || reached > Bits(rank)) found |= bit;
+  }
+  return std::bit_cast<T>(found);
+}
+
 // Share of `amount` in the tenth of the places with the highest weight, ties in proportion; see reference.top_share.
 template <typename T>
-double top_amount(const T* weights, const T* amount, T* scratch, int64_t places, double total) {
+double top_amount(const T* weights, const T* amount, int64_t places, double total) {
   const double size = 0.1 * double(places);
   if (!weights) return total * (size / double(places));
-  std::copy_n(weights, places, scratch);
-  std::nth_element(scratch, scratch + int64_t(size), scratch + places, [](T x, T y) { return x > y; });
-  const T edge = scratch[int64_t(size)];
-  double above = 0, tied = 0, above_count = 0, tied_count = 0;
-  for (int64_t p = 0; p < places; p++) {
-    above += weights[p] > edge ? double(amount[p]) : 0.0;
-    tied += weights[p] == edge ? double(amount[p]) : 0.0;
-    above_count += weights[p] > edge;
-    tied_count += weights[p] == edge;
-  }
-  return above + (size - above_count) / std::max(tied_count, 1.0) * tied;
+  const T edge = ranked(weights, places, int64_t(size));
+  int64_t above = 0, tied = 0;
+  for (int64_t p = 0; p < places; p++) above += weights[p] > edge;
+  for (int64_t p = 0; p < places; p++) tied += weights[p] == edge;
+  const double portion = (size - double(above)) / std::max(double(tied), 1.0);
+  return ordered_sum(places, [&](int64_t p) {
+    return double(weights[p] > edge ? amount[p] : weights[p] == edge ? T(portion) * amount[p] : T(0));
+  });
 }
 
 }  // namespace
@@ -156,7 +178,9 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
   } else {
     for (int64_t p = 0; p < places; p++) delta[p] *= scale;
   }
-  sums.nonfinite = ordered_sum(places, [&](int64_t p) { return std::isfinite(delta[p]) ? 0.0 : 1.0; });
+  const double whole = ordered_sum(places, [&](int64_t p) { return double(delta[p]); });
+  if (!std::isfinite(whole))
+    sums.nonfinite = ordered_sum(places, [&](int64_t p) { return std::isfinite(delta[p]) ? 0.0 : 1.0; });
 
   const T step = (args.step_weights ? args.step_weights[index] : T(1)) *
                  (args.guard ? precision / args.kl_precision[index] : T(1));
@@ -188,8 +212,8 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
     }
   } else {
     const bool weighted = args.ratio == Ratio::sample && weights;
-    const double sum = weighted ? ordered_sum(places, [&](int64_t p) { return double(weights[p]) * double(delta[p]); })
-                                : ordered_sum(places, [&](int64_t p) { return double(delta[p]); });
+    const double sum =
+        weighted ? ordered_sum(places, [&](int64_t p) { return double(weights[p]) * double(delta[p]); }) : whole;
     const T log_ratio = T(sum / double(places));
     if (args.ratio == Ratio::token && args.advantages_per_place) {
       // One ratio and two signs: the gate and the value of each sign, scaled by the size of each place's advantage.
@@ -217,7 +241,7 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
 
   for (int64_t p = 0; p < places; p++) amount[p] *= std::abs(factor[p]);
   sums.total = ordered_sum(places, [&](int64_t p) { return double(amount[p]); });
-  sums.top = top_amount(weights, amount, delta, places, sums.total);
+  sums.top = top_amount(weights, amount, places, sums.total);
 
   if (args.reference_velocity) {
     const V *v = args.velocity + index * channels * places, *r = args.reference_velocity + index * channels * places;
