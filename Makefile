@@ -11,7 +11,7 @@ help:
 	@echo "make test      lint, build, all tests"
 	@echo "make lint      ruff alone"
 	@echo "make bench     every benchmark, one table"
-	@echo "make sanitize  the compiled CPU kernels under the address and undefined-behaviour sanitizers"
+	@echo "make sanitize  the compiled kernels under the address and undefined-behaviour sanitizers"
 	@echo "make clean     remove what was built and installed"
 
 .venv/installed: requirements-ci.txt
@@ -47,11 +47,11 @@ sanitize: setup
 	@mkdir -p $(SANITIZED)
 	STAR_SANITIZE=1 $(BIN)/python setup.py build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib \
 	  > $(SANITIZED)/build.log 2>&1 || { cat $(SANITIZED)/build.log; exit 1; }
-	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+	export STAR_SANITIZE=1 PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c "from star_kernels import native; assert native.build_info()['sanitizers'] != 'none', native.REASON" && \
-	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set) and not inductor" \
+	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not inductor" \
 	  $(addprefix tests/test_,attention_maps.py allocate.py gaussian_step.py policy_loss.py instruction_sets.py)
 
 clean:

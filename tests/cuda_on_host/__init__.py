@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from star_kernels import autograd, implementations, ops
+from star_kernels import implementations, ops
 
 ORDERS = ("forward", "reverse", "shuffled")
 OPERATORS = tuple(sorted(path.stem for path in (Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu")))
@@ -63,10 +63,6 @@ def load(library: Path) -> None:
             operator = f"star::{name}_cuda_{order}"
             torch.library.define(operator, schema)
             torch.library.register_fake(operator, fake)
-            if name == "policy_loss":
-                torch.library.register_autograd(
-                    operator, autograd.policy_loss_backward, setup_context=autograd.policy_loss_setup
-                )
     torch.ops.load_library(library)
 
 
