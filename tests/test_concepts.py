@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from models import clip_tokenizer, t5_tokenizer
 from star.concepts import Concept, locate, parse
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 CORPUS = ["a photo of a red bench left of two green cats", 'a sign that says "Hello World"', "a dog", "the blue bear"]
 
@@ -82,36 +81,12 @@ def test_spans_are_places_in_the_prompt():
 
 @pytest.fixture(scope="module")
 def clip():
-    """Byte-pair encoding with end-of-word marks and lower-casing, begin and end tokens, like CLIP's."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(vocab_size=60, special_tokens=special, end_of_word_suffix="</w>", show_progress=False),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[(s, tokenizer.token_to_id(s)) for s in special]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=40, pad_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    return clip_tokenizer(CORPUS, length=40)
 
 
 @pytest.fixture(scope="module")
 def t5():
-    """Unigram with a mark for spaces and an end token, like T5's."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=50, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return t5_tokenizer(CORPUS)
 
 
 def spelled(tokenizer, prompt, positions, length):
