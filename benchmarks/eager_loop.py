@@ -46,7 +46,7 @@ class EagerLoop:
         """One iteration. Returns final latents, rewards and the gradient's mean norm over the updates."""
         config, groups = self.config, self.groups
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
-        prompts = [draw_prompts(config, self.iteration)[group] for group in groups.tolist()]
+        prompts = [draw_prompts(config, self.iteration)[group].text for group in groups.tolist()]
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(config.sampling.steps)
         sigmas, timesteps = scheduler.sigmas.tolist(), scheduler.timesteps
@@ -97,6 +97,6 @@ class EagerLoop:
         groups, advantages = self.groups.numpy(), np.zeros_like(rewards)
         for group in np.unique(groups):
             own = rewards[groups == group]
-            std = np.std(rewards if self.config.loss.global_std else own, ddof=1)
+            std = np.std(rewards if self.config.loss.global_std else own)
             advantages[groups == group] = (own - own.mean()) / (std + self.config.loss.advantage_eps)
         return torch.as_tensor(advantages)

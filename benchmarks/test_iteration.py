@@ -71,7 +71,7 @@ def medium_pipeline() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(transformer, scheduler, vae, clip[0], words, clip[1], words, t5, words)
 
 
-def brightness(images, prompts):
+def brightness(images, prompts, metadata):
     """A reward that any model can get."""
     return images.mean((1, 2, 3))
 

@@ -54,13 +54,13 @@ def run(folder, name, case, sharded=False, resume=False):
     if sharded:
         training.make_accelerator = fsdp_accelerator
     advantages = []
-    measured = training.group_advantages
+    measured = training.advantages_of
 
     def recorded(*arguments, **options):
         advantages.append(measured(*arguments, **options).tolist())
         return torch.tensor(advantages[-1])
 
-    training.group_advantages = recorded
+    training.advantages_of = recorded
     config = small(Path(folder) / name, case)
     config.run.resume = resume
     training.train(config)

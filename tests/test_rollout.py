@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from star.rollout import decode, encode, make_steps, predict_velocity, sample
+from star.shapes.measure import STEPS
 from star.shapes.measure import sample as plain_sample
 from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
 
@@ -106,7 +107,7 @@ def test_a_shared_pass_has_the_gradient_of_separate_ones(pipeline):
 
 def test_without_noise_it_is_the_plain_pipeline(pipeline):
     generator = torch.Generator().manual_seed(5)
-    own = rollout(pipeline, seed=5, trained=(), steps=8, repeats=1, shared_noise=False)
+    own = rollout(pipeline, seed=5, trained=(), steps=STEPS, repeats=1, shared_noise=False)
     expected = plain_sample(pipeline, PROMPTS, 5)
     assert generator.initial_seed() == 5
     torch.testing.assert_close(

@@ -209,8 +209,9 @@ def shapes() -> Config:
     """The embedded world on two CPU cores: `make demo`.
 
     One stochastic step, early and with much noise: of what was tried it moves the reward most, and up to it one pass
-    per prompt serves the whole group, in the update too. Adapters on every matrix of the blocks learn more than those
-    on attention alone before their noise does harm.
+    per prompt serves the whole group, in the update too. At this size adapters lose what lies outside their rank: they
+    have the rank of the model's width, on every matrix of the blocks, and learn as full fine-tuning does. The moving
+    average takes out most of the noise of the single updates.
     """
     stream = ("to_q", "to_k", "to_v", "to_out.0")
     return Config(
@@ -218,8 +219,8 @@ def shapes() -> Config:
             max_sequence_length=0,
             height=36,
             width=36,
-            lora_rank=32,
-            lora_alpha=32,
+            lora_rank=128,
+            lora_alpha=1024,
             lora_targets=(
                 *(f"{attention}.{matrix}" for attention in ("attn", "attn2") for matrix in stream),
                 *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -238,7 +239,7 @@ def shapes() -> Config:
             layers=(2, 3),
         ),
         loss=Loss(clip_range=2e-3, global_std=True),
-        optimisation=Optimisation(iterations=200, learning_rate=3e-4),
+        optimisation=Optimisation(iterations=240, learning_rate=7e-5, ema_decay=0.98, ema_every=1),
         run=Run(out=Path("runs/shapes"), held_out=512),
     )
 

@@ -131,8 +131,9 @@ class Weighted:
     rewards: dict[str, Reward]
     weights: dict[str, float]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Scores:
         count = len(prompts)
+        metadata = [{} for _ in prompts] if metadata is None else metadata
         found = {name: as_scores(reward(images, prompts, metadata), count) for name, reward in self.rewards.items()}
         terms = {name: scores.reward for name, scores in found.items()}
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
