@@ -169,6 +169,7 @@ class Plan:
     reference_rows: int
     forward_flops: int
     backward_flops: int
+    reference_flops: int
     parameters: int
     trained_parameters: int
     memory: dict[str, int] = field(default_factory=dict)
@@ -176,8 +177,8 @@ class Plan:
     @property
     def flops_per_gpu(self) -> int:
         """Of the transformer."""
-        forward = self.rollout_rows + self.update_rows + self.reference_rows
-        return forward * self.forward_flops + self.update_rows * self.backward_flops
+        policy = (self.rollout_rows + self.update_rows) * self.forward_flops + self.update_rows * self.backward_flops
+        return policy + self.reference_rows * self.reference_flops
 
     @property
     def peak(self) -> int:
@@ -237,8 +238,20 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     }
     size = (transformer.config.in_channels, height, width)
     with faked(transformer):
-        forward, backward, _ = measure(transformer, 1, size, text, config)
-        memory["activations"] = measure(transformer, guided * largest, size, text, config)[2]
+        with flop_counter() as flops:
+            out = predict(transformer, 1, size, text, config)
+            forward = flops.get_total_flops()
+            out.sum().backward()  # with what gradient checkpointing computes again
+            backward = flops.get_total_flops() - forward
+        with SavedBytes(transformer) as saved:
+            predict(transformer, guided * largest, size, text, config)
+        memory["activations"] = saved.bytes
+        reference = 0
+        if config.loss.kl_coef:
+            transformer.disable_adapters()
+            with flop_counter() as flops, torch.no_grad():
+                predict(transformer, 1, size, text, config)
+            reference = flops.get_total_flops()
     return Plan(
         pictures=pictures,
         pictures_per_gpu=own,
@@ -248,6 +261,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         reference_rows=update_rows if config.loss.kl_coef else 0,
         forward_flops=forward,
         backward_flops=backward,
+        reference_flops=reference,
         parameters=parameters,
         trained_parameters=trained_parameters,
         memory=memory,
@@ -265,25 +279,18 @@ class _Parts:
     text_encoder_3: nn.Module | None = None
 
 
-def measure(
-    transformer: nn.Module, rows: int, size: tuple[int, ...], text: int, config: Config
-) -> tuple[int, int, int]:
-    """FLOPs forward and backward, and bytes kept between them, of one pass (recomputing included)."""
+def predict(transformer: nn.Module, rows: int, size: tuple[int, ...], text: int, config: Config) -> Tensor:
+    """One forward pass, in the run's precision."""
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.optimisation.mixed_precision)
-    dtype = getattr(torch, config.model.frozen_dtype)
-    shapes = transformer.config
-    autocast = torch.autocast("cpu", precision) if precision else nullcontext()
-    with flop_counter() as flops, SavedBytes(transformer) as saved, autocast:
-        out = transformer(
+    dtype, shapes = getattr(torch, config.model.frozen_dtype), transformer.config
+    with torch.autocast("cpu", precision) if precision else nullcontext():
+        return transformer(
             torch.empty(rows, *size, dtype=dtype),
             torch.empty(rows, text, shapes.joint_attention_dim, dtype=dtype),
             torch.empty(rows, shapes.pooled_projection_dim, dtype=dtype),
             torch.empty(rows),
             return_dict=False,
         )[0]
-        forward = flops.get_total_flops()
-        out.sum().backward()
-    return forward, flops.get_total_flops() - forward, saved.bytes
 
 
 def decoding(vae: AutoencoderKL, pictures: int, height: int, width: int) -> int:
