@@ -111,7 +111,7 @@ def arms(trainer: Trainer):
 
 @pytest.mark.parametrize(
     ("name", "make", "rounds", "limit"),
-    [("iteration_wall", medium_trainer, 7, 1.0), ("shapes_iteration_wall", shapes_trainer, 21, 3.0)],
+    [("iteration_wall", medium_trainer, 5, 1.0), ("shapes_iteration_wall", shapes_trainer, 21, 3.0)],
 )
 def test_overhead_in_time(name, make, rounds, limit, tmp_path, benchmark, row):
     trainer = make(tmp_path)

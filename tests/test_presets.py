@@ -28,7 +28,7 @@ PROMPTS = [
 SD35M = [name for name in configuration.PRESETS if name != "shapes"]
 
 
-def brightness(images, prompts):
+def brightness(images, prompts, metadata):
     return Scores(images.mean((1, 2, 3)))
 
 
@@ -181,7 +181,7 @@ def test_a_gradient_scaler_lowers_its_scale_where_an_update_is_skipped(folder, t
     accelerator.unscale_gradients = lambda *_: scaler.unscale_(policy.optimizer.optimizer)
     before = [p.detach().clone() for p in policy.parameters.values()]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "group_advantages", lambda rewards, *_, **__: torch.full_like(rewards, torch.nan))
+        patch.setattr(training, "advantages_of", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
         assert trainer.step()["updates_skipped"] == 2
     assert scaler.get_scale() == 2.0**8
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
