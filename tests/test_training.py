@@ -20,8 +20,12 @@ def small(out, **changes):
     """The shapes preset with the fewest pictures; changes as in YAML."""
     config = configuration.preset("shapes")
     base = {
-        "sampling": {"prompts_per_iteration": 3, "images_per_prompt": 2, "steps": 4, "trained_steps": [1, 2]},
-        "optimisation": {"iterations": 2, "learning_rate": 1e-2},
+        "model": {"lora_rank": 16, "lora_alpha": 32},
+        "sampling": {
+            **{"prompts_per_iteration": 3, "images_per_prompt": 2},
+            **{"steps": 4, "trained_steps": [1, 2], "noise_level": 0.7},
+        },
+        "optimisation": {"iterations": 2, "learning_rate": 1e-2, "ema_decay": 0.0},
         "run": {"out": str(out), "held_out": 0, "pictures": False, "save_every": 1},
     }
     for section, values in changes.items():
