@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -125,20 +126,23 @@ def lost(error: RuntimeError) -> bool:
 
 
 class Termination:
-    """Remembers a SIGTERM, in a `with` block, instead of dying of it."""
+    """Remembers a SIGTERM, in a `with` block, instead of dying of it. Only a main thread can hear one."""
 
     def __init__(self) -> None:
         self.received = False
 
     def __enter__(self) -> Termination:
-        self.previous = signal.signal(signal.SIGTERM, self.handle)
+        self.listening = threading.current_thread() is threading.main_thread()
+        if self.listening:
+            self.previous = signal.signal(signal.SIGTERM, self.handle)
         return self
 
     def handle(self, number: int, frame: object) -> None:
         self.received = True
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
+        if self.listening:
+            signal.signal(signal.SIGTERM, self.previous)
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all of them stop after the same iteration."""

@@ -244,12 +244,15 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
     main, out, begin = accelerator.is_main_process, config.run.out, time.perf_counter()
     tracker = Tracker(out, trainer.iteration) if main else None
     # Every process takes part, because the weights may be sharded over them; the main one writes.
-    before = report.held_out(trainer.pipeline, config, "before", known=trainer.iteration > 0, write=main)
+    with trainer.encode.on_device():
+        before = report.held_out(trainer.pipeline, config, "before", known=trainer.iteration > 0, write=main)
     total = config.optimisation.iterations
     with tqdm(total=total, initial=trainer.iteration, desc="training", dynamic_ncols=True, disable=not main) as bar:
         while trainer.iteration < total:
             if termination.agreed(accelerator):
                 trainer.save()
+                if main:
+                    tracker.close()
                 return {"iterations": trainer.iteration, "stopped": True}
             metrics = trainer.step()
             if main:
@@ -261,7 +264,7 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
     if main:
         tracker.close()
     trainer.worker.close()
-    with policy.averaged():
+    with policy.averaged(), trainer.encode.on_device():
         checkpoint.export(trainer.pipeline, out, main)
         after = report.held_out(trainer.pipeline, config, "after", write=main)
         if config.run.pictures:
