@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
+from medium import HEADS, WIDTH, medium_transformer
 from pairs import alternate
 from peaks import in_a_process, linux
 from star.capture import Maps, capture, captured_attention
 from star.concepts import ConceptTokens
 
-HEADS, WIDTH = 24, 64  # SD3.5-medium
 SIZES = {512: (205, (32, 32)), 1024: (333, (64, 64))}  # pixels: text tokens (Flow-GRPO's, diffusers'), image tokens
 BLOCKS = 4
 
@@ -123,18 +123,7 @@ def stack(blocks: int = BLOCKS) -> tuple[SD3Transformer2DModel, dict[str, torch.
     """Blocks of SD3.5-medium's width, the first two with dual attention, and inputs of one sample at 512 px."""
     torch.manual_seed(0)
     text, grid = SIZES[512]
-    model = SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=blocks,
-        attention_head_dim=WIDTH,
-        num_attention_heads=HEADS,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=384,
-        dual_attention_layers=(0, 1),
-        qk_norm="rms_norm",
-    )
+    model = medium_transformer(blocks)
     inputs = dict(
         hidden_states=torch.randn(1, 16, 2 * grid[0], 2 * grid[1]),
         encoder_hidden_states=torch.randn(1, text, 4096),

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from eager_loop import EagerLoop
+from medium import medium_transformer
 from pairs import alternate
 from peaks import in_a_process, linux
 from star import config as configuration
@@ -46,18 +47,7 @@ def medium_pipeline() -> StableDiffusion3Pipeline:
         for width in (768, 1280)
     ]
     t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=4096, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
-    transformer = SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=384,
-        dual_attention_layers=(0, 1),
-        qk_norm="rms_norm",
-    )
+    transformer = medium_transformer(2)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,

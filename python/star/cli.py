@@ -259,8 +259,8 @@ def maps(arguments: list[str]) -> None:
     from star import report
     from star.concepts import parse
     from star.objective import Allocation
+    from star.pipeline import load_pipeline
     from star.shapes import measure
-    from star.train import load_pipeline
 
     options = tyro.cli(Maps, args=arguments, prog="star maps")
     pipeline = load_pipeline(options.model)

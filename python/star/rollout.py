@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from star.capture import capture
+from star.capture import capture, unwrapped
 from star.concepts import ConceptTokens, locate, parse
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
@@ -282,7 +282,7 @@ def sample(
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups = len(groups), groups[rows]
     batch = len(groups)
-    config = getattr(transformer, "module", transformer).config
+    config = unwrapped(transformer).config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
     captured = steps.trained if captured is None else tuple(captured)
     channels = config.in_channels
