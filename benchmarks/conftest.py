@@ -24,7 +24,8 @@ def machine() -> str:
 
 def pytest_configure(config):
     config.stash[ROWS] = []
-    torch.set_num_threads(int(os.environ.get("STAR_BENCH_THREADS", "1")))
+    if threads := os.environ.get("STAR_BENCH_THREADS"):
+        torch.set_num_threads(int(threads))
 
 
 @pytest.fixture

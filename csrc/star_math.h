@@ -31,34 +31,34 @@ STAR_HD T clamped(T value, T low, T high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-// log p - log p_old of one element, but for the factor `precision`, without cancellation.
-template <typename T>
-STAR_HD T delta_term(T mean, T old_mean, T prev_sample) {
-  return (mean - old_mean) * ((prev_sample - mean) + (prev_sample - old_mean));
-}
-
-// GRPO-Guard's linear term, but for the factor 2 * precision * s.
-template <typename T>
-STAR_HD T guard_term(T mean, T old_mean, T prev_sample) {
-  return (prev_sample - old_mean) * (mean - old_mean);
-}
-
 enum class Form { delta, guard, log_prob };
 
-// Raw log-ratio term of one element and the direction of its gradient.
+// log p - log p_old of one element, but for a factor, is left * right; the direction is that of its gradient.
+// delta: the difference of the squared errors, without cancellation; factor `precision`.
+// guard: GRPO-Guard's linear term; factor 2 * precision * s. log_prob: the new log-density alone; factor `precision`.
 template <Form form, typename T>
-STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
+STAR_HD void term_factors(T a, T x, T b, T v, T next, T old, T& left, T& right, T& direction) {
   const T mean = transition_mean(a, x, b, v);
   if constexpr (form == Form::delta) {
     direction = next - mean;
-    return delta_term(mean, old, next);
+    left = mean - old;
+    right = direction + (next - old);
   } else if constexpr (form == Form::guard) {
     direction = next - old;
-    return guard_term(mean, old, next);
+    left = direction;
+    right = mean - old;
   } else {
     direction = next - mean;
-    return -(direction * direction);
+    left = -direction;
+    right = direction;
   }
+}
+
+template <Form form, typename T>
+STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
+  T left, right;
+  term_factors<form>(a, x, b, v, next, old, left, right, direction);
+  return left * right;
 }
 
 enum class Ratio { token, location, sample };

@@ -15,6 +15,7 @@ from star_kernels.reference import compute_dtype
 from star_kernels.transition import Transition, channel_dim
 
 Implementation = Literal["auto", "reference", "native", "triton"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -61,7 +62,7 @@ def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]
             reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
     if "triton" in ops.OPERATORS[operator][3]:
         reason = None
-        if importlib.util.find_spec("triton") is None:
+        if not HAS_TRITON:
             reason = "Triton is not installed (pip install 'star-kernels[triton]')"
         elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
@@ -92,7 +93,8 @@ def _tensor(name: str, value: object, shape: tuple[int | str, ...] | None = None
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor")
-    if shape is not None and (
+    # The plain comparison first: these checks are a good part of the time of a small call.
+    if shape not in (None, value.shape) and (
         value.ndim != len(shape)
         or any(isinstance(want, int) and have != want for have, want in zip(value.shape, shape, strict=True))
     ):
@@ -157,8 +159,10 @@ def attention_maps(
         raise ValueError(f"concept_index: got shape {tuple(concept_index.shape)}, expected ({batch}, G, K)")
     if concept_index.device != device:
         raise ValueError(f"concept_index: is on {concept_index.device}, expected {device}")
-    # Reading the values of a tensor on a GPU, or of a traced one, would stop everything.
-    if device.type == "cpu" and not torch.compiler.is_compiling() and concept_index.numel():
+    chosen = resolve("attention_maps", impl, device)
+    # The compiled kernel looks itself. To read values on a GPU, or of a traced tensor, would stop everything.
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if chosen != "native" and readable and concept_index.numel():
         low, high = concept_index.min().item(), concept_index.max().item()
         if low < -1 or high >= key.shape[2]:
             raise ValueError(f"concept_index: values in [{low}, {high}], expected -1 or columns in [0, {key.shape[2]})")
@@ -174,7 +178,6 @@ def attention_maps(
             raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected ({batch}, {heads}, {queries})")
         lse = lse[:, :, :queries]
     scale = width**-0.5 if scale is None else float(scale)
-    chosen = resolve("attention_maps", impl, device)
     if chosen == "triton" and compute_dtype(query, key) == torch.float64:
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
@@ -363,19 +366,20 @@ def policy_loss(
         raise ValueError(f"clip_range: got {clip_range}, expected e >= 0 or (low, high), both >= 0")
     if not adv_clip > 0:
         raise ValueError(f"adv_clip: got {adv_clip}, expected a number > 0")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((transition.s > 0).all()):
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not transition.s.min().item() > 0:
         raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
     run = getattr(torch.ops.star, f"policy_loss_{resolve('policy_loss', impl, device)}")
     if velocity.dtype == torch.float16:
         # The factor of a gradient scaler comes in the backward pass: until then the gradient must not be float16, which
         # holds nothing below 6e-8, and the mean over a picture's elements makes gradients of 1e-6.
         velocity = velocity.float()
-    with torch.autocast(device.type, enabled=False):
-        loss, statistics = PolicyLossFunction.apply(
-            *(run, velocity),
-            *(sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity),
-            *(step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard),
-        )
+    rest = (sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity,
+            step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard)  # fmt: skip
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            loss, statistics = PolicyLossFunction.apply(run, velocity, rest)
+    else:
+        loss, statistics = PolicyLossFunction.apply(run, velocity, rest)
     return PolicyLoss(loss, Statistics(*statistics.unbind()))
 
 

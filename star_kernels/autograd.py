@@ -12,7 +12,7 @@ class PolicyLoss(torch.autograd.Function):
     """(loss, statistics) of an implementation `run`, whose first argument, the velocity, gets the gradient."""
 
     @staticmethod
-    def forward(ctx, run: Callable, velocity: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    def forward(ctx, run: Callable, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor]:
         loss, statistics, gradient = run(velocity, *rest)
         ctx.mark_non_differentiable(statistics)
         ctx.save_for_backward(gradient)
@@ -29,4 +29,4 @@ class PolicyLoss(torch.autograd.Function):
         readable = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
         is_one = readable and type(grad_loss) is Tensor and grad_loss.item() == 1
         scaled = gradient if is_one else gradient * grad_loss.to(gradient.dtype)
-        return (None, scaled, *(None,) * (len(ctx.needs_input_grad) - 2))
+        return None, scaled, None

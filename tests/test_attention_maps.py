@@ -230,7 +230,7 @@ INDEX = torch.zeros(2, 1, 1, dtype=torch.int64)
         (dict(query=[1]), TypeError, "query: got list, expected a torch.Tensor"),
         (dict(key=K[..., :4]), ValueError, r"key: got shape .* expected \(2, 2, S, 8\)"),
         (dict(concept_index=INDEX.float()), TypeError, "concept_index: got torch.float32, expected an int64"),
-        (dict(concept_index=INDEX + 9), ValueError, r"concept_index: values in \[9, 9\], .* \[0, 9\)"),
+        (dict(concept_index=INDEX + 9), ValueError, r"concept_index: .*9.* \[0, 9\)"),
         (dict(concept_weight=torch.ones(2, 1, 2)), ValueError, "concept_weight: got shape"),
         (dict(lse=torch.ones(2, 2, 3)), ValueError, "lse: got shape"),
         (dict(head_weight=torch.ones(3)), ValueError, "head_weight: got shape"),

@@ -1,6 +1,6 @@
 """Capture on diffusers' SD3 transformer: right maps, and a model that computes what it computed before."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -266,6 +266,24 @@ def test_gradient_checkpointing_gives_the_same_maps_and_gradients_and_takes_maps
             assert torch.equal(maps.read(), newer) and not torch.equal(first, newer)
         assert len(taken) == 6
         results.append((first, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_backward_pass_outside_the_context_gives_the_gradients_of_no_capture(kind, checkpointing):
+    """A checkpointed block is then computed again by diffusers' own processor, which must save the same tensors."""
+    results = []
+    for captured in (False, True):
+        model, inputs = (small_transformer(), small_inputs()) if kind == "sd3" else (small_flux(), flux_inputs())
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        layers = range(len(model.transformer_blocks) + len(getattr(model, "single_transformer_blocks", ())))
+        with capture(model, TOKENS, grid=GRID, layers=layers) if captured else nullcontext() as maps:
+            out = model(**inputs, return_dict=False)[0]
+        out.square().sum().backward()
+        assert not captured or bool((maps.slots > 0).any((1, 2, 3)).all())
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -45,11 +45,34 @@ STAR_INLINE Vector<T> load_row(const Q* row, int64_t d, int64_t width, int64_t s
   return load_as<T>(reinterpret_cast<const Q*>(bytes));
 }
 
-// Writes the tile's queries of one head as (D, TILE), the last query repeated beyond the end, and asks for the next head.
+// The lines of the queries that come next, asked for one at a time between other work: all at once they would fill the
+// buffers for misses, and the core would wait as it would for the lines themselves.
+struct Ahead {
+  const char* line;
+  int64_t left, row, next_row;  // lines; lines of a row; bytes from a row's last line to the next row's first
+  int64_t in_row = 0;
+
+  template <typename Q, typename T>
+  Ahead(const AttentionMapsArgs<Q, T>& args, const Q* query, int64_t count)
+      : line(reinterpret_cast<const char*>(query)),
+        row((args.width * int64_t(sizeof(Q)) + 63) / 64),
+        next_row(args.query_strides[2] * int64_t(sizeof(Q)) - 64 * (row - 1)) {
+    left = args.query_strides[3] == 1 ? count * row : 0;
+  }
+  STAR_ALWAYS void ask() {
+    if (left == 0) return;
+    __builtin_prefetch(line);
+    left--;
+    const bool last = ++in_row == row;
+    line += last ? next_row : 64;
+    in_row = last ? 0 : in_row;
+  }
+};
+
+// Writes the tile's queries of one head as (D, TILE), the last query repeated beyond the end.
 template <typename Q, typename T>
-STAR_INLINE void pack_queries(const AttentionMapsArgs<Q, T>& args, const Q* query, int64_t count, bool last, T* packed) {
+STAR_INLINE void pack_queries(const AttentionMapsArgs<Q, T>& args, const Q* query, int64_t count, T* packed) {
   const int64_t stride = args.query_strides[2], step = args.query_strides[3];
-  const int64_t ahead = last ? 0 : args.query_strides[1];
   for (int64_t first = 0; first < TILE; first += LANES<T>) {
     for (int64_t d = 0; d < args.width; d += LANES<T>) {
       Vector<T> rows[LANES<T>];
@@ -58,7 +81,6 @@ STAR_INLINE void pack_queries(const AttentionMapsArgs<Q, T>& args, const Q* quer
         const int64_t at = first + i < count ? first + i : count - 1;
         const Q* row = query + at * stride;
         rows[i] = load_row<T>(row, d, args.width, step);
-        __builtin_prefetch(row + ahead + d * step);
       }
       transpose<T>(rows);
       const int64_t valid = args.width - d < LANES<T> ? args.width - d : LANES<T>;
@@ -101,7 +123,8 @@ STAR_INLINE void key_rows(const AttentionMapsArgs<Q, T>& args, const Q* key, Col
 
 // scores[j][i] = scale * q_i . k_j for `count` keys, rounded up to whole KEYS.
 template <typename T>
-STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count, int64_t width, T scale, T* scores) {
+STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count, int64_t width, T scale, T* scores,
+                            Ahead& ahead) {
   const Vector<T> factor = broadcast(scale);
   for (int64_t j = 0; j < count; j += KEYS) {
     const T* const* next = keys + (j + KEYS < count ? j + KEYS : j);
@@ -111,6 +134,7 @@ STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count,
       Vector<T> sum[KEYS][2] = {};
       const T* q = query + first;
       for (int64_t d = 0; d < width; d++, q += TILE) {
+        ahead.ask();
         const Vector<T> left = load(q), right = load(q + LANES<T>);
 #pragma GCC unroll 8
         for (int k = 0; k < KEYS; k++) {
@@ -130,7 +154,7 @@ STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count,
 
 // Natural log-sum-exp of the tile's queries over all keys of one head, in one pass with a running maximum.
 template <typename Q, typename T>
-STAR_INLINE void own_lse(const AttentionMapsArgs<Q, T>& args, const Q* key, const Scratch<T>& scratch) {
+STAR_INLINE void own_lse(const AttentionMapsArgs<Q, T>& args, const Q* key, const Scratch<T>& scratch, Ahead& ahead) {
   const T* rows[BLOCK_PADDED];
   constexpr int vectors = TILE / LANES<T>;
   Vector<T> largest[vectors], sum[vectors];
@@ -142,7 +166,7 @@ STAR_INLINE void own_lse(const AttentionMapsArgs<Q, T>& args, const Q* key, cons
   for (int64_t begin = 0; begin < args.keys; begin += BLOCK) {
     const int64_t count = args.keys - begin < BLOCK ? args.keys - begin : BLOCK;
     key_rows(args, key, [&](int64_t j) { return begin + j; }, count, scratch.keys, rows);
-    all_scores(scratch.query, rows, count, args.width, args.scale, scratch.scores);
+    all_scores(scratch.query, rows, count, args.width, args.scale, scratch.scores, ahead);
     for (int v = 0; v < vectors; v++) {
       const T* scores = scratch.scores + v * LANES<T>;
       Vector<T> most = largest[v];
@@ -181,18 +205,27 @@ void attention_maps_tile(const AttentionMapsArgs<Q, T>& args, int64_t row, int64
   for (int64_t head = 0; columns > 0 && head < args.heads; head++) {
     const Q* query = args.query + row * args.query_strides[0] + head * args.query_strides[1] + begin * args.query_strides[2];
     const Q* key = args.key + row * args.key_strides[0] + head * args.key_strides[1];
-    pack_queries(args, query, count, head + 1 == args.heads, scratch.query);
+    pack_queries(args, query, count, scratch.query);
+    const int64_t after = begin + TILE < args.queries ? count : 0;  // the next tile is most likely this thread's too
+    Ahead ahead = head + 1 < args.heads
+                      ? Ahead(args, query + args.query_strides[1], count)
+                      : Ahead(args, query - head * args.query_strides[1] + TILE * args.query_strides[2], after);
     if (args.lse) {
       const T* lse = args.lse + row * args.lse_strides[0] + head * args.lse_strides[1] + begin * args.lse_strides[2];
-      for (int64_t i = 0; i < TILE; i++) scratch.lse[i] = lse[(i < count ? i : count - 1) * args.lse_strides[2]];
+      const int64_t next = head + 1 < args.heads ? args.lse_strides[1] : 0;
+      for (int64_t i = 0; i < TILE; i++) {
+        const T* one = lse + (i < count ? i : count - 1) * args.lse_strides[2];
+        scratch.lse[i] = *one;
+        if (i % LANES<T> == 0) __builtin_prefetch(one + next);
+      }
     } else {
-      own_lse(args, key, scratch);
+      own_lse(args, key, scratch, ahead);
     }
     const Vector<T> share = broadcast(args.head_weight[head]), empty = broadcast(-std::numeric_limits<T>::infinity());
     for (int64_t first = 0; first < columns; first += BLOCK) {
       const int64_t some = columns - first < BLOCK ? columns - first : BLOCK;
       key_rows(args, key, [&](int64_t j) { return column[first + j]; }, some, scratch.keys, rows);
-      all_scores(scratch.query, rows, some, args.width, args.scale, scratch.scores);
+      all_scores(scratch.query, rows, some, args.width, args.scale, scratch.scores, ahead);
       for (int v = 0; v < vectors; v++) {
         const Vector<T> lse = load(scratch.lse + v * LANES<T>);
         const T* scores = scratch.scores + v * LANES<T>;

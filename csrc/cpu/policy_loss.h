@@ -29,7 +29,7 @@ struct PolicyLossSums {
   double top = 0, total = 0, nonfinite = 0, units = 0;
 };
 
-// scratch: 3 * places values of T.
+// scratch: 2 * places values of T.
 #define STAR_DECLARE(ISA)                                                                                 \
   namespace ISA {                                                                                         \
   template <typename V, typename X, typename T>                                                           \

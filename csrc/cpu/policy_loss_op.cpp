@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -70,8 +71,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
   const auto kernel = STAR_SELECT(policy_loss_sample<V, X, T>);
   std::vector<PolicyLossSums> sums(batch);
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(3 * places);
-    for (int64_t index = begin; index < end; index++) sums[index] = kernel(args, index, scratch.data());
+    const auto scratch = std::make_unique_for_overwrite<T[]>(2 * places);
+    for (int64_t index = begin; index < end; index++) sums[index] = kernel(args, index, scratch.get());
   });
 
   PolicyLossSums all;

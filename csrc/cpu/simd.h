@@ -13,7 +13,8 @@
 #include <immintrin.h>
 #endif
 
-#define STAR_INLINE static inline __attribute__((always_inline))
+#define STAR_ALWAYS __attribute__((always_inline))  // for lambdas and members
+#define STAR_INLINE static inline STAR_ALWAYS
 
 namespace star::STAR_ISA {
 
@@ -96,9 +97,47 @@ STAR_INLINE Vector<T> load_as(const Q* from) {
   }
 }
 
+// The first `count` values of a vector, with zeros behind them. For the whole vector when the compiler knows the count.
+template <typename T, typename Q>
+STAR_INLINE Vector<T> load_some(const Q* from, int64_t count) {
+  if (count == LANES<T>) return load_as<T>(from);
+  Q part[LANES<T>] = {};
+  for (int64_t i = 0; i < count; i++) part[i] = from[i];
+  return load_as<T>(part);
+}
+template <typename T, typename Q>
+STAR_INLINE void store_some(Q* to, Vector<T> value, int64_t count) {
+  if (std::is_same_v<Q, T> && count == LANES<T>) {
+    std::memcpy(to, &value, sizeof(value));
+  } else {
+    for (int64_t i = 0; i < count; i++) to[i] = Q(value[i]);
+  }
+}
+
 template <typename T>
 STAR_INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
+}
+
+template <typename T>
+STAR_INLINE Vector<T> magnitude(Vector<T> value) {
+  using Integers = Vector<IntegerOf<T>>;
+  return (Vector<T>)((Integers)value & broadcast(std::numeric_limits<IntegerOf<T>>::max()));
+}
+
+// Whether a comparison holds in any lane.
+template <typename I>
+STAR_INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask);
+#else
+  int64_t bits[sizeof(mask) / 8], together = 0;
+  std::memcpy(bits, &mask, sizeof(mask));
+  for (const int64_t part : bits) together |= part;
+  return together;
+#endif
 }
 
 // e^x to about one unit in the last place, with 0, infinity, NaN and subnormal results where they belong.

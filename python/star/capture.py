@@ -9,6 +9,8 @@ once and gives them to the gradient of the pass's output.
 
 The joint attention of the chosen blocks runs through the very kernel that F.scaled_dot_product_attention would have
 picked, which is asked for its log-sum-exp as well; from that and the few key columns of the concepts the maps follow.
+The processors do what diffusers' do in the very order: a checkpointed block may be captured, and computed again in a
+backward pass outside the context by diffusers' own processor, which then saves the same tensors in the same places.
 """
 
 from __future__ import annotations
@@ -40,8 +42,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-@torch.library.custom_op("star::write_maps", mutates_args=("slots",))
-def write_maps(
+def write(
     slots: Tensor,
     slot: int,
     query: Tensor,
@@ -59,6 +60,10 @@ def write_maps(
         slots[slot] = attention_maps(
             query, key, concept_index, concept_weight, lse=lse, scale=scale, head_weight=head_weight, impl=impl
         )
+
+
+# What torch.compile sees. Calling it costs more time than the maps of a small layer, so eager passes do not.
+write_maps = torch.library.custom_op("star::write_maps", write, mutates_args=("slots",))
 
 
 @write_maps.register_fake
@@ -109,6 +114,8 @@ class Maps:
         self.layer_weights, self.normalise, self.rows = layer_weights, normalise, rows
         self.head_weight, self.lse, self.impl = head_weight, lse, impl
         self.text_tokens = int(tokens.index.max()) + 1 if tokens.index.numel() else 0
+        # The tokens' columns in a joint sequence that has the image first.
+        self.after_image = torch.where(tokens.index < 0, tokens.index, tokens.index + slots.shape[-1])
 
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured layer, normalised."""
@@ -143,15 +150,15 @@ def captured_attention(
     index, rows = maps.tokens.index, slice(None) if maps.rows is None else maps.rows
     first = text_tokens if text_first else 0
     image = slice(first, first + image_tokens)
-    query, key = query.detach()[rows], key.detach()[rows]
+    query, key = query.detach()[rows, :, image], key.detach()[rows]
     if len(query) != len(index):
         raise ValueError(f"tokens: have {len(index)} rows, the model runs {len(query)} of those asked for")
     if lse is not None:
         # One kernel pads its rows, another adds a trailing axis.
         lse = lse.detach().flatten(2)[rows, :, image] if maps.lse else None
-    write_maps(
-        *(maps.slots, slot, query[:, :, image], key),
-        index if text_first else torch.where(index < 0, index, index + image_tokens),
+    (write_maps if torch.compiler.is_compiling() else write)(
+        *(maps.slots, slot, query, key),
+        index if text_first else maps.after_image,
         *(maps.tokens.weight, lse, maps.head_weight, query.shape[-1] ** -0.5, maps.impl),
     )
     return joint
@@ -171,14 +178,10 @@ class CapturingJointAttnProcessor:
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         batch, image_tokens, _ = hidden_states.shape
-        query, key, value = (
-            self._join(attn, *projections, hidden_states, encoder_hidden_states)
-            for projections in (
-                (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
-                (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
-                (attn.to_v, None, attn.add_v_proj, None),
-            )
-        )
+        image = self._heads(attn, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), hidden_states)
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        text = self._heads(attn, *added, encoder_hidden_states)
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
         joint = captured_attention(
             self.maps, self.slot, query, key, value, encoder_hidden_states.shape[1], text_first=False
         )
@@ -189,13 +192,11 @@ class CapturingJointAttnProcessor:
         return attn.to_out[1](attn.to_out[0](image)), text
 
     @staticmethod
-    def _join(attn: Attention, project, norm, project_added, norm_added, image: Tensor, text: Tensor) -> Tensor:
-        """Project and normalise both streams and lay them in one sequence, (B, H, N + T, D)."""
-        parts = []
-        for states, linear, rms in ((image, project, norm), (text, project_added, norm_added)):
-            heads = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            parts.append(heads if rms is None else rms(heads))
-        return torch.cat(parts, dim=2)
+    def _heads(attn: Attention, projections, norms, states: Tensor) -> list[Tensor]:
+        """Query, key and value of one stream, (B, H, N, D)."""
+        heads = [linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for linear in projections]
+        normed = [x if norm is None else norm(x) for x, norm in zip(heads[:2], norms, strict=True)]
+        return [*normed, heads[2]]
 
 
 class CapturingFluxAttnProcessor:
@@ -218,15 +219,12 @@ class CapturingFluxAttnProcessor:
         if attention_mask is not None:
             raise ValueError("attention_mask: maps can be captured without a mask only")
         double = encoder_hidden_states is not None
-        projections = [(attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)]
-        joint = [self._heads(attn, *pair, hidden_states) for pair in projections]
+        image = [linear(hidden_states) for linear in (attn.to_q, attn.to_k, attn.to_v)]
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if double else ()
+        text = [linear(encoder_hidden_states) for linear in added]
+        joint = self._heads(attn, image, (attn.norm_q, attn.norm_k))
         if double:
-            added = [
-                (attn.add_q_proj, attn.norm_added_q),
-                (attn.add_k_proj, attn.norm_added_k),
-                (attn.add_v_proj, None),
-            ]
-            text = [self._heads(attn, *pair, encoder_hidden_states) for pair in added]
+            text = self._heads(attn, text, (attn.norm_added_q, attn.norm_added_k))
             joint = [torch.cat(pair, dim=1) for pair in zip(text, joint, strict=True)]
             text_tokens = encoder_hidden_states.shape[1]
         else:
@@ -244,10 +242,11 @@ class CapturingFluxAttnProcessor:
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
     @staticmethod
-    def _heads(attn: FluxAttention, linear, norm, states: Tensor) -> Tensor:
-        """(B, S, H, D)."""
-        heads = linear(states).unflatten(-1, (-1, attn.head_dim))
-        return heads if norm is None else norm(heads)
+    def _heads(attn: FluxAttention, projected: Sequence[Tensor], norms) -> list[Tensor]:
+        """Query, key and value of one stream, (B, S, H, D)."""
+        heads = [x.unflatten(-1, (-1, attn.head_dim)) for x in projected]
+        normed = [x if norm is None else norm(x) for x, norm in zip(heads[:2], norms, strict=True)]
+        return [*normed, heads[2]]
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
