@@ -36,6 +36,7 @@ ORDER = (
     "test_geneval",
     "test_rewards_remote",
     "test_training",
+    "test_report",
     "test_location_rewards",
     "test_recovery",
     "test_distributed",

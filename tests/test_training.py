@@ -10,6 +10,7 @@ from star import checkpoint
 from star import config as configuration
 from star import train as training
 from star.config import ConfigError
+from star.metrics import meaning
 from star.rewards import RewardError, Scores
 from star.shapes import measure
 from star.shapes.model import load_pipeline
@@ -232,6 +233,7 @@ def test_a_run_leaves_everything_and_the_adapter_loads_in_plain_diffusers(tmp_pa
     for name in ("reward_curve.png", "before_after.png", "allocation.png"):
         assert (out / name).stat().st_size > 5000
     assert list((out / "tensorboard").iterdir()) and (out / "config.yaml").exists()
+    assert [name for name in lines[0] if name != "iteration" and not meaning(name)] == []
 
     texts = ["a red circle left of a blue square", "two green rings"]
     plain = load_pipeline()

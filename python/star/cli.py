@@ -1,4 +1,4 @@
-"""`star train | plan | eval | maps | info`."""
+"""`star train | plan | eval | maps | report | info`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: star COMMAND [--help]
   plan    print what a run will take, before anything is loaded: --gpus N and the options of train
   eval    score a model, with or without an adapter, on a prompt file (GenEval's, OCR's, any) or the embedded world
   maps    picture a prompt's concept maps by layer and step; --world measures localisation
+  report  one HTML page of runs: curves, pictures, what differs; star report RUN [RUN...] [--out FILE]
   info    versions, what was built, and which implementation each operator uses
 """
 
@@ -282,6 +283,21 @@ def maps(arguments: list[str]) -> None:
     print(f"{options.out}: {', '.join(names)}; {len(by_layer)} blocks, {options.steps} steps")
 
 
+def report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("star report", description="Write one self-contained HTML page of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or going")
+    parser.add_argument("--out", type=Path, help="the page; report.html in the folder of a single run")
+    options = parser.parse_args(arguments)
+
+    from star import page
+
+    if options.out is None and len(options.runs) > 1:
+        raise ValueError("out: needed for several runs")
+    out = options.out or options.runs[0] / "report.html"
+    page.write(options.runs, out)
+    print(f"{out}: {len(options.runs)} run{'s'[: len(options.runs) > 1]}, {out.stat().st_size / 2**20:.1f} MiB")
+
+
 def info(arguments: list[str]) -> None:
     import torch
 
@@ -310,7 +326,7 @@ def info(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 1 after printing one line about what was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "plan": plan, "eval": evaluate, "maps": maps, "info": info}
+    commands = {"train": train, "plan": plan, "eval": evaluate, "maps": maps, "report": report, "info": info}
     if not arguments or arguments[0] not in commands:
         print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments in ([], ["--help"], ["-h"]) else 2

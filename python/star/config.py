@@ -134,6 +134,10 @@ class Run:
     """Held-out prompts of the embedded world scored before and after; 0: none."""
     pictures: bool = True
     """Write reward curve, before/after grid and allocation pictures at the end."""
+    grid_every: int = 0
+    """Iterations from one grid of the rollout's pictures and weights to the next, in grids/; 0: none."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where the metrics go beside metrics.jsonl."""
     timeout_minutes: int = 30
     """How long a process waits for the others before it gives the run up."""
     resume: bool = False
@@ -240,7 +244,7 @@ def shapes() -> Config:
         ),
         loss=Loss(clip_range=2e-3, global_std=True),
         optimisation=Optimisation(iterations=240, learning_rate=7e-5, ema_decay=0.98, ema_every=1),
-        run=Run(out=Path("runs/shapes"), held_out=512),
+        run=Run(out=Path("runs/shapes"), held_out=512, grid_every=60),
     )
 
 
@@ -268,7 +272,7 @@ def sd35m(task: str, fast: bool = False) -> Config:
             ema_decay=0.9,  # both in scripts/train_sd3.py
             ema_every=8,
         ),
-        run=Run(out=Path(f"runs/{task}-sd35m"), seed=42, reward=task, save_every=60),
+        run=Run(out=Path(f"runs/{task}-sd35m"), seed=42, reward=task, save_every=60, grid_every=60),
     )
     if not fast:
         return published

@@ -22,6 +22,7 @@ REDUCTIONS = {
     "ratio_max": Tensor.amax,
     "weights_uniform": Tensor.sum,
     "reward_failed": Tensor.sum,
+    "memory_gib": Tensor.amax,
 }
 
 
@@ -93,13 +94,13 @@ class Share:
         """The metrics of all processes in one; phases take as long as the slowest process."""
         if self.accelerator.num_processes == 1:
             return metrics
-        device = self.accelerator.device
-        values = self.accelerator.gather(torch.tensor([list(metrics.values())], dtype=torch.float64, device=device))
+        everyone = gather_object([metrics])
 
-        def one(name: str, column: Tensor) -> float:
-            return REDUCTIONS.get(name, Tensor.amax if name.startswith("seconds/") else Tensor.mean)(column).item()
+        def one(name: str) -> float:
+            values = torch.tensor([own[name] for own in everyone if name in own], dtype=torch.float64)
+            return REDUCTIONS.get(name, Tensor.amax if name.startswith("seconds/") else Tensor.mean)(values).item()
 
-        return {name: one(name, column) for name, column in zip(metrics, values.T, strict=True)}
+        return {name: one(name) for name in dict.fromkeys(name for own in everyone for name in own)}
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], object]) -> None:

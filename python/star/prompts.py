@@ -26,12 +26,18 @@ class Prompt:
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def category(self) -> str | None:
+        """What kind of prompt it is, if that is known: GenEval's "tag", the embedded world's category."""
+        return self.metadata.get("tag")
+
 
 def draw_prompts(config: Config, iteration: int) -> list[Prompt]:
     """Distinct prompts of an iteration; the same ones whenever the run is started or resumed."""
     count, seed = config.sampling.prompts_per_iteration, f"{config.run.seed}/{iteration}"
     if config.sampling.prompts == "shapes":
-        drawn = [Prompt(text) for text in dict.fromkeys(scenes.prompts(8 * count, seed, "train"))]
+        texts = dict.fromkeys(scenes.prompts(8 * count, seed, "train"))
+        drawn = [Prompt(text, {"tag": scenes.parse_scene(text).category}) for text in texts]
     else:
         drawn = list(_read_once(config.sampling.prompts))
         random.Random(seed).shuffle(drawn)

@@ -188,6 +188,35 @@ def _overlay(axis, image: np.ndarray, field: Tensor, largest: float) -> None:
     axis.set_yticks([])
 
 
+def rollout_grid(
+    pipeline: StableDiffusion3Pipeline, rollout: Rollout, weights: Tensor | None, rewards: Tensor, path: Path
+) -> None:
+    """The first pictures of a rollout with their rewards and, below, the weights of every trained step."""
+    count = min(SHOWN, len(rollout.latents))
+    images = decode(pipeline, rollout.latents[:count]).permute(0, 2, 3, 1).cpu().numpy()
+    fields = [] if weights is None else [step[:count].float().cpu() for step in weights]
+    prompts = [rollout.conditions.prompts[i] for i in rollout.groups[:count].tolist()]
+    figure, axes = plt.subplots(
+        len(fields) + 1,
+        count,
+        figsize=(1.5 * count, 0.6 + 1.6 * (len(fields) + 1)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for column in range(count):
+        axes[0, column].imshow(images[column], interpolation="nearest")
+        axes[0, column].set(xticks=[], yticks=[], xlabel=f"{float(rewards[column]):.2f}")
+        axes[0, column].set_title(_wrap(prompts[column]), fontsize=7)
+        for row, field in enumerate(fields):
+            _overlay(axes[row + 1, column], images[column], field[column], max(float(f.max()) for f in fields))
+    axes[0, 0].set_ylabel("reward")
+    for row, step in enumerate(rollout.steps.trained if fields else ()):
+        axes[row + 1, 0].set_ylabel(f"sigma {rollout.steps.sigmas[step]:.2f}", fontsize=7)
+    path.parent.mkdir(exist_ok=True)
+    files.replace(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+    plt.close(figure)
+
+
 def allocation_picture(
     pipeline: StableDiffusion3Pipeline, rollout: Rollout, allocation: Allocation, path: Path
 ) -> None:

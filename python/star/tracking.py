@@ -1,4 +1,4 @@
-"""Metrics as JSON lines and in TensorBoard."""
+"""Metrics as JSON lines, and in TensorBoard, wandb or trackio."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from star import files
+from star.config import Config, ConfigError, to_dict
 
 
 @contextmanager
@@ -21,28 +22,49 @@ def timed(seconds: dict[str, float], phase: str):
     seconds[f"seconds/{phase}"] += time.perf_counter() - begin
 
 
+def board(name: str, config: Config, start: int) -> GeneralTracker:
+    """An experiment tracker that goes on at an iteration. Raises ConfigError if its package is missing."""
+    run = config.run.out
+    try:
+        if name == "tensorboard":
+            tracker = TensorBoardTracker("tensorboard", run, purge_step=start)
+        elif name == "wandb":
+            # The same id continues the same run; what a killed run left behind stays there.
+            tracker = WandBTracker("star", name=run.name, id=run.name, resume="allow", dir=str(run))
+        else:
+            tracker = TrackioTracker("star", name=run.name, resume="allow")
+        tracker.start()
+    except ImportError as error:
+        raise ConfigError(f"run.trackers: {name!r} needs {error.name}; pip install {error.name}") from error
+    if name != "tensorboard":
+        tracker.store_init_configuration(to_dict(config))
+    return tracker
+
+
 class Tracker:
-    """Writes one line of metrics per iteration to metrics.jsonl and to TensorBoard.
+    """Writes one line of metrics per iteration to metrics.jsonl and to the trackers of the run's configuration.
 
     Continuing at an iteration drops the lines of later ones, which a killed run may have left.
     """
 
-    def __init__(self, run: Path, start: int) -> None:
+    def __init__(self, config: Config, start: int) -> None:
+        run = config.run.out
         self.path = run / "metrics.jsonl"
+        self.boards = [board(name, config, start) for name in config.run.trackers]
         kept = [line for line in read(run) if line["iteration"] < start]
         files.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(run / "tensorboard", purge_step=start)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint must not be ahead of them
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, iteration)
+        for tracker in self.boards:
+            tracker.log(metrics, step=iteration)
 
     def close(self) -> None:
-        self.board.close()
+        for tracker in self.boards:
+            tracker.finish()
 
 
 def read(run: Path) -> list[dict[str, float]]:

@@ -19,6 +19,7 @@ from star import config as configuration
 from star.advantage import advantages_of
 from star.config import Config
 from star.distributed import LostProcess, Share, Termination, lost, make_accelerator, on_main
+from star.metrics import by_category, of_weights, peak_memory
 from star.objective import allocation_weights, temporal_weights, uniform_rows
 from star.pipeline import load_pipeline
 from star.policy import Policy
@@ -85,14 +86,19 @@ class Trainer:
             metrics = self.update(rollout, advantages_here, weights, step_weights)
         self.iteration += 1
         metrics |= rewards.means(scores) | {"reward_failed": float(failures)}
+        metrics |= by_category(scores.reward, [prompts[i].category for i in self.groups.tolist()])
+        metrics["advantage_abs"] = advantages.abs().mean().item()
         metrics["advantage_zero"] = (advantages == 0).float().mean().item()
+        metrics["memory_gib"] = peak_memory(self.accelerator.device)
         if weights is not None:
-            metrics["weights_max"] = weights.amax((2, 3)).mean().item()
+            metrics |= of_weights(weights, own.masks)
             metrics["weights_uniform"] = float(sum(uniform_rows(w) for w in weights))
             if metrics["weights_uniform"] and config.allocation.mix > 0 and not self.told:
                 log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
                 self.told = True  # the count is in the metrics of every iteration
-        return self.share.reduce(metrics | seconds)
+        if config.run.grid_every and self.iteration % config.run.grid_every == 0:
+            on_main(self.accelerator, lambda: self.picture(rollout, weights, own))
+        return self.share.reduce(metrics | dict(seconds))
 
     def rollout(self, prompts: list[str], generator: torch.Generator) -> Rollout:
         config, sampling = self.config, self.config.sampling
@@ -198,6 +204,13 @@ class Trainer:
         with self.policy.reference() as transformer:
             return rollout.velocity(transformer, k, rows)
 
+    def picture(self, rollout: Rollout, weights: Tensor | None, scores: rewards.Scores) -> None:
+        """A grid of this process's first pictures, their rewards and weights."""
+        from star import report  # matplotlib is slow to import and only needed for pictures
+
+        path = self.config.run.out / "grids" / f"{self.iteration:06d}.png"
+        report.rollout_grid(self.pipeline, rollout, weights, scores.reward, path)
+
     # --- stopping and going on --------------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -242,7 +255,7 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
 
     config, accelerator, policy = trainer.config, trainer.accelerator, trainer.policy
     main, out, begin = accelerator.is_main_process, config.run.out, time.perf_counter()
-    tracker = Tracker(out, trainer.iteration) if main else None
+    tracker = Tracker(config, trainer.iteration) if main else None
     # Every process takes part, because the weights may be sharded over them; the main one writes.
     with trainer.encode.on_device():
         before = report.held_out(trainer.pipeline, config, "before", known=trainer.iteration > 0, write=main)
