@@ -118,7 +118,7 @@ def assert_equal_to_one(runs, name, one):
     for line, other in zip(got, expected, strict=True):
         assert line.keys() == other.keys()
         for key in line:
-            if not key.startswith(("seconds/", "ratio", "clip")):
+            if not key.startswith(("seconds/", "memory", "ratio", "clip")):
                 assert line[key] == pytest.approx(other[key], rel=2e-3, abs=2e-5), (line["iteration"], key)
         assert line["ratio_first"] == 1.0
 

@@ -105,7 +105,9 @@ def stop_and_fill(folder):
 
 def metrics(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("seconds/", "memory"))} for line in lines
+    ]
 
 
 def assert_same_run(out, whole):
