@@ -43,6 +43,7 @@ ORDER = (
     "test_presets",
     "test_cli",
     "test_evaluation",
+    "test_compare",
     "test_dropin_objective",
     "test_dropin_other_objectives",
     "test_dropin_diffusers_loop",

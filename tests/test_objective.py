@@ -11,6 +11,9 @@ from star.objective import (
     Allocation,
     allocation_weights,
     another,
+    captured_steps,
+    inverted,
+    neighbour_correlation,
     random_like,
     temporal_weights,
     uniform_rows,
@@ -67,15 +70,72 @@ def test_controls_keep_the_values_and_move_them():
     assert torch.equal(random, weights("random")) and not torch.equal(random, weights("random", seed=1))
 
 
-def test_random_fields_are_smooth():
-    values = torch.rand(64, 12, 12)
-    field = random_like(values, torch.Generator().manual_seed(0))
+def autocorrelation(x, shift):
+    """Over all fields (B, rows, columns): correlation of places `shift` apart along a row or a column."""
+    x = x - x.mean((1, 2), keepdim=True)
+    pairs = torch.cat([(x[:, :, shift:] * x[:, :, :-shift]).flatten(), (x[:, shift:] * x[:, :-shift]).flatten()])
+    return (pairs.mean() / x.square().mean()).item()
 
-    def neighbours(x):  # correlation of horizontal neighbours
-        x = x - x.mean((1, 2), keepdim=True)
-        return ((x[:, :, 1:] * x[:, :, :-1]).mean() / (x**2).mean()).item()
 
-    assert neighbours(field) > 0.5 and abs(neighbours(values)) < 0.1
+def blobs(batch, rows, columns, width):
+    """Weights as attention makes them: a bump or two on a low ground."""
+    generator = torch.Generator().manual_seed(1)
+    y, x = torch.arange(rows)[:, None], torch.arange(columns)
+    fields = torch.full((batch, rows, columns), 0.3)
+    for _ in range(2):
+        centre = torch.rand(batch, 2, generator=generator) * torch.tensor([rows, columns])
+        distance = (y - centre[:, :1, None]) ** 2 + (x - centre[:, 1:, None]) ** 2
+        fields += torch.exp(-distance / (2 * width**2))
+    return fields / fields.mean((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize("width", [0.8, 1.5, 2.5])
+def test_random_fields_have_the_values_and_the_smoothness_of_the_weights(width):
+    own = blobs(64, 9, 9, width)
+    fields = random_like(own, torch.Generator().manual_seed(0))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+    # Sample by sample for neighbours, which is what was searched for ...
+    error = (neighbour_correlation(fields) - neighbour_correlation(own)).abs()
+    assert error.mean() < 0.01 and error.max() < 0.15
+    # ... and on the whole further away, where scattered values have no correlation left.
+    scattered = own.flatten(1)[:, torch.randperm(81)].view_as(own)
+    assert autocorrelation(fields, 1) == pytest.approx(autocorrelation(own, 1), abs=0.02)
+    for shift in (2, 3):
+        assert autocorrelation(fields, shift) == pytest.approx(autocorrelation(own, shift), abs=0.2)
+    assert abs(autocorrelation(scattered, 1)) < 0.1 < autocorrelation(own, 1) - 0.5
+    # Nothing is left of where they were.
+    centred, placed = own - 1, fields - 1
+    similarity = (centred * placed).mean((1, 2)) / centred.square().mean((1, 2))
+    assert similarity.mean().abs() < 4 * similarity.std() / 64**0.5
+
+
+def test_neighbour_correlation_by_hand():
+    # Rows of +1 and -1: neighbours in a row agree (12 pairs), in a column they differ (12 pairs).
+    stripes = torch.tensor([[1.0], [-1.0]]).repeat(2, 4)
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)
+    got = neighbour_correlation(torch.stack([stripes, checks, torch.ones(4, 4)]))
+    assert got[:2].tolist() == [0.0, -1.0] and got[2].isnan()
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 7), seed=st.integers(0, 99))
+def test_random_fields_of_any_size_keep_the_values(rows, columns, seed):
+    own = torch.rand(3, rows, columns, generator=torch.Generator().manual_seed(seed))
+    own[1] = 1.0  # a sample without a usable map stays uniform
+    fields = random_like(own, torch.Generator().manual_seed(seed))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+
+
+def test_inverted_has_the_same_values_low_where_attention_is_high():
+    own, reverse = (weights(s)[:, ::2, ::2].flatten(1) for s in ("attention", "inverted"))
+    assert torch.equal(own.sort(1).values, reverse.sort(1).values)
+    assert torch.equal(own.argsort(1), reverse.argsort(1).flip(1))
+    assert inverted(torch.tensor([[[3.0, 0.5, 0.5], [0.0, 1.0, 1.0]]])).flatten()[[0, 3]].tolist() == [0.0, 3.0]
+    assert torch.equal(inverted(torch.ones(2, 3, 3)), torch.ones(2, 3, 3))
+
+
+def test_final_step_wants_the_last_maps_for_all_steps():
+    assert [captured_steps(s, (1, 2), 8) for s in STRATEGIES] == [(1, 2), (), (1, 2), (1, 2), (1, 2), (7,), ()]
+    assert torch.equal(weights("final_step"), weights("attention"))
 
 
 def test_oracle_follows_the_masks():

@@ -11,6 +11,7 @@ from star import config as configuration
 from star import train as training
 from star.config import ConfigError
 from star.metrics import meaning
+from star.objective import STRATEGIES
 from star.rewards import RewardError, Scores
 from star.shapes import measure
 from star.shapes.model import load_pipeline
@@ -61,7 +62,7 @@ def test_same_seed_same_losses_bit_for_bit_and_a_resumed_run_continues_with_them
     assert losses(resumed, 2) == whole[1:]
 
 
-@pytest.mark.parametrize("strategy", ["attention", "uniform", "shuffled", "random", "oracle"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains(tmp_path, strategy):
     metrics = Trainer(small(tmp_path, allocation={"strategy": strategy})).step()
     assert metrics["grad_norm"] > 0 and metrics["nonfinite"] == 0
@@ -143,6 +144,18 @@ def test_a_control_keeps_its_source_over_the_steps(tmp_path):
     # At the second trained step the samples have parted, and each has weights of its own.
     source = [int((own[1] == w).flatten(1).all(1).nonzero()[0]) for w in shuffled[1]]
     assert torch.equal(shuffled[0], own[0][source])
+
+
+def test_final_step_gives_every_trained_step_the_weights_of_the_last_one(tmp_path):
+    trainer = Trainer(small(tmp_path, allocation={"strategy": "final_step"}))
+    rollout = trainer.rollout(
+        [p.text for p in training.draw_prompts(trainer.config, 0)], torch.Generator().manual_seed(0)
+    )
+    assert len(rollout.maps) == 1
+    got = trainer.weights(rollout, None, torch.Generator())
+    assert torch.equal(got[0], got[1])
+    # There the pictures of a prompt have parted: each has weights of its own.
+    assert len(torch.unique(got[0], dim=0)) == len(rollout.groups)
 
 
 def odd_prompts(tmp_path):

@@ -1,4 +1,4 @@
-"""`star train | plan | eval | maps | report | info`."""
+"""`star train | plan | eval | compare | maps | report | info`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ USAGE = """usage: star COMMAND [--help]
   train   post-train a model: --preset NAME, --config FILE.yaml, and any option
   plan    print what a run will take, before anything is loaded: --gpus N and the options of train
   eval    score a model, with or without an adapter, on a prompt file (GenEval's, OCR's, any) or the embedded world
+  compare train arms with several seeds side by side, and report what tells them apart
   maps    picture a prompt's concept maps by layer and step; --world measures localisation
   report  one HTML page of runs: curves, pictures, what differs; star report RUN [RUN...] [--out FILE]
   info    versions, what was built, and which implementation each operator uses
@@ -254,6 +255,26 @@ def evaluate_world(options: Eval, load) -> None:
     Console().print(table)
 
 
+def compare(arguments: list[str]) -> None:
+    import tyro
+
+    from star import compare as study
+
+    options = tyro.cli(study.Compare, args=arguments, prog="star compare")
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"jobs: got {options.jobs}, expected at least 1")
+    text = study.compare(options)
+    if text is None:
+        print(f"stopped, as asked; the same command continues {options.out}")
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(text))
+    console.print(f"[bold]{options.out}[/bold]: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
+
+
 def maps(arguments: list[str]) -> None:
     import tyro
 
@@ -326,7 +347,8 @@ def info(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 1 after printing one line about what was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "plan": plan, "eval": evaluate, "maps": maps, "report": report, "info": info}
+    commands = {"train": train, "plan": plan, "eval": evaluate, "compare": compare, "maps": maps}
+    commands |= {"report": report, "info": info}
     if not arguments or arguments[0] not in commands:
         print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments in ([], ["--help"], ["-h"]) else 2

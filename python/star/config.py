@@ -106,6 +106,9 @@ class Optimisation:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
+    update_norm: float | None = None
+    """Euclidean norm that every update of the weights is rescaled to, so that runs differ in its direction alone.
+    0: the norm is only measured. None: neither; both need a copy of the trained weights."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     ema_decay: float = 0.0
     """Of a moving average of the weights, which is then what is scored and exported; 0: none."""
@@ -132,6 +135,10 @@ class Run:
     keep_checkpoints: int = 2
     held_out: int = 0
     """Held-out prompts of the embedded world scored before and after; 0: none."""
+    held_out_prompts: str = "shapes"
+    """Other prompts of the embedded world for `evaluate_every`: a text file, repeated until there are `held_out`."""
+    evaluate_every: int = 0
+    """Iterations from one scoring of the held-out prompts to the next, written to evaluations.jsonl; 0: none."""
     pictures: bool = True
     """Write reward curve, before/after grid and allocation pictures at the end."""
     grid_every: int = 0
@@ -203,6 +210,10 @@ class Config:
                 f"optimisation.ema_decay, ema_every: got {optimisation.ema_decay}, {optimisation.ema_every}, "
                 "expected 0 <= decay < 1 and at least 1"
             )
+        if optimisation.update_norm is not None and optimisation.update_norm < 0:
+            raise ConfigError(f"optimisation.update_norm: got {optimisation.update_norm}, expected at least 0 or none")
+        if self.run.evaluate_every and not self.run.held_out:
+            raise ConfigError("run.evaluate_every: needs run.held_out, the number of prompts that are scored")
         if self.loss.normalise_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalise_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.run.resume and self.run.overwrite:
@@ -342,6 +353,8 @@ def update(config: Any, values: dict, prefix: str = "") -> Any:
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """A YAML value as the type of a field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None

@@ -31,6 +31,7 @@ MEANING = {
     "clip_fraction_high": "share above it",
     "kl": "KL term to the model without its adapter, before loss.kl_coef; 0 without one",
     "grad_norm": "norm of the gradient before it is cut to optimisation.max_grad_norm, mean over the updates",
+    "update_norm": "norm of the step that an update took, before it is rescaled, where optimisation.update_norm is set",
     "updates_skipped": "updates left out because their gradient was not finite",
     "nonfinite": "locations with a log-ratio that is not finite, mean over the passes; should be 0",
     "gradient_share": "share of the gradient's size in the tenth of the places with the highest weights; 0.1: uniform",

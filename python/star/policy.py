@@ -39,23 +39,37 @@ class Policy:
         if self.config.ema_decay:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay)
 
-    def step(self) -> tuple[float, bool]:
-        """Clip the gradients, update and forget them. Returns their norm and whether the update was skipped because
-        it was not finite."""
+    def step(self) -> tuple[float, bool, float | None]:
+        """Clip the gradients, update and forget them. Returns their norm, whether the update was skipped because it was
+        not finite, and, where update_norm is set, the norm of the update before it was rescaled."""
         norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), self.config.max_grad_norm)
         norm = float(full_tensor(norm))
         skipped = not torch.isfinite(torch.tensor(norm)).item()
+        measured, moved = self.config.update_norm is not None, None
+        before = [p.detach().clone() for p in self.parameters.values()] if measured else []
         # A gradient scaler skips the step itself, and must see it to lower its scale.
         if not skipped or self.accelerator.scaler is not None:
             self.optimizer.step()
             skipped = skipped or self.optimizer.step_was_skipped
         self.optimizer.zero_grad()
+        if measured:
+            moved = self.rescale(before, self.config.update_norm)
         self.updates += 1
         if self.ema is not None and self.updates % self.config.ema_every == 0:
             # Flow-GRPO's warm-up counts updates, not averages: min(decay, (1 + n) / (10 + n)).
             self.ema.optimization_step = self.updates - 1
             self.ema.step(self.parameters.values())
-        return norm, skipped
+        return norm, skipped, moved
+
+    @torch.no_grad()
+    def rescale(self, before: list[Tensor], norm: float) -> float:
+        """Give the way from `before` to the weights this norm (0: leave it) in place. Returns what it was."""
+        way = [p - old for p, old in zip(self.parameters.values(), before, strict=True)]
+        length = float(full_tensor(torch.nn.utils.get_total_norm(way)))
+        if norm and length:
+            for parameter, old, step in zip(self.parameters.values(), before, way, strict=True):
+                parameter.copy_(old + step * (norm / length))
+        return length
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

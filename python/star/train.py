@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -20,7 +21,7 @@ from star.advantage import advantages_of
 from star.config import Config
 from star.distributed import LostProcess, Share, Termination, lost, make_accelerator, on_main
 from star.metrics import by_category, of_weights, peak_memory
-from star.objective import allocation_weights, temporal_weights, uniform_rows
+from star.objective import allocation_weights, captured_steps, temporal_weights, uniform_rows
 from star.pipeline import load_pipeline
 from star.policy import Policy
 from star.prompts import Prompt, draw_prompts
@@ -97,10 +98,13 @@ class Trainer:
                 log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
                 self.told = True  # the count is in the metrics of every iteration
         if config.run.grid_every and self.iteration % config.run.grid_every == 0:
-            on_main(self.accelerator, lambda: self.picture(rollout, weights, own))
+            from star import report  # matplotlib is slow to import and only needed for pictures
+
+            path = config.run.out / "grids" / f"{self.iteration:06d}.png"
+            on_main(self.accelerator, lambda: report.rollout_grid(self.pipeline, rollout, weights, own.reward, path))
         return self.share.reduce(metrics | dict(seconds))
 
-    def rollout(self, prompts: list[str], generator: torch.Generator) -> Rollout:
+    def rollout(self, prompts: list[str], generator: torch.Generator, captured: Sequence[int] | None = None) -> Rollout:
         config, sampling = self.config, self.config.sampling
         trained = draw_window(sampling.trained_steps, sampling.window, f"{config.run.seed}/{self.iteration}")
         return sample(
@@ -113,7 +117,9 @@ class Trainer:
             guidance_scale=sampling.guidance_scale,
             shared_noise=sampling.shared_noise,
             chunk=self.chunk,
-            captured=() if config.allocation.strategy in ("uniform", "oracle") else None,
+            captured=captured_steps(config.allocation.strategy, trained, sampling.steps)
+            if captured is None
+            else captured,
             layers=sampling.layers,
             normalise=sampling.normalise,
             rows=self.share.rows,
@@ -139,7 +145,7 @@ class Trainer:
         everyone = self.config.allocation.strategy in ("shuffled", "random")
         per_step = []
         for k in range(len(rollout.steps.trained)):
-            maps = None if rollout.maps is None else rollout.maps[k]
+            maps = None if rollout.maps is None else rollout.maps[min(k, len(rollout.maps) - 1)]
             weights = allocation_weights(
                 self.config.allocation,
                 self.share.gather(maps) if everyone else maps,
@@ -159,7 +165,7 @@ class Trainer:
         loss_config, transformer = self.config.loss, self.policy.transformer
         chunks, trained = torch.arange(len(rollout.groups)).split(self.chunk), len(rollout.steps.trained)
         per_update = len(chunks) // self.config.optimisation.updates_per_iteration
-        seen, skipped, norms = defaultdict(list), 0, []
+        seen, skipped, norms, moves = defaultdict(list), 0, [], []
         for number, rows in enumerate(chunks):
             for k in range(trained):
                 last = (number + 1) % per_update == 0 and k == trained - 1
@@ -189,27 +195,23 @@ class Trainer:
                 for name, value in statistics._asdict().items():
                     seen[name].append(value)
             if last:
-                norm, was_skipped = self.policy.step()
+                norm, was_skipped, moved = self.policy.step()
                 norms.append(norm)
+                moves += [] if moved is None else [moved]
                 skipped += was_skipped
         metrics = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
         metrics["ratio_min"] = torch.stack(seen["ratio_min"]).min().item()
         metrics["ratio_max"] = torch.stack(seen["ratio_max"]).max().item()
         # What the rollout's own policy gives: exactly 1 before the first update.
         metrics["ratio_first"] = seen["ratio_mean"][0].item()
+        if moves:
+            metrics["update_norm"] = sum(moves) / len(moves)
         return metrics | {"grad_norm": sum(norms) / len(norms), "updates_skipped": float(skipped)}
 
     def reference_velocity(self, rollout: Rollout, k: int, rows: Tensor) -> Tensor:
         """Velocity of the model without its adapter."""
         with self.policy.reference() as transformer:
             return rollout.velocity(transformer, k, rows)
-
-    def picture(self, rollout: Rollout, weights: Tensor | None, scores: rewards.Scores) -> None:
-        """A grid of this process's first pictures, their rewards and weights."""
-        from star import report  # matplotlib is slow to import and only needed for pictures
-
-        path = self.config.run.out / "grids" / f"{self.iteration:06d}.png"
-        report.rollout_grid(self.pipeline, rollout, weights, scores.reward, path)
 
     # --- stopping and going on --------------------------------------------------------------------------------------
 
@@ -251,7 +253,7 @@ def train(config: Config) -> dict[str, float]:
 
 
 def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
-    from star import report  # matplotlib is slow to import and only needed for pictures
+    from star import curve, report  # matplotlib is slow to import and only needed for pictures
 
     config, accelerator, policy = trainer.config, trainer.accelerator, trainer.policy
     main, out, begin = accelerator.is_main_process, config.run.out, time.perf_counter()
@@ -259,7 +261,10 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
     # Every process takes part, because the weights may be sharded over them; the main one writes.
     with trainer.encode.on_device():
         before = report.held_out(trainer.pipeline, config, "before", known=trainer.iteration > 0, write=main)
-    total = config.optimisation.iterations
+    total, every = config.optimisation.iterations, config.run.evaluate_every
+    if every and trainer.iteration == 0:
+        with trainer.encode.on_device():
+            curve.score(trainer.pipeline, config, 0, write=main)
     with tqdm(total=total, initial=trainer.iteration, desc="training", dynamic_ncols=True, disable=not main) as bar:
         while trainer.iteration < total:
             if termination.agreed(accelerator):
@@ -272,6 +277,10 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
                 tracker.log(trainer.iteration - 1, metrics)
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", ratio=f"{metrics['ratio_max']:.4f}")
+            # Before the checkpoint: a run that is killed in between repeats it, and none is left out.
+            if every and (trainer.iteration % every == 0 or trainer.iteration == total):
+                with policy.averaged(), trainer.encode.on_device():
+                    curve.score(trainer.pipeline, config, trainer.iteration, write=main)
             if trainer.iteration % config.run.save_every == 0 or trainer.iteration == total:
                 trainer.save()
     if main:

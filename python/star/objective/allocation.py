@@ -1,11 +1,12 @@
 """Allocation strategies: which latent positions, at which steps, receive the update. Needs torch and star_kernels only.
 
-Every strategy has the same signature, so that a run can be repeated with another one by a flag:
-attention (STAR), uniform (scalar GRPO), shuffled, random (controls) and oracle (given masks).
+Every strategy has the same signature, so that a run can be repeated with another one by a flag: attention (STAR),
+uniform (scalar GRPO), shuffled, random, inverted, final_step (controls) and oracle (given masks).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from star_kernels import allocate
 
-STRATEGIES = ("attention", "uniform", "shuffled", "random", "oracle")
+STRATEGIES = ("attention", "uniform", "shuffled", "random", "inverted", "final_step", "oracle")
 TEMPORAL = ("none", "noise_level", "concentration")
 
 
@@ -22,9 +23,11 @@ TEMPORAL = ("none", "noise_level", "concentration")
 class Allocation:
     """How maps become weights. Which of these STAR uses beyond `attention` is not published: the defaults are ours."""
 
-    strategy: Literal["attention", "uniform", "shuffled", "random", "oracle"] = "attention"
+    strategy: Literal["attention", "uniform", "shuffled", "random", "inverted", "final_step", "oracle"] = "attention"
     """attention: the model's own maps. uniform: weight 1 everywhere, scalar GRPO. shuffled: another sample's weights.
-    random: a smooth random field with the values of the sample's own weights. oracle: the reward's masks."""
+    random: a random field with the values and the smoothness of the sample's own weights. inverted: its weights in
+    reverse order, low where attention is high. final_step: the maps of the last sampling step at every trained step.
+    oracle: the reward's masks."""
     mix: float = 0.5
     """0: uniform. 1: the map alone."""
     cap: float = 4.0
@@ -45,6 +48,14 @@ def uniform_rows(weights: Tensor) -> int:
     return int((weights == 1).flatten(1).all(1).sum())
 
 
+def captured_steps(strategy: str, trained: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Which of `steps` sampling steps a strategy wants the maps of: the trained ones, the last one for all of them, or
+    none."""
+    if strategy in ("uniform", "oracle"):
+        return ()
+    return (steps - 1,) if strategy == "final_step" else tuple(trained)
+
+
 def allocation_weights(
     allocation: Allocation,
     maps: Tensor | None,
@@ -59,7 +70,7 @@ def allocation_weights(
 
     Args:
         allocation: strategy and its options.
-        maps: (B, G, N) concept maps; may be None for "uniform" and "oracle".
+        maps: (B, G, N) concept maps of the steps that `captured_steps` names; may be None for "uniform" and "oracle".
         grid: (rows, columns) of the image tokens.
         patch: latent positions per token and side; 1 for packed latents.
         groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
@@ -97,6 +108,8 @@ def allocation_weights(
         weights = weights[another(groups, len(weights), generator)]
     elif strategy == "random":
         weights = random_like(weights, generator)
+    elif strategy == "inverted":
+        weights = inverted(weights)
     return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
 
 
@@ -142,11 +155,44 @@ def another(groups: Tensor | None, batch: int, generator: torch.Generator | None
     return source
 
 
-def random_like(weights: Tensor, generator: torch.Generator | None, smoothness: float = 1.0) -> Tensor:
-    """Smooth random fields with exactly the values of `weights` (B, rows, columns), placed elsewhere."""
-    noise = torch.randn(weights.shape, generator=generator)
+def neighbour_correlation(fields: Tensor) -> Tensor:
+    """(B,) correlation of neighbours in each field (B, rows, columns): how smooth it is. NaN for a constant one."""
+    x = fields - fields.mean((1, 2), keepdim=True)
+    products = (x[:, :, 1:] * x[:, :, :-1]).sum((1, 2)) + (x[:, 1:] * x[:, :-1]).sum((1, 2))
+    rows, columns = fields.shape[1:]
+    return products / (rows * (columns - 1) + (rows - 1) * columns) / x.square().mean((1, 2))
+
+
+def random_like(weights: Tensor, generator: torch.Generator | None, draws: int = 4, halvings: int = 8) -> Tensor:
+    """Random fields with exactly the values of `weights` (B, rows, columns), as smooth as they are, placed elsewhere.
+
+    Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbours
+    correlate as in its weights; of all that was tried the nearest one is kept.
+    """
     rows, columns = weights.shape[1:]
-    # allocate's own smoothing, of a field made positive: a map of that form is what the weights came from.
-    field = allocate(noise.exp().flatten(1)[:, None], (rows, columns), smooth=smoothness, cap=1e30, mix=1.0, patch=1)
-    rank = field.flatten(1).argsort(1).argsort(1).to(weights.device)
-    return weights.flatten(1).sort(1).values.gather(1, rank).view_as(weights)
+    values, target = weights.flatten(1).sort(1).values, neighbour_correlation(weights)
+    best, error = weights.clone(), torch.full_like(target, torch.inf)
+    # Filtered on twice the size, then cut: noise that is periodic in its own frame would be less smooth across it.
+    size = (2 * rows, 2 * columns)
+    frequency = torch.fft.fftfreq(size[0])[:, None] ** 2 + torch.fft.rfftfreq(size[1]) ** 2
+    frequency = 2 * torch.pi**2 * frequency.to(weights.device)
+    for _ in range(draws):
+        noise = torch.fft.rfft2(torch.randn(len(weights), *size, generator=generator).to(weights.device))
+        low, high = torch.zeros_like(target), torch.full_like(target, max(rows, columns) / 2)
+        for _ in range(halvings):
+            width = (low + high) / 2
+            smooth = torch.fft.irfft2(noise * torch.exp(-frequency * width[:, None, None] ** 2), s=size)
+            rank = smooth[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True).argsort(1)
+            field = values.gather(1, rank).view_as(weights)
+            found = neighbour_correlation(field)
+            distance = (found - target).abs()
+            closer = distance < error
+            best, error = torch.where(closer[:, None, None], field, best), torch.where(closer, distance, error)
+            low, high = torch.where(found < target, width, low), torch.where(found < target, high, width)
+    return best
+
+
+def inverted(weights: Tensor) -> Tensor:
+    """The values of each field of `weights` (B, rows, columns) in reverse order: the largest where the smallest was."""
+    values, order = weights.flatten(1).sort(dim=1, stable=True)
+    return torch.empty_like(values).scatter_(1, order, values.flip(1)).view_as(weights)

@@ -1,0 +1,104 @@
+"""What the finished runs of a study scored, prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from star import curve, files, tracking
+from star.config import ConfigError
+from star.study import runs
+from star.study.spec import Study
+
+METRICS = ("soft", "strict")
+# Of metrics.jsonl, what tells the arms apart besides their scores.
+LOGGED = ("reward", "grad_norm", "update_norm", "weights_concentration", "clip_fraction", "approx_kl")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores at E iterations on P prompts, the same prompts in the same order for every run.
+
+    iterations: (E,). categories: (P,) of names. scores: by metric, arm and seed (E, P). logged: by arm and name the
+    mean over all iterations and seeds. missing: runs of the study that are not finished.
+    """
+
+    iterations: np.ndarray
+    categories: np.ndarray
+    scores: dict[str, dict[str, dict[int, np.ndarray]]]
+    logged: dict[str, dict[str, float]]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> list[str]:
+        return list(self.scores[METRICS[0]])
+
+    def category_names(self) -> list[str | None]:
+        """The categories that occur, in order, and None for all prompts."""
+        names = list(dict.fromkeys(self.categories.tolist()))
+        return [*names, None] if len(names) > 1 else [None]
+
+    def of(self, metric: str, arm: str, category: str | None = None, seeds: list[int] | None = None) -> np.ndarray:
+        """(S, E, P') scores of an arm's seeds on the prompts of a category."""
+        by_seed = self.scores[metric][arm]
+        chosen = np.array([category in (None, name) for name in self.categories])
+        return np.stack([by_seed[seed] for seed in (seeds or sorted(by_seed))])[:, :, chosen]
+
+    def common_seeds(self, arm: str, other: str) -> list[int]:
+        by_arm = self.scores[METRICS[0]]
+        return sorted(by_arm[arm].keys() & by_arm[other].keys())
+
+
+def load(study: Study, out: Path) -> Results:
+    """Read the finished runs of the study in `out`. Raises ConfigError if there is none, or if they do not compare."""
+    lines, logged, missing = {}, {}, []
+    for arm in study.arms:
+        for seed in study.seeds:
+            config = study.config(arm, seed, out)
+            if runs.finished(config):
+                lines[arm, seed] = {line["iteration"]: line for line in curve.read(config.run.out)}
+                logged.setdefault(arm, []).append(tracking.read(config.run.out))
+            else:
+                missing.append(config.run.out.name)
+    if not lines:
+        raise ConfigError(f"out: {out} has no finished run")
+    iterations = sorted(set.intersection(*(set(found) for found in lines.values())))
+    if len(iterations) < 2:
+        raise ConfigError(f"out: the runs of {out} were scored at different iterations")
+    categories = [found[i]["categories"] for found in lines.values() for i in iterations]
+    if any(names != categories[0] for names in categories):
+        raise ConfigError(f"out: the runs of {out} were scored on different prompts")
+    scores = {metric: {} for metric in METRICS}
+    for metric in METRICS:
+        for (arm, seed), found in lines.items():
+            table = np.array([found[i][metric] for i in iterations], dtype=np.float64)
+            scores[metric].setdefault(arm, {})[seed] = table
+    means = {arm: _means([line for run in found for line in run]) for arm, found in logged.items()}
+    return Results(np.array(iterations), np.array(categories[0]), scores, means, tuple(missing))
+
+
+def _means(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the iterations in which a metric is there, and the seconds of an iteration."""
+    found = {name: [line[name] for line in lines if name in line] for name in LOGGED}
+    means = {name: float(np.nanmean(values)) for name, values in found.items() if values}
+    seconds = [sum(value for name, value in line.items() if name.startswith("seconds/")) for line in lines]
+    return means | {"seconds": float(np.mean(seconds))}
+
+
+def write(results: Results, path: Path) -> None:
+    """One JSON line for each arm, seed and scored iteration, with the scores by category."""
+    lines = []
+    for arm in results.arms:
+        for seed in sorted(results.scores[METRICS[0]][arm]):
+            for e, iteration in enumerate(results.iterations.tolist()):
+                scores = {
+                    category or "all": {
+                        m: round(float(results.of(m, arm, category, [seed])[0, e].mean()), 5) for m in METRICS
+                    }
+                    for category in results.category_names()
+                }
+                lines.append(json.dumps({"arm": arm, "seed": seed, "iteration": iteration, "scores": scores}) + "\n")
+    files.replace_text(path, "".join(lines))

@@ -1,0 +1,115 @@
+"""The runs of a study as processes of their own, as many at a time as there are cores; what is finished is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from star import config as configuration
+from star.config import Config, ConfigError
+from star.distributed import Termination
+
+POLL = 0.1  # seconds
+
+
+def finished(config: Config) -> bool:
+    """Whether a run has reached its end."""
+    path = config.run.out / "summary.json"
+    return path.exists() and json.loads(path.read_text())["iterations"] >= config.optimisation.iterations
+
+
+def check_unchanged(config: Config) -> None:
+    """Raise ConfigError if the run's folder is of another configuration: what it holds would be taken for this one."""
+    path = config.run.out / "config.yaml"
+    if not path.exists():
+        return
+    earlier = configuration.load(path)
+    if earlier.optimisation.iterations > config.optimisation.iterations:
+        raise ConfigError(
+            f"iterations: got {config.optimisation.iterations}, {config.run.out} was started with "
+            f"{earlier.optimisation.iterations}; they can only grow"
+        )
+    optimisation = dataclasses.replace(earlier.optimisation, iterations=config.optimisation.iterations)
+    run = dataclasses.replace(earlier.run, out=config.run.out, resume=config.run.resume)
+    earlier = dataclasses.replace(earlier, optimisation=optimisation, run=run)
+    if earlier != config:
+        before, now = configuration.to_dict(earlier), configuration.to_dict(config)
+        name, key = next((n, k) for n in now for k in now[n] if now[n][k] != before[n][k])
+        raise ConfigError(
+            f"{name}.{key}: got {now[name][key]!r}, {config.run.out} was started with {before[name][key]!r}; "
+            "choose another --out"
+        )
+
+
+def start(config: Config) -> subprocess.Popen | None:
+    """Start or continue a run, or None if a process of an earlier call is still at it.
+
+    Its log is also its lock: the process holds it as its output, even if the one that started it is gone.
+    """
+    out = config.run.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{out}.log").open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        begun = (out / "config.yaml").is_file()
+        configuration.save(config, Path(f"{out}.yaml"))
+        command = [sys.executable, "-m", "star.cli", "train", "--config", f"{out}.yaml"]
+        return subprocess.Popen(
+            command + ["--resume"] * begun,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Spinning threads would slow the other runs; and so every run has the same bits wherever it is run.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            # An interrupt at the terminal is not for the runs: they are asked to stop, and save.
+            start_new_session=True,
+        )
+
+
+def last_line(config: Config) -> str:
+    lines = Path(f"{config.run.out}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def execute(configs: Sequence[Config], parallel: int) -> bool:
+    """Bring runs to their end, in their order. Returns whether it was left to; False after a SIGTERM.
+
+    Raises RuntimeError, after all others have ended, if a run failed.
+    """
+    waiting, running, failures = list(configs), {}, []
+    with Termination() as termination, tqdm(total=len(waiting), desc="runs", dynamic_ncols=True) as bar:
+        try:
+            while (waiting or running) and not termination.received:
+                for config in list(waiting):
+                    if finished(config):
+                        bar.update()
+                    elif len(running) == parallel or (process := start(config)) is None:
+                        continue
+                    else:
+                        running[process] = config
+                    waiting.remove(config)
+                time.sleep(POLL)
+                for process in [process for process in running if process.poll() is not None]:
+                    config = running.pop(process)
+                    bar.update()
+                    if process.returncode or not finished(config):
+                        failures.append(f"{config.run.out.name} ({last_line(config)})")
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+    if failures:
+        raise RuntimeError(f"runs: {len(failures)} of {len(configs)} failed: {', '.join(failures)}")
+    return not termination.received

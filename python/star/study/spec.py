@@ -1,0 +1,108 @@
+"""What a study is made of: arms, seeds and what all its runs share; presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from star import config as configuration
+from star.config import Config, ConfigError
+
+
+@dataclass
+class Study:
+    """Arms x seeds. A run is the configuration `preset`, changed by `changes`, then by its arm, with its seed."""
+
+    preset: str = "shapes"
+    """Of `star train`."""
+    baselines: tuple[str, ...] = ("uniform", "shuffled", "random")
+    """The arms that all others are compared with; the first one's final score is what they are to reach earlier."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """They decide prompts, noise and adapters; runs of one seed share all of these."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of every run, nested as in a configuration file."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By name what sets an arm apart, nested as in a configuration file."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of the embedded world that all runs are trained and scored on; none: its train and held-out prompts."""
+
+    def config(self, arm: str, seed: int, out: Path) -> Config:
+        """The configuration of one run of the study in the folder `out`."""
+        config = configuration.update(configuration.preset(self.preset), self.changes)
+        config = configuration.update(config, self.arms[arm], f"arms.{arm}.")
+        if self.prompts:
+            path = str(out / "prompts.txt")
+            shared = {"sampling": {"prompts": path}, "run": {"held_out_prompts": path}}
+            config = configuration.update(config, shared)
+        config = configuration.update(config, {"run": {"seed": seed, "out": str(folder(out, arm, seed))}})
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise ConfigError unless every run of the study has a configuration."""
+        if not self.baselines or not set(self.baselines) <= set(self.arms):
+            raise ConfigError(f"baselines: got {self.baselines}, expected some of the arms {list(self.arms)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: got {self.seeds}, expected different ones, at least one")
+        for arm in self.arms:
+            if not arm.replace("_", "").isalnum():
+                raise ConfigError(f"arms: got the name {arm!r}, expected letters, digits and '_'")
+            config = self.config(arm, self.seeds[0], Path())
+            if not config.run.evaluate_every:
+                raise ConfigError("run.evaluate_every: a study needs it, and run.held_out")
+
+
+def folder(out: Path, arm: str, seed: int) -> Path:
+    """Where a run of the study in `out` lives."""
+    return out / "runs" / f"{arm}-{seed}"
+
+
+def _allocation(strategy: str, **options: Any) -> dict[str, Any]:
+    return {"allocation": {"strategy": strategy, **options}}
+
+
+def shapes() -> Study:
+    """The embedded world. The first five arms decide the question; the others say which choice matters."""
+    return Study(
+        changes={
+            # Checkpoints and scores at the same iterations; the norm of the updates is measured, not changed.
+            "run": {"evaluate_every": 20, "save_every": 20, "keep_checkpoints": 1, "held_out": 512, "pictures": False},
+            "optimisation": {"update_norm": 0.0},
+        },
+        arms={
+            "uniform": _allocation("uniform"),
+            "attention": _allocation("attention"),
+            "shuffled": _allocation("shuffled"),
+            "random": _allocation("random"),
+            "oracle": _allocation("oracle"),
+            "inverted": _allocation("inverted"),
+            "final_step": _allocation("final_step"),
+            "attention_mix_1": _allocation("attention", mix=1.0),
+            "random_mix_1": _allocation("random", mix=1.0),
+            "oracle_mix_1": _allocation("oracle", mix=1.0),
+            # Ratios per place are sqrt(18 * 18) times noisier than those of a picture, and so is their clip range.
+            "attention_location": _allocation("attention") | {"loss": {"ratio": "location", "clip_range": 0.036}},
+            "attention_sample": _allocation("attention") | {"loss": {"ratio": "sample"}},
+        },
+    )
+
+
+def global_attribute() -> Study:
+    """Prompts that name nothing but the background: there is no place to favour, so the arms should agree."""
+    study = shapes()
+    study.prompts = tuple(f"a {background} background" for background in ("black", "gray", "white"))
+    study.changes["sampling"] = {"prompts_per_iteration": 3, "images_per_prompt": 32}
+    study.changes["run"] |= {"held_out": 192}
+    study.arms = {name: study.arms[name] for name in ("uniform", "attention", "attention_mix_1", "random_mix_1")}
+    study.baselines = ("uniform",)
+    return study
+
+
+PRESETS = {"shapes": shapes, "global": global_attribute}
+
+
+def preset(name: str) -> Study:
+    if name not in PRESETS:
+        raise ConfigError(f"preset: unknown {name!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[name]()
