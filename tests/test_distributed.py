@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 ITERATIONS = 2
 AVERAGE = {"ema_decay": 0.9, "ema_every": 1}
 CASES = {
-    "plain": {},
+    # What is also run with sharded weights does not merge the adapter.
+    "plain": {"sampling": {"merge_adapter": False}},
     # The controls look at other processes' samples; guidance, own noise and the reference need more passes.
     "control": {
         "allocation": {"strategy": "shuffled"},
@@ -25,7 +26,7 @@ CASES = {
         "optimisation": {"updates_per_iteration": 2},
     },
     "guided": {"sampling": {"guidance_scale": 2.0, "shared_noise": False}, "loss": {"kl_coef": 0.1}},
-    "full": {"model": {"lora_rank": 0}, "optimisation": {"learning_rate": 1e-5}},
+    "full": {"model": {"lora_rank": 0}, "sampling": {"merge_adapter": False}, "optimisation": {"learning_rate": 1e-5}},
 }
 
 
@@ -77,6 +78,7 @@ def both(folder):
     for case in ("plain", "full"):
         codes = ranks(2, run, folder, f"{case}-fsdp", case, True, port=free_port(), output=folder / "log")
         assert codes == [0, 0], (folder / "log.0").read_text() + (folder / "log.1").read_text()
+    assert ranks(1, run, folder, "refused", "guided", True, port=free_port(), output=folder / "refused") != [0]
     # A checkpoint of sharded processes goes on in one, and one of one process in sharded ones.
     for source, name, sharded in (("plain-fsdp", "plain-fsdp-1", False), ("plain-1", "plain-1-fsdp", True)):
         target = folder / name
@@ -150,6 +152,10 @@ def test_checkpoints_do_not_depend_on_the_number_of_processes(runs):
         assert [line["iteration"] for line in metrics(runs / name)] == [0, 1]
         assert last["reward"] == pytest.approx(expected["reward"], rel=1e-3)
         assert last["loss"] == pytest.approx(expected["loss"], rel=2e-3, abs=2e-5)
+
+
+def test_an_adapter_of_sharded_weights_is_not_merged(runs):
+    assert "sampling.merge_adapter: not with weights that are sharded" in (runs / "refused.0").read_text()
 
 
 @pytest.mark.parametrize("name", ["plain-2", "plain-fsdp", "plain-1"])

@@ -107,6 +107,38 @@ def test_micro_batches_add_up_to_the_update(tmp_path):
     assert cut["ratio_min"] == cut["ratio_max"] == 1.0
 
 
+def test_a_merged_adapter_is_the_same_model_and_is_taken_out_again_without_a_trace(tmp_path):
+    trainer = Trainer(small(tmp_path, sampling={"merge_adapter": False}))
+    trainer.step()
+    transformer = trainer.policy.bare
+    inputs = torch.randn(2, 4, 18, 18), torch.randn(2, 12, 128), torch.randn(2, 128), torch.tensor([500.0, 100.0])
+    weights = {name: p.clone() for name, p in transformer.named_parameters()}
+    with torch.no_grad():
+        expected = transformer(*inputs, return_dict=False)[0]
+        with trainer.policy.reference():
+            base = transformer(*inputs, return_dict=False)[0]
+        with pytest.raises(KeyboardInterrupt), trainer.policy.merged():
+            merged = transformer(*inputs, return_dict=False)[0]
+            raise KeyboardInterrupt
+        again = transformer(*inputs, return_dict=False)[0]
+    torch.testing.assert_close(merged, expected)
+    assert (base - expected).abs().max() > 100 * (merged - expected).abs().max()
+    assert torch.equal(again, expected)
+    assert all(torch.equal(p, weights[name]) for name, p in transformer.named_parameters())
+
+
+def test_merging_the_adapter_changes_the_pictures_by_rounding_only(tmp_path):
+    def after_two(out, merge):
+        trainer = Trainer(small(out, sampling={"merge_adapter": merge}))
+        trainer.step()
+        generator = torch.Generator().manual_seed(0)
+        return trainer.step(), trainer.rollout(["red circle", "two blue squares", "green ring"], generator).latents
+
+    (merged, latents), (plain, expected) = (after_two(tmp_path / str(merge), merge) for merge in (True, False))
+    assert merged["ratio_first"] == plain["ratio_first"] == 1.0
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_full_fine_tuning_leaves_a_pipeline(tmp_path):
     config = small(tmp_path / "run", model={"lora_rank": 0}, optimisation={"learning_rate": 1e-4, "iterations": 1})
     assert training.train(config)["iterations"] == 1
@@ -303,6 +335,10 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
             "sampling.images_per_prompt: got 1, a group needs at least 2",
         ),
         ({"optimisation": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 pictures"),
+        (
+            {"model": {"frozen_dtype": "bfloat16"}, "optimisation": {"mixed_precision": "bf16"}},
+            "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",
+        ),
         ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),
         ({"model": {"lora_rank": 0}, "loss": {"kl_coef": 0.1}}, "loss.kl_coef: needs an adapter"),
         ({"run": {"reward": "beauty"}}, "reward: unknown 'beauty'"),

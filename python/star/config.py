@@ -72,6 +72,9 @@ class Sampling:
     """Prompts whose embeddings are kept on the CPU from iteration to iteration; each is then encoded alone."""
     rollout_device: Literal["model", "cpu"] = "model"
     """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
+    merge_adapter: bool = False
+    """Steps that are not trained run with the adapter merged into a copy of its weights: faster, the same to rounding.
+    Needs model.frozen_dtype float32: in half precision an update is smaller than the weights resolve."""
 
 
 @dataclass
@@ -205,6 +208,10 @@ class Config:
                 f"model.frozen_dtype: {self.model.frozen_dtype} needs optimisation.mixed_precision "
                 f"{half[self.model.frozen_dtype]}, got {optimisation.mixed_precision}"
             )
+        if sampling.merge_adapter and self.model.frozen_dtype != "float32":
+            raise ConfigError(
+                f"sampling.merge_adapter: needs model.frozen_dtype float32, got {self.model.frozen_dtype}"
+            )
         if not 0 <= optimisation.ema_decay < 1 or optimisation.ema_every < 1:
             raise ConfigError(
                 f"optimisation.ema_decay, ema_every: got {optimisation.ema_decay}, {optimisation.ema_every}, "
@@ -252,6 +259,7 @@ def shapes() -> Config:
             prompts_per_iteration=16,
             images_per_prompt=6,
             layers=(2, 3),
+            merge_adapter=True,
         ),
         loss=Loss(clip_range=2e-3, global_std=True),
         optimisation=Optimisation(iterations=240, learning_rate=7e-5, ema_decay=0.98, ema_every=1),

@@ -10,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from star.config import Config
+from star.config import Config, ConfigError
 from star.distributed import full_tensor, shard_like
 from star.pipeline import make_trainable
 
@@ -34,6 +36,8 @@ class Policy:
         )
         self.transformer, self.optimizer = accelerator.prepare(pipeline.transformer, optimizer)
         self.parameters = {n: p for n, p in self.bare.named_parameters() if p.requires_grad}
+        if config.sampling.merge_adapter and any(isinstance(p, DTensor) for p in self.parameters.values()):
+            raise ConfigError("sampling.merge_adapter: not with weights that are sharded over processes (FSDP)")
         self.updates = 0
         self.ema = None
         if self.config.ema_decay:
@@ -94,6 +98,27 @@ class Policy:
                 yield self.accelerator.unwrap_model(self.transformer)
         finally:
             self.bare.enable_adapters()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it the adapter is part of the weights: the same function to rounding, without the adapter's products.
+
+        The plain weights are set aside, not computed back, so that nothing of them is lost.
+        """
+        layers = [m for m in self.bare.modules() if isinstance(m, BaseTunerLayer)]
+        plain = [layer.get_base_layer().weight.data for layer in layers]
+        with torch.no_grad():
+            for layer, weight in zip(layers, plain, strict=True):
+                layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+        if layers:
+            self.bare.disable_adapters()
+        try:
+            yield
+        finally:
+            for layer, weight in zip(layers, plain, strict=True):
+                layer.get_base_layer().weight.data = weight
+            if layers:
+                self.bare.enable_adapters()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the policy that the next update depends on, whole tensors on the CPU whatever the number of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -260,6 +260,7 @@ def sample(
     normalise: str = "raw",
     rows: Tensor | None = None,
     stored_on_cpu: bool = False,
+    merged: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Rollout:
     """Run the sampler.
 
@@ -278,6 +279,8 @@ def sample(
         rows: (b,) int64, the samples to make of the B, None: all. Their noise is what it is in the whole batch, which
             is drawn whole; the rollout is of these b samples.
         stored_on_cpu: keep the latents for the update in (pinned) memory of the CPU.
+        merged: a context for the steps that are not trained, which may compute the same velocity in another way
+            (`Policy.merged`).
     """
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups = len(groups), groups[rows]
@@ -301,25 +304,26 @@ def sample(
     for i, timestep in enumerate(steps.timesteps):
         transition = steps.transitions.rows(slice(i, i + 1)).to(device)
         velocity = torch.empty_like(latents)
-        for chosen in whole if i < shared and i not in steps.trained else parts:
-            part = Batch(conditions, groups[chosen], i < shared)
-            if i not in captured:
-                velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
-                continue
-            length = len(part.conditions.prompts)
-            with capture(
-                transformer,
-                part.conditions.tokens,
-                grid=grid,
-                rows=None if conditions.negative_embeds is None else range(length, 2 * length),
-                layers=layers,
-                normalise=normalise,
-            ) as read:
-                velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
-            values = part.each(read.read())
-            if maps is None:
-                maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
-            maps[captured.index(i), chosen] = values
+        with nullcontext() if i in steps.trained else merged():
+            for chosen in whole if i < shared and i not in steps.trained else parts:
+                part = Batch(conditions, groups[chosen], i < shared)
+                if i not in captured:
+                    velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
+                    continue
+                length = len(part.conditions.prompts)
+                with capture(
+                    transformer,
+                    part.conditions.tokens,
+                    grid=grid,
+                    rows=None if conditions.negative_embeds is None else range(length, 2 * length),
+                    layers=layers,
+                    normalise=normalise,
+                ) as read:
+                    velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
+                values = part.each(read.read())
+                if maps is None:
+                    maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
+                maps[captured.index(i), chosen] = values
         if i in steps.trained:
             noise = torch.randn(total, channels, *size, generator=generator)[rows].to(device)
             after, mean = gaussian_step(latents, velocity, noise, transition.expand(batch))

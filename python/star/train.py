@@ -124,6 +124,7 @@ class Trainer:
             normalise=sampling.normalise,
             rows=self.share.rows,
             stored_on_cpu=sampling.rollout_device == "cpu",
+            merged=self.policy.merged if sampling.merge_adapter else nullcontext,
         )
 
     def score(self, rollout: Rollout, prompts: list[Prompt]) -> rewards.Scores:
