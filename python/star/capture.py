@@ -109,6 +109,8 @@ class Maps:
         self.layer_weights, self.normalise, self.rows = layer_weights, normalise, rows
         self.head_weight, self.lse, self.impl = head_weight, lse, impl
         self.text_tokens = int(tokens.index.max()) + 1 if tokens.index.numel() else 0
+        # Columns of a joint sequence whose text comes after the image, here once instead of in every layer.
+        self.after_image = torch.where(tokens.index < 0, tokens.index, tokens.index + slots.shape[-1])
 
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured layer, normalised."""
@@ -140,7 +142,7 @@ def captured_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     joint, lse = attention_with_lse(query, key, value)
 
-    index, rows = maps.tokens.index, slice(None) if maps.rows is None else maps.rows
+    index, rows = maps.tokens.index if text_first else maps.after_image, slice(None) if maps.rows is None else maps.rows
     first = text_tokens if text_first else 0
     image = slice(first, first + image_tokens)
     query, key = query.detach()[rows], key.detach()[rows]
@@ -151,8 +153,7 @@ def captured_attention(
         lse = lse.detach().flatten(2)[rows, :, image] if maps.lse else None
     write_maps(
         *(maps.slots, slot, query[:, :, image], key),
-        index if text_first else torch.where(index < 0, index, index + image_tokens),
-        *(maps.tokens.weight, lse, maps.head_weight, query.shape[-1] ** -0.5, maps.impl),
+        *(index, maps.tokens.weight, lse, maps.head_weight, query.shape[-1] ** -0.5, maps.impl),
     )
     return joint
 
