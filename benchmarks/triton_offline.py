@@ -100,7 +100,7 @@ def builds() -> Iterator[dict]:
         for kernel, dtype, width, columns in CASES:
             single = dtype == "fp32"
             precision = "tf32x3" if single and target.backend == "cuda" else "ieee"
-            warps = kernels.warps(4 if single else 2) if width else 4
+            warps = kernels.warps(4 if single else 2) if width else 1
             compiled = triton.compile(
                 source(kernel, dtype, precision, width, columns), target=target, options={"num_warps": warps}
             )

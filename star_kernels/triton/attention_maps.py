@@ -18,7 +18,7 @@ LOG2_E = 1.4426950408889634
 BLOCK_N = 64  # queries per program
 BLOCK_S = 64  # keys per turn of the log-sum-exp
 MOST_COLUMNS = 64  # per program: more make further programs, each reading the queries again
-BLOCK_SUM = 1024  # elements of the maps that one program adds up
+BLOCK_SUM = 256  # elements of the maps that one warp adds up: few, so that a single row's are many programs
 
 
 @triton.jit
@@ -273,5 +273,5 @@ def launch(
             return partial[0]
         maps = torch.empty_like(partial[0])
         sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
-        sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM)
+        sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
     return maps
