@@ -5,13 +5,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint bench sanitize clean
+.PHONY: help setup demo test lint bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
 	@echo "make lint      ruff alone"
 	@echo "make bench     every benchmark, one table"
+	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
 	@echo "make sanitize  the compiled kernels under the address and undefined-behaviour sanitizers"
+	@echo "make wheel     dist/: an sdist and the wheel that is built from it"
 	@echo "make clean     remove what was built and installed"
 
 .venv/installed: requirements-ci.txt
@@ -22,7 +24,7 @@ help:
 
 # Editable, against the torch that is installed: an isolated build would fetch a second torch.
 .venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 setup: .venv/built
@@ -39,6 +41,9 @@ test: lint
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc
 
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py
+
 # A build of its own under build/sanitize; the editable one stays as it is. The interpreter is not instrumented, so the
 # runtime is preloaded, with libstdc++ for its exceptions; Python's allocator would hide small overruns, and it and torch
 # never free everything. Inductor would compile its own code under the preloaded runtime.
@@ -51,8 +56,16 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c "from star_kernels import native; assert native.build_info()['sanitizers'] != 'none', native.REASON" && \
-	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not inductor" \
+	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not gpu and not inductor" \
 	  $(addprefix tests/test_,attention_maps.py allocate.py gaussian_step.py policy_loss.py instruction_sets.py)
+
+# One wheel for every torch from 2.13 on: STAR_CUDA=1 adds the GPU kernels, whatever torch is here; =0 leaves them out.
+wheel: setup
+	rm -rf dist && mkdir -p dist build
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > build/sdist.log 2>&1 \
+	  && ! grep -i warning build/sdist.log || { cat build/sdist.log; exit 1; }
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	$(BIN)/python tests/distribution.py dist
 
 clean:
 	rm -rf .venv build dist *.egg-info star_kernels/*.so runs/demo

@@ -22,6 +22,8 @@ BUILD = os.environ.get("STAR_BUILD", "cpu")
 if BUILD not in ("cpu", "none"):
     sys.exit(f"STAR_BUILD: got {BUILD!r}, expected 'cpu' or 'none'")
 
+# What is asked of libtorch's stable ABI: a torch that is older lacks it, every later one has it.
+TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"
 # No contraction into fused multiply-adds: the mean of a step must have the bits that gaussian_step stored, or the
 # on-policy ratio would not be exactly 1. It costs nothing in loops that wait for memory.
 FLAGS = [
@@ -33,6 +35,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    TARGET,
 ]
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("STAR_SANITIZE") == "1" else []
 if SANITIZE:
@@ -50,8 +53,6 @@ if CUDA not in ("auto", "1", "0"):
     sys.exit(f"STAR_CUDA: got {CUDA!r}, expected 'auto', '1' or '0'")
 # Every GPU since Ampere, and a form that the driver compiles for later ones.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-# What the launchers ask of libtorch; a torch that is older lacks it.
-TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 

@@ -6,8 +6,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Triton decides at import whether it interprets; there is no GPU to compile for.
+# Triton decides at import whether it interprets. `make gpu-check` sets 0, to run its kernels on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Asking for GPUs must not keep the processes that tests fork from using them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from pathlib import Path
 
@@ -54,6 +56,8 @@ ORDER = (
     "test_dropin_trl",
     "test_triton_offline",
     "test_cuda_offline",
+    "test_cost_model",
+    "test_gpu",
 )
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
@@ -68,6 +72,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_its_device(request):
+    """Tests that are marked `gpu` make their tensors there."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    parameters = getattr(request.node, "callspec", None)
+    if parameters and any("cuda_" in str(value) for value in parameters.params.values()):
+        pytest.skip("the CUDA kernels that are compiled for the CPU run there")
+    with torch.device("cuda"):
+        yield
 
 
 @pytest.fixture(scope="session")

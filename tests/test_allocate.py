@@ -2,7 +2,7 @@
 
 import math
 
-import cuda_on_host
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import star_kernels as sk
 
-IMPLEMENTATIONS = cuda_on_host.and_runnable("allocate")
-each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+each_implementation = devices.each_implementation("allocate")
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -1,5 +1,6 @@
 """Every implementation of attention_maps against the whole attention matrix in float64."""
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 
 import star_kernels as sk
 
-IMPLEMENTATIONS = ("reference", "native", "triton")
 pytest.importorskip("triton")
-import triton_bfloat16  # noqa: E402, F401
+import triton_bfloat16  # noqa: F401
+
+each_implementation = devices.each_implementation("attention_maps")
 
 
 def softmax_maps(query, key, index, weight=None, scale=None, head_weight=None):
@@ -50,7 +52,7 @@ def example_input(batch=2, heads=3, queries=45, keys=77, width=32, groups=2, slo
     return query, key, torch.randint(0, keys, (batch, groups, slots))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_against_the_whole_matrix(impl):
     # The interpreter takes some 10 ms for each turn of a loop.
     @settings(max_examples=12 if impl == "triton" else 60)
@@ -88,7 +90,7 @@ def test_against_the_whole_matrix(impl):
     check()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_all_columns_sum_to_one_and_no_gradient_flows(impl):
     query, key, _ = example_input(queries=5, keys=101)
     query.requires_grad_(), key.requires_grad_()
@@ -97,7 +99,7 @@ def test_all_columns_sum_to_one_and_no_gradient_flows(impl):
     assert not maps.requires_grad
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_duplicates_count_twice_and_empty_concepts_are_zero(impl):
     query, key, _ = example_input(batch=1)
     index = torch.tensor([[[4, 4, 9], [4, -1, -1], [-1, -1, -1]]])
@@ -108,7 +110,7 @@ def test_duplicates_count_twice_and_empty_concepts_are_zero(impl):
     assert torch.equal(sk.attention_maps(query, key, index[:, :, :0], impl=impl), torch.zeros(1, 3, 45))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_scores_of_ten_thousand(impl, scale):
     query, key, index = example_input(batch=1, queries=40, keys=50, width=16, slots=20)
@@ -121,7 +123,7 @@ def test_scores_of_ten_thousand(impl, scale):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in the interpreter
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_masked_keys_and_rows(impl):
     query, key, index = torch.rand(1, 1, 6, 8) + 0.1, torch.rand(1, 1, 9, 8), torch.tensor([[[2], [3]]])
     key[0, 0, 2] = -torch.inf  # a key that no query sees
@@ -135,7 +137,7 @@ def test_masked_keys_and_rows(impl):
     assert torch.equal(maps[..., 4], torch.zeros(1, 2)) and (maps[:, 1, :4] > 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_what_is_not_finite_shows(impl):
     query, key, index = example_input(batch=1, queries=3, keys=9)
     query[0, 0, 1, 0] = torch.nan
@@ -143,10 +145,11 @@ def test_what_is_not_finite_shows(impl):
     assert maps[..., 1].isnan().all() and maps[..., [0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_lse_layouts_of_the_vendor_kernels(impl):
     query, key, index = example_input(queries=45)
-    lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key)[1]
+    lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query.cpu(), key.cpu(), key.cpu())[1]
+    lse = lse.to(query.device)
     assert lse.stride(2) != 1  # strided on the CPU
     maps = sk.attention_maps(query, key, index, lse=lse, impl=impl)
     assert_close(maps, softmax_maps(query, key, index), query, key)
@@ -155,7 +158,7 @@ def test_lse_layouts_of_the_vendor_kernels(impl):
     assert torch.equal(sk.attention_maps(query, key, index, lse=lse[..., None], impl=impl), maps)  # cuDNN
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_a_row_alone_and_a_part_of_the_queries_have_the_same_bits(impl, with_lse):
     query, key, index = example_input(queries=70)
@@ -200,7 +203,7 @@ def test_triton_head_groups_and_column_blocks_add_up():
     assert_close(maps, softmax_maps(query, key, index), query, key)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 def test_opcheck(impl):
     query, key, index = example_input(queries=9, keys=11, groups=1)
     op = getattr(torch.ops.star, f"attention_maps_{impl}").default

@@ -10,9 +10,15 @@ import pytest
 
 from star_kernels import native
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 ROOT = Path(__file__).resolve().parents[1]
+RUNTIME = {
+    *("cudaLaunchKernel", "__cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGetLastError", "cudaGetErrorString"),
+    *("__cudaPushCallConfiguration", "__cudaPopCallConfiguration", "__cudaGetKernel"),
+    *("__cudaRegisterFatBinary", "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary", "__cudaRegisterFunction"),
+    *("__cudaInitModule", "__cudaRegisterVar"),
+}  # it starts kernels, asks for errors and registers code
 ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 
 
@@ -23,6 +29,7 @@ def library():
     return cuda_offline.build(ROOT / "build" / "cuda_offline")
 
 
+@needs_nvcc
 def test_every_kernel_keeps_to_registers_and_wide_accesses(library):
     import cuda_offline
 
@@ -30,19 +37,13 @@ def test_every_kernel_keeps_to_registers_and_wide_accesses(library):
     assert {kernel["architecture"] for kernel in kernels} == ARCHITECTURES
     names = {re.match(r"\w+", kernel["kernel"])[0] for kernel in kernels}
     assert names == {"policy_loss_ratios", "policy_loss_gradient", "gaussian_step_kernel", "allocate_kernel"}
-    wide = [kernel for kernel in kernels if re.search(r", (2|4|8)>", kernel["kernel"])]
-    assert len(wide) == len(ARCHITECTURES) * (5 * 2 + 2)  # policy_loss: five combinations of types, two launches
-    wrong = [
-        kernel
-        for kernel in kernels
-        if kernel["stack"] or kernel["local"] or kernel["spills"] or kernel["atomics"] or kernel["shared"] > 48 * 1024
-    ]
-    # Every tensor of latents is read and written 16 bytes at a time; only what there is one of per sample is not.
-    wrong += [kernel for kernel in wide if kernel["accesses_2"] or kernel["loads_16"] < 4]
-    wrong += [kernel for kernel in wide if "ratios" not in kernel["kernel"] and kernel["stores_16"] < 2]
-    assert not wrong
+    assert sum(map(cuda_offline.is_wide, kernels)) == len(ARCHITECTURES) * (
+        5 * 2 + 2  # policy_loss: five combinations of types, two launches
+    )
+    assert not [(kernel, wrong) for kernel in kernels if (wrong := cuda_offline.problems(kernel))]
 
 
+@needs_nvcc
 def test_the_library_loads_beside_a_torch_without_cuda(library):
     code = (
         "import importlib.util, torch, star_kernels\n"
@@ -55,6 +56,30 @@ def test_the_library_loads_beside_a_torch_without_cuda(library):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [*sorted(ARCHITECTURES, key=lambda a: int(a[3:])), "compute_120", *["True"] * 3]
+
+
+# Whatever waits for the GPU, or allocates or frees memory itself, is not for a CUDA graph.
+WAITING = r"cuda\w*(?:Synchronize|Memcpy|Memset|Malloc|Free|Query|ElapsedTime)|cudaEvent|cudaHost"
+
+
+def test_the_launchers_neither_wait_nor_allocate():
+    sources = [*(ROOT / "csrc" / "cuda").iterdir(), ROOT / "csrc" / "star_math.h"]
+    assert len(sources) > 8
+    assert not [(path.name, found) for path in sources if (found := re.findall(WAITING, path.read_text()))]
+    triton = (ROOT / "star_kernels" / "triton" / "attention_maps.py").read_text()
+    assert not re.findall(r"\.(?:item|tolist|cpu|numpy|nonzero|synchronize)\(|\.any\(\)|\.all\(\)", triton)
+
+
+@needs_nvcc
+def test_the_launchers_call_nothing_that_waits(library):
+    """Not by way of a header either: all that they want of CUDA's runtime."""
+    objects = sorted(library.parents[1].glob("temp/**/*.cuda.o"))
+    assert [path.name.split(".")[0] for path in objects] == sorted(native.CUDA_OPERATORS)
+    for path in objects:
+        names = subprocess.run(["nm", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+        wanted = set(re.findall(r"\b_*cuda\w+", names))
+        assert "cudaLaunchKernel" in " ".join(wanted)
+        assert wanted <= RUNTIME, path.name
 
 
 def test_a_toolkit_that_is_asked_for_and_not_there_is_one_clear_line():

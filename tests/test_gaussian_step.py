@@ -1,6 +1,6 @@
 """gaussian_step: every implementation against its formula, in the same bits as each other and as policy_loss."""
 
-import cuda_on_host
+import devices
 import pytest
 import torch
 from hypothesis import given
@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 import star_kernels as sk
 
-IMPLEMENTATIONS = cuda_on_host.and_runnable("gaussian_step")
-LOSSES = cuda_on_host.and_runnable("policy_loss")
-each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+each_implementation = devices.each_implementation("gaussian_step")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -70,7 +68,7 @@ def test_value(impl, shape, dtypes, layout, expanded):
 
 
 @each_implementation
-@pytest.mark.parametrize("loss", LOSSES)
+@devices.each_implementation("policy_loss", "loss")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(3, 4, 7, 5), (3, 35, 4)], ids=["planar", "packed"])
 @pytest.mark.parametrize("ratio", ["token", "location"])

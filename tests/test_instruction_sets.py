@@ -24,6 +24,6 @@ def test_every_instruction_set(name):
     if run([sys.executable, "-c", code]).stdout.strip() != name:
         pytest.skip(f"this processor has no {name}")
     files = [Path(__file__).with_name(f"test_{operator}.py") for operator in OPERATORS]
-    tests = "native and not inductor and not opcheck"
+    tests = "native and not gpu and not inductor and not opcheck"
     result = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", "-k", tests, *files])
     assert result.returncode == 0, result.stdout + result.stderr

@@ -2,7 +2,7 @@
 
 import math
 
-import cuda_on_host
+import devices
 import pytest
 import torch
 from hypothesis import given
@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 import star_kernels as sk
 
-IMPLEMENTATIONS = cuda_on_host.and_runnable("policy_loss")
-each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+each_implementation = devices.each_implementation("policy_loss")
 
 
 def make(shape, dtype=torch.float32, seed=0, drift=0.05, s=0.4):
     """A step taken by a policy whose velocity has since drifted. Returns arguments by name."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
     batch = shape[0]
     places = (shape[0], shape[1]) if len(shape) == 3 else (shape[0], *shape[2:])
     transition = sk.Transition.gaussian(
@@ -444,8 +443,9 @@ STEPS = torch.tensor([1.0, 0.964, 0.923, 0.875, 0.818, 0.75, 0.667, 0.562, 0.429
 def test_every_step_of_a_schedule(impl, step, guard):
     """From sigma = 1, where Flow-GRPO's std takes the second sigma, to the last step, whose s of 0.006 makes it nearly
     deterministic: a precision of 14,000."""
-    sigma, dt = STEPS[step].double(), (STEPS[step + 1] - STEPS[step]).double()
-    std = 0.7 * (sigma / (1 - (STEPS[1].double() if step == 0 else sigma))).sqrt()
+    steps = STEPS.to(torch.get_default_device())
+    sigma, dt = steps[step].double(), (steps[step + 1] - steps[step]).double()
+    std = 0.7 * (sigma / (1 - (steps[1].double() if step == 0 else sigma))).sqrt()
     fields = (1 + std**2 / (2 * sigma) * dt, (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt, std * (-dt).sqrt(), std)
     transition = sk.Transition.gaussian(*(field.expand(2) for field in fields))
     s = transition.s[0].item()
@@ -507,7 +507,7 @@ def test_under_autocast_the_loss_keeps_its_bits(impl):
     """A model under autocast gives a bfloat16 velocity; the loss is what it is for that velocity without autocast."""
     arguments = make((2, 3, 4, 4))
     model = torch.nn.Conv2d(3, 3, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         velocity = model(arguments["sample"])
         loss = sk.policy_loss(**{**arguments, "velocity": velocity}, clip_range=1.0, impl=impl).loss
     assert velocity.dtype == torch.bfloat16

@@ -1,8 +1,8 @@
 // allocate of one sample: each map is read from memory once, its second reading, into the field, comes from cache.
 #include "cpu/allocate.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -112,7 +112,7 @@ void allocate_sample(const AllocateArgs<Q, T>& args, int64_t index, T* scratch) 
 #define STAR_INSTANTIATE(Q, T) template void allocate_sample<Q, T>(const AllocateArgs<Q, T>&, int64_t, T*);
 STAR_INSTANTIATE(double, double)
 STAR_INSTANTIATE(float, float)
-STAR_INSTANTIATE(c10::BFloat16, float)
-STAR_INSTANTIATE(c10::Half, float)
+STAR_INSTANTIATE(torch::headeronly::BFloat16, float)
+STAR_INSTANTIATE(torch::headeronly::Half, float)
 
 }  // namespace star::STAR_ISA

@@ -258,7 +258,7 @@ template int64_t attention_maps_scratch<double>(int64_t, int64_t);
   template void attention_maps_tile<Q, T>(const AttentionMapsArgs<Q, T>&, int64_t, int64_t, void*);
 STAR_INSTANTIATE(double, double)
 STAR_INSTANTIATE(float, float)
-STAR_INSTANTIATE(c10::BFloat16, float)
-STAR_INSTANTIATE(c10::Half, float)
+STAR_INSTANTIATE(torch::headeronly::BFloat16, float)
+STAR_INSTANTIATE(torch::headeronly::Half, float)
 
 }  // namespace star::STAR_ISA

@@ -1,20 +1,16 @@
 // star::attention_maps_native for CPU tensors: lists each row's distinct columns, runs the kernel per (row, query tile).
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/attention_maps.h"
+#include "cpu/tensors.h"
 
 namespace star {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 struct Columns {
   std::vector<int64_t> column, start = {0}, place;
@@ -22,15 +18,19 @@ struct Columns {
 };
 
 // A column that several slots name is computed once.
-Columns distinct_columns(const at::Tensor& index, int64_t keys) {
+Columns distinct_columns(const Tensor& index, int64_t keys) {
   Columns columns;
-  const at::Tensor contiguous = index.contiguous();
-  const int64_t *slot = contiguous.const_data_ptr<int64_t>(), rows = index.size(0), slots = index.size(1) * index.size(2);
+  const Tensor ordered = ready(index, ScalarType::Long);
+  const int64_t *slot = ordered.const_data_ptr<int64_t>(), rows = index.size(0), slots = index.size(1) * index.size(2);
   columns.place.reserve(rows * slots);
   std::vector<int64_t> seen(keys, -1);
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t i = 0; i < slots; i++, slot++) {
-      TORCH_CHECK_VALUE(*slot >= -1 && *slot < keys, "concept_index: got ", *slot, ", expected -1 or a column in [0, ", keys, ")");
+      if (*slot < -1 || *slot >= keys) {
+        // Python's ValueError, which STD_TORCH_CHECK cannot raise.
+        throw std::invalid_argument("concept_index: got " + std::to_string(*slot) + ", expected -1 or a column in [0, " +
+                                    std::to_string(keys) + ")");
+      }
       if (*slot >= 0 && seen[*slot] < columns.start.back()) {
         seen[*slot] = int64_t(columns.column.size());
         columns.column.push_back(*slot);
@@ -43,18 +43,24 @@ Columns distinct_columns(const at::Tensor& index, int64_t keys) {
   return columns;
 }
 
+// What was given, contiguous and of type T, or else `empty` filled with `value`.
+template <typename T>
+Tensor given_or_equal(const OptionalTensor& given, const Tensor& empty, T value) {
+  if (given) return ready(*given, scalar_type<T>);
+  std::fill_n(empty.mutable_data_ptr<T>(), empty.numel(), value);
+  return empty;
+}
+
 template <typename Q, typename T>
-at::Tensor run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& concept_index,
-               const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
-               const OptionalTensor& head_weight) {
-  const auto type = c10::CppTypeToScalarType<T>::value;
-  const auto options = query.options().dtype(type);
+Tensor run(const Tensor& query, const Tensor& key, const Tensor& concept_index, const OptionalTensor& concept_weight,
+           const OptionalTensor& lse, double scale, const OptionalTensor& head_weight) {
+  const auto type = scalar_type<T>;
   const int64_t rows = query.size(0), heads = query.size(1), queries = query.size(2);
-  const at::Tensor weight = (concept_weight ? concept_weight->to(type) : at::full(concept_index.sizes(), 1, options)).contiguous();
-  const at::Tensor share = (head_weight ? head_weight->to(type) : at::full({heads}, 1.0 / double(heads), options)).contiguous();
-  const at::Tensor norm = lse ? lse->to(type) : at::Tensor();
+  const Tensor weight = given_or_equal<T>(concept_weight, new_empty(query, concept_index.sizes(), type), 1);
+  const Tensor share = given_or_equal<T>(head_weight, new_empty(query, {heads}, type), T(1.0 / double(heads)));
+  const Tensor norm = lse ? converted(*lse, type) : Tensor();
   const Columns columns = distinct_columns(concept_index, key.size(2));
-  at::Tensor maps = at::empty({rows, concept_index.size(1), queries}, options);
+  Tensor maps = new_empty(query, {rows, concept_index.size(1), queries}, type);
 
   AttentionMapsArgs<Q, T> args{
       .heads = heads,
@@ -84,7 +90,7 @@ at::Tensor run(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   const auto kernel = STAR_SELECT(attention_maps_tile<Q, T>);
   const int64_t bytes = STAR_SELECT(attention_maps_scratch<T>)(args.width, columns.most);
   const int64_t tiles = (queries + MAP_TILE - 1) / MAP_TILE;
-  at::parallel_for(0, rows * tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows * tiles, 1, [&](int64_t begin, int64_t end) {
     constexpr std::align_val_t alignment{64};
     const auto free = [](void* memory) { ::operator delete(memory, alignment); };
     const std::unique_ptr<void, decltype(free)> scratch(::operator new(bytes, alignment), free);
@@ -93,26 +99,28 @@ at::Tensor run(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   return maps;
 }
 
-at::Tensor attention_maps(const at::Tensor& query, const at::Tensor& key, const at::Tensor& concept_index,
-                          const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
-                          const OptionalTensor& head_weight) {
-  const auto type = c10::promoteTypes(query.scalar_type(), key.scalar_type());
-  const at::Tensor q = query.to(type), k = key.to(type);
+Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& concept_index,
+                      const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
+                      const OptionalTensor& head_weight) {
+  const ScalarType a = query.scalar_type(), b = key.scalar_type();
+  const bool wide = a == ScalarType::Double || b == ScalarType::Double;
+  const ScalarType type = a == b ? a : wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor q = converted(query, type), k = converted(key, type);
   auto call = [&]<typename Q, typename T>(Q*, T*) {
     return run<Q, T>(q, k, concept_index, concept_weight, lse, scale, head_weight);
   };
   double* d = nullptr;
   float* f = nullptr;
-  c10::BFloat16* bf = nullptr;
-  c10::Half* h = nullptr;
-  if (type == at::kDouble) return call(d, d);
-  if (type == at::kBFloat16) return call(bf, f);
-  if (type == at::kHalf) return call(h, f);
+  BFloat16* bf = nullptr;
+  Half* h = nullptr;
+  if (type == ScalarType::Double) return call(d, d);
+  if (type == ScalarType::BFloat16) return call(bf, f);
+  if (type == ScalarType::Half) return call(h, f);
   return call(f, f);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(star, CPU, library) { library.impl("attention_maps_native", &attention_maps); }
+STAR_REGISTER(attention_maps, attention_maps)
 
 }  // namespace star

@@ -2,8 +2,8 @@
 // by the block, which stays in the first-level cache.
 #include "cpu/gaussian_step.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
 
@@ -22,8 +22,8 @@ void typed(Void* data, Float type, int64_t at, F use) {
   switch (type) {
     case Float::float64: return use(address(static_cast<double*>(nullptr)));
     case Float::float32: return use(address(static_cast<float*>(nullptr)));
-    case Float::bfloat16: return use(address(static_cast<c10::BFloat16*>(nullptr)));
-    case Float::float16: return use(address(static_cast<c10::Half*>(nullptr)));
+    case Float::bfloat16: return use(address(static_cast<torch::headeronly::BFloat16*>(nullptr)));
+    case Float::float16: return use(address(static_cast<torch::headeronly::Half*>(nullptr)));
   }
 }
 

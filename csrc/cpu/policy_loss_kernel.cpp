@@ -4,7 +4,7 @@
 // There are two first passes: with one ratio for the sample the sums stay in registers, else every place has its own.
 #include "cpu/policy_loss.h"
 
-#include <c10/util/BFloat16.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <bit>
@@ -403,7 +403,7 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
   template PolicyLossSums policy_loss_sample<V, X, T>(const PolicyLossArgs<V, X, T>&, int64_t, T*);
 STAR_INSTANTIATE(double, double, double)
 STAR_INSTANTIATE(float, float, float)
-STAR_INSTANTIATE(c10::BFloat16, float, float)
-STAR_INSTANTIATE(c10::BFloat16, c10::BFloat16, float)
+STAR_INSTANTIATE(torch::headeronly::BFloat16, float, float)
+STAR_INSTANTIATE(torch::headeronly::BFloat16, torch::headeronly::BFloat16, float)
 
 }  // namespace star::STAR_ISA

@@ -1,33 +1,29 @@
 // star::policy_loss_native for CPU tensors: makes the tensors contiguous and of few types, runs the kernel per sample.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <memory>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/policy_loss.h"
+#include "cpu/tensors.h"
 
 namespace star {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 template <typename V, typename X, typename T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
-    const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& prev_sample,
-    const std::vector<at::Tensor>& transition, const at::Tensor& advantages, const OptionalTensor& weights,
+std::tuple<Tensor, Tensor, Tensor> run(
+    const Tensor& velocity, const Tensor& sample, const Tensor& prev_sample,
+    const std::vector<Tensor>& transition, const Tensor& advantages, const OptionalTensor& weights,
     const OptionalTensor& old_mean, const OptionalTensor& old_log_prob, const OptionalTensor& reference_velocity,
     const OptionalTensor& step_weights, const std::string& ratio, double clip_low, double clip_high, double adv_clip,
     double kl_coef, bool guard) {
-  const auto v_type = c10::CppTypeToScalarType<V>::value, x_type = c10::CppTypeToScalarType<X>::value;
-  const auto t_type = c10::CppTypeToScalarType<T>::value;
-  std::vector<at::Tensor> alive;  // converted copies live until the kernel is done
-  auto pointer = [&]<typename P>(const OptionalTensor& tensor, at::ScalarType type, P*) -> const P* {
+  const auto v_type = scalar_type<V>, x_type = scalar_type<X>;
+  const auto t_type = scalar_type<T>;
+  std::vector<Tensor> alive;  // converted copies live until the kernel is done
+  auto pointer = [&]<typename P>(const OptionalTensor& tensor, ScalarType type, P*) -> const P* {
     if (!tensor) return nullptr;
-    alive.push_back(tensor->to(type).contiguous());
+    alive.push_back(ready(*tensor, type));
     return alive.back().const_data_ptr<P>();
   };
   V* v_tag = nullptr;
@@ -36,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
   const bool packed = velocity.dim() == 3;
   const int64_t batch = velocity.size(0), channels = velocity.size(packed ? 2 : 1);
   const int64_t places = batch * channels == 0 ? 0 : velocity.numel() / (batch * channels);
-  at::Tensor gradient = at::empty(velocity.sizes(), velocity.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor gradient = new_empty(velocity, velocity.sizes(), v_type);
 
   PolicyLossArgs<V, X, T> args{
       .batch = batch,
@@ -70,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
   };
   const auto kernel = STAR_SELECT(policy_loss_sample<V, X, T>);
   std::vector<PolicyLossSums> sums(batch);
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = std::make_unique_for_overwrite<T[]>(2 * places);
     for (int64_t index = begin; index < end; index++) sums[index] = kernel(args, index, scratch.get());
   });
@@ -84,9 +80,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
     all.nonfinite += one.nonfinite, all.units += one.units;
   }
   const double kl = all.kl / double(batch);
-  at::Tensor loss = at::empty({}, velocity.options().dtype(t_type));
+  Tensor loss = new_empty(velocity, {}, t_type);
   *loss.mutable_data_ptr<T>() = T(all.loss / double(batch * places) + (reference_velocity ? kl_coef * kl : 0.0));
-  at::Tensor statistics = at::empty({10}, velocity.options().dtype(at::kFloat));
+  Tensor statistics = new_empty(velocity, {10}, ScalarType::Float);
   const double values[10] = {
       0.5 * all.square / all.units, (all.low + all.high) / all.units, all.low / all.units,
       all.high / all.units,         1 + all.excess / all.units,       1 + all.smallest,
@@ -96,35 +92,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
   return {loss, statistics, gradient};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
-    const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& prev_sample, const at::Tensor& a,
-    const at::Tensor& b, const at::Tensor& s, const at::Tensor& precision, const at::Tensor& log_norm,
-    const at::Tensor& kl_precision, const at::Tensor& advantages, const OptionalTensor& weights,
+std::tuple<Tensor, Tensor, Tensor> policy_loss(
+    const Tensor& velocity, const Tensor& sample, const Tensor& prev_sample, const Tensor& a,
+    const Tensor& b, const Tensor& s, const Tensor& precision, const Tensor& log_norm,
+    const Tensor& kl_precision, const Tensor& advantages, const OptionalTensor& weights,
     const OptionalTensor& old_mean, const OptionalTensor& old_log_prob, const OptionalTensor& reference_velocity,
-    const OptionalTensor& step_weights, c10::string_view ratio, double clip_low, double clip_high, double adv_clip,
+    const OptionalTensor& step_weights, const std::string& ratio, double clip_low, double clip_high, double adv_clip,
     double kl_coef, bool guard) {
   const auto type = velocity.scalar_type();
   auto call = [&]<typename V, typename X, typename T>(V*, X*, T*) {
     return run<V, X, T>(velocity, sample, prev_sample, {a, b, s, precision, log_norm, kl_precision}, advantages, weights,
-                        old_mean, old_log_prob, reference_velocity, step_weights, std::string(ratio), clip_low, clip_high,
+                        old_mean, old_log_prob, reference_velocity, step_weights, ratio, clip_low, clip_high,
                         adv_clip, kl_coef, guard);
   };
   double* d = nullptr;
   float* f = nullptr;
-  c10::BFloat16* bf = nullptr;
-  if (type == at::kDouble || sample.scalar_type() == at::kDouble || prev_sample.scalar_type() == at::kDouble) {
+  BFloat16* bf = nullptr;
+  if (type == ScalarType::Double || sample.scalar_type() == ScalarType::Double ||
+      prev_sample.scalar_type() == ScalarType::Double) {
     auto [loss, statistics, gradient] = call(d, d, d);
-    return {loss, statistics, gradient.to(type)};
+    return {loss, statistics, converted(gradient, type)};
   }
   const bool same = sample.scalar_type() == type && prev_sample.scalar_type() == type &&
                     (!old_mean || old_mean->scalar_type() == type);
-  if (type == at::kBFloat16) return same ? call(bf, bf, f) : call(bf, f, f);
+  if (type == ScalarType::BFloat16) return same ? call(bf, bf, f) : call(bf, f, f);
   auto [loss, statistics, gradient] = call(f, f, f);
-  return {loss, statistics, gradient.to(type)};
+  return {loss, statistics, converted(gradient, type)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(star, CPU, library) { library.impl("policy_loss_native", &policy_loss); }
+STAR_REGISTER(policy_loss, policy_loss)
 
 }  // namespace star

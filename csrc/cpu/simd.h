@@ -1,8 +1,8 @@
 // Short vectors of the instruction set that a kernel file is compiled for: a few operations, an exponential, a transpose.
 // Everything is always inlined: the linker must never pick one instruction set's copy of a function for all of them.
 #pragma once
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
@@ -78,20 +78,20 @@ template <typename T, typename Q>
 STAR_INLINE Vector<T> load_as(const Q* from) {
   if constexpr (std::is_same_v<Q, T>) {
     return load<T>(from);
-  } else if constexpr (std::is_same_v<Q, c10::BFloat16>) {
+  } else if constexpr (std::is_same_v<Q, torch::headeronly::BFloat16>) {
     typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
     Bits bits;
     std::memcpy(&bits, from, sizeof(bits));
     return (Vector<float>)(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
   } else {
-    static_assert(std::is_same_v<Q, c10::Half>);
+    static_assert(std::is_same_v<Q, torch::headeronly::Half>);
 #if defined(__AVX512F__)
     return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(__AVX2__)
     return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
     Vector<float> value;
-    for (int i = 0; i < LANES<float>; i++) value[i] = c10::detail::fp16_ieee_to_fp32_value(from[i].x);
+    for (int i = 0; i < LANES<float>; i++) value[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(from[i].x);
     return value;
 #endif
   }

@@ -147,7 +147,7 @@ def captured_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     joint, lse = attention_with_lse(query, key, value)
 
-    index, rows = maps.tokens.index, slice(None) if maps.rows is None else maps.rows
+    index, rows = maps.tokens.index if text_first else maps.after_image, slice(None) if maps.rows is None else maps.rows
     first = text_tokens if text_first else 0
     image = slice(first, first + image_tokens)
     query, key = query.detach()[rows, :, image], key.detach()[rows]
@@ -158,8 +158,7 @@ def captured_attention(
         lse = lse.detach().flatten(2)[rows, :, image] if maps.lse else None
     (write_maps if torch.compiler.is_compiling() else write)(
         *(maps.slots, slot, query, key),
-        index if text_first else maps.after_image,
-        *(maps.tokens.weight, lse, maps.head_weight, query.shape[-1] ** -0.5, maps.impl),
+        *(index, maps.tokens.weight, lse, maps.head_weight, query.shape[-1] ** -0.5, maps.impl),
     )
     return joint
 

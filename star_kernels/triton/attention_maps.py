@@ -1,10 +1,13 @@
 """attention_maps in Triton: the few key columns of the concepts against every image query, by the tensor cores.
 
 One program owns a tile of queries of one batch row for a group of heads and a block of columns; it takes the heads in
-order and writes its own partial maps. Partials are added in a fixed order: no atomics, the same bits in every run.
+order and writes its own partial maps. A second launch adds the partials in a fixed order: no atomics, the same bits in
+every run. How a batch is cut into programs is `tiling`, a function of shapes and of the number of processors.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +18,7 @@ LOG2_E = 1.4426950408889634
 BLOCK_N = 64  # queries per program
 BLOCK_S = 64  # keys per turn of the log-sum-exp
 MOST_COLUMNS = 64  # per program: more make further programs, each reading the queries again
+BLOCK_SUM = 256  # elements of the maps that one warp adds up: few, so that a single row's are many programs
 
 
 @triton.jit
@@ -35,9 +39,9 @@ def maps_kernel(
     query,  # (B, H, N, D)
     key,  # (B, H, S, D)
     index,  # (B, C) int64, columns of the key; -1 for an unused slot
-    weight,  # (B, C) float32
+    weight,  # (B, C) float32, or None for ones
     lse,  # (B, H, N), any strides
-    head_weight,  # (H,) float32
+    head_weight,  # (H,) float32, or None for equal ones
     partial,  # (column blocks * head groups, B, G, N) float32
     query_b,
     query_h,
@@ -85,18 +89,36 @@ def maps_kernel(
         probability = tl.where(
             (norm_tile > float("-inf"))[:, None] | (norm_tile != norm_tile)[:, None], probability, 0.0
         )
-        total += probability * tl.load(head_weight + first_head + head)
+        if head_weight is None:
+            total += probability * (1.0 / (HEADS_PER_GROUP * HEAD_GROUPS))
+        else:
+            total += probability * tl.load(head_weight + first_head + head)
         q += query_h
         k += key_h
         norm += lse_h
 
-    weights = tl.load(weight + row * columns + c, mask=used, other=0.0)
+    if weight is None:
+        weights = tl.where(used, 1.0, 0.0)
+    else:
+        weights = tl.load(weight + row * columns + c, mask=used, other=0.0)
     total = tl.where(used[None, :], total, 0.0)  # an unused slot must not bring 0 * inf
     out = partial + ((part * tl.num_programs(1) + row) * groups) * queries + n
     for group in range(groups):
         share = tl.where(c // slots == group, weights, 0.0)
         inside = tl.where((share != 0.0)[None, :], total * share[None, :], 0.0)
         tl.store(out + group * queries, tl.sum(inside, 1), mask=here)
+
+
+@triton.jit
+def sum_kernel(partial, maps, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """maps (elements,) float32: the sum of partial (PARTS, elements) in the order of the parts."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    total = tl.load(partial + at, mask=inside)
+    for _ in tl.static_range(1, PARTS):
+        partial += elements
+        total += tl.load(partial + at, mask=inside)
+    tl.store(maps + at, total, mask=inside)
 
 
 @triton.jit
@@ -165,17 +187,37 @@ def dot_precision(query: Tensor) -> str:
     return "ieee" if torch.version.hip or query.dtype != torch.float32 else "tf32x3"
 
 
-def head_groups(query: Tensor) -> int:
-    """Fewest equal groups of heads with which the tiles of a single row fill the device.
+class Tiling(NamedTuple):
+    """How maps_kernel cuts a batch into programs."""
+
+    tiles: int  # of BLOCK_N queries
+    batch: int
+    column_blocks: int
+    head_groups: int
+
+    @property
+    def parts(self) -> int:
+        """Partial maps of every row, which sum_kernel adds up if there are several."""
+        return self.column_blocks * self.head_groups
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.tiles, self.batch, self.parts
+
+
+def tiling(batch: int, heads: int, queries: int, columns: int, processors: int) -> Tiling:
+    """Fewest equal groups of heads with which the tiles of a single row fill the processors.
 
     The batch does not count, so a row's bits do not depend on the others.
     """
-    heads = query.shape[1]
-    if query.device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    tiles = triton.cdiv(query.shape[2], BLOCK_N)
-    return next((g for g in range(1, heads) if heads % g == 0 and g * tiles >= processors), heads)
+    tiles = triton.cdiv(queries, BLOCK_N)
+    groups = next((g for g in range(1, heads) if heads % g == 0 and g * tiles >= processors), heads)
+    return Tiling(tiles, batch, triton.cdiv(columns, block_columns(columns)), groups)
+
+
+def processors(device: torch.device) -> int:
+    """Of a GPU; the interpreter is one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch(
@@ -188,7 +230,7 @@ def launch(
     head_weight: Tensor | None,
     groups_of_heads: int | None = None,
 ) -> Tensor:
-    """The operator star::attention_maps_triton; see api.attention_maps. groups_of_heads: default `head_groups`."""
+    """The operator star::attention_maps_triton; see api.attention_maps. groups_of_heads: default those of `tiling`."""
     dtype = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(dtype), key.to(dtype)
     batch, heads, queries, width = query.shape
@@ -197,42 +239,39 @@ def launch(
     if batch * concepts * queries * columns * heads == 0:
         return query.new_zeros((batch, concepts, queries), dtype=torch.float32)
     index = concept_index.reshape(batch, columns).contiguous()
-    if concept_weight is None:
-        weight = torch.ones_like(index, dtype=torch.float32)
-    else:
-        weight = concept_weight.to(torch.float32).reshape(batch, columns).contiguous()
-    if head_weight is None:
-        head_weight = query.new_full((heads,), 1 / heads, dtype=torch.float32)
-    head_weight = head_weight.to(torch.float32).contiguous()
-    tiles = triton.cdiv(queries, BLOCK_N)
-    block_d = block_width(width, query.element_size())
-    shared = {"D": width, "BLOCK_D": block_d, "BLOCK_N": BLOCK_N, "PRECISION": dot_precision(query)}
-    shared["num_warps"] = warps(query.element_size())
+    if concept_weight is not None:
+        concept_weight = concept_weight.to(torch.float32).reshape(batch, columns).contiguous()
+    if head_weight is not None:
+        head_weight = head_weight.to(torch.float32).contiguous()
+    cut = tiling(batch, heads, queries, columns, processors(query.device))
+    if groups_of_heads:
+        cut = cut._replace(head_groups=groups_of_heads)
+    shared = {"D": width, "BLOCK_D": block_width(width, query.element_size()), "BLOCK_N": BLOCK_N}
+    shared |= {"PRECISION": dot_precision(query), "num_warps": warps(query.element_size())}
 
     with torch.cuda.device_of(query):
         if lse is None:
             lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-            lse_kernel[(tiles, batch, heads)](
+            lse_kernel[(cut.tiles, batch, heads)](
                 *(query, key, lse, *query.stride(), *key.stride(), queries, key.shape[2], scale * LOG2_E),
                 **shared,
                 LN2=1 / LOG2_E,
                 BLOCK_S=BLOCK_S,
             )
-        groups = groups_of_heads or head_groups(query)
-        block = block_columns(columns)
-        parts = triton.cdiv(columns, block) * groups
-        partial = query.new_empty((parts, batch, concepts, queries), dtype=torch.float32)
-        maps_kernel[(tiles, batch, parts)](
-            *(query, key, index, weight, lse, head_weight, partial),
+        partial = query.new_empty((cut.parts, batch, concepts, queries), dtype=torch.float32)
+        maps_kernel[cut.grid](
+            *(query, key, index, concept_weight, lse, head_weight, partial),
             *(*query.stride(), *key.stride(), *lse.stride()),
             *(queries, columns, concepts, slots, scale * LOG2_E),
             **shared,
             LOG2=LOG2_E,
-            HEADS_PER_GROUP=heads // groups,
-            HEAD_GROUPS=groups,
-            BLOCK_C=block,
+            HEADS_PER_GROUP=heads // cut.head_groups,
+            HEAD_GROUPS=cut.head_groups,
+            BLOCK_C=block_columns(columns),
         )
-    maps = partial[0]
-    for further in partial[1:]:
-        maps = maps + further
+        if cut.parts == 1:
+            return partial[0]
+        maps = torch.empty_like(partial[0])
+        sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
+        sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
     return maps

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import triton
+from occupancy import PROCESSORS, occupancy
 
 ROOT = Path(__file__).resolve().parents[1]
+WARPS = 8  # of a block, in every launch
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -67,4 +69,30 @@ def kernels(library: Path) -> list[dict]:
         kernel["loads_16"] = sum(kind == "LDG" and ".128" in how for kind, how in accesses)
         kernel["stores_16"] = sum(kind == "STG" and ".128" in how for kind, how in accesses)
         kernel["accesses_2"] = sum(".U16" in how or ".U8" in how for _, how in accesses)
+        kernel["occupancy"] = occupancy(architecture, kernel["registers"], kernel["shared"], WARPS)
     return list(found.values())
+
+
+def is_wide(kernel: dict) -> bool:
+    """Whether it is the form for latents that can be read 16 bytes at a time."""
+    return re.search(r", (2|4|8)>", kernel["kernel"]) is not None
+
+
+def problems(kernel: dict) -> list[str]:
+    """What is wrong with a kernel's machine code."""
+    found = []
+    if kernel["stack"] or kernel["local"] or kernel["spills"]:
+        found.append("spills or has local memory")
+    if kernel["atomics"]:
+        found.append("has atomics")
+    # What a block may have without asking for more.
+    if kernel["shared"] > min(48 * 1024, PROCESSORS[kernel["architecture"]].block_shared):
+        found.append("needs more shared memory than a block has")
+    if not kernel["occupancy"]:
+        found.append("does not fit a processor")
+    # Every tensor of latents is read and written 16 bytes at a time; only what there is one of per sample is not.
+    if is_wide(kernel) and (kernel["accesses_2"] or kernel["loads_16"] < 4):
+        found.append("reads latents in small accesses")
+    if is_wide(kernel) and "ratios" not in kernel["kernel"] and kernel["stores_16"] < 2:
+        found.append("writes latents in small accesses")
+    return found

@@ -1,0 +1,232 @@
+"""`make gpu-check`: everything that can be shown on this machine's GPU, and one table of promises against measurements.
+
+Needs no network and ends within ten minutes: a step that takes too long is stopped and counts as failed. Without a GPU
+it checks the machine code (see gpu_static.py), says that there is none, and is done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, LIMIT = time.monotonic(), 590.0
+ALLOWED = 1.5  # times the cost model's time for a launch; it assumes, and this measures
+
+
+class Row(NamedTuple):
+    name: str
+    promise: str
+    measured: str
+    passed: bool
+
+
+def step(name: str, command: list, seconds: float, **variables: str) -> Row:
+    """Runs a command within its own time and what is left of the whole."""
+    print(f"\n--- {name}", flush=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | variables
+    begin = time.monotonic()
+    seconds = max(1.0, min(seconds, LIMIT - (begin - BEGIN)))
+    try:
+        result = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        result = None
+    took = f"{time.monotonic() - begin:.0f} s"
+    told = f"not done after {took}" if result is None else f"ended with {result} after {took}"
+    return Row(name, "passes", "passed" if result == 0 else told, result == 0)
+
+
+def pytest_of(*arguments) -> list:
+    return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *arguments]
+
+
+def sharded(folder: str) -> list:
+    """The embedded world's first iterations on two GPUs, sharded."""
+    options = ["--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    options += ["--fsdp_transformer_layer_cls_to_wrap", "JointTransformerBlock", "--fsdp_cpu_ram_efficient_loading"]
+    options += ["false", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    train = ["train", "--preset", "shapes", "--out", folder, "--overwrite", "--optimisation.iterations", 2]
+    return [Path(sys.executable).with_name("accelerate"), "launch", *options, "-m", "star.cli", *train]
+
+
+def in_a_graph(function: Callable[[], object], calls: int = 20) -> Callable[[], float]:
+    """Seconds of one call, without the time that the processor takes to start it: `calls` of them in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+
+    def measure() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    return measure
+
+
+def median(measure: Callable[[], float], rounds: int = 21) -> float:
+    return statistics.median(measure() for _ in range(rounds))
+
+
+def operators(shape, pictures: int, device) -> list[tuple[str, Callable[[], object], list]]:
+    """(name, call, launches that the cost model knows) at a model's shapes."""
+    import cost_model as model
+
+    import star_kernels as sk
+
+    side = int(shape.locations**0.5)
+    size = (pictures, shape.channels, side, side) if shape.patch > 1 else (pictures, shape.locations, shape.channels)
+    sample, velocity, noise, prev_sample = torch.randn(4, *size).unbind(0)
+    transition = sk.Transition.gaussian(*(torch.rand(3, pictures) + 0.5).unbind(0))
+    concepts = (pictures, model.CONCEPTS)
+    maps, index = torch.rand(*concepts, shape.image), torch.randint(0, shape.text, (*concepts, model.SLOTS))
+    query = torch.randn(pictures, shape.heads, shape.image, shape.width, dtype=torch.bfloat16)
+    key = torch.randn(pictures, shape.heads, shape.image + shape.text, shape.width, dtype=torch.bfloat16)
+    weight, lse = torch.rand(index.shape), torch.full(query.shape[:3], 10.0)
+    grid, advantages = (int(shape.image**0.5),) * 2, torch.randn(pictures)
+    spots = torch.ones(size[0], *(size[2:] if shape.patch > 1 else size[1:2]))
+    arguments = (velocity, sample, prev_sample, *transition, advantages, spots, noise, None, None, None)
+    run = torch.ops.star.policy_loss_native
+    attention = (pictures, shape.heads, shape.image, shape.width, *concepts[1:], model.SLOTS, device.processors)
+    return [
+        (
+            "attention_maps",
+            lambda: sk.attention_maps(query, key, index, weight, lse=lse),
+            model.attention_maps(*attention),
+        ),
+        (
+            "allocate",
+            lambda: sk.allocate(maps, grid, smooth=1.0, patch=shape.patch),
+            model.allocate(pictures, model.CONCEPTS, shape.image, shape.patch),
+        ),
+        (
+            "gaussian_step",
+            lambda: sk.gaussian_step(sample, velocity, noise, transition),
+            model.gaussian_step(pictures, shape.channels * shape.locations),
+        ),
+        (
+            "policy_loss",
+            lambda: run(*arguments, "token", 1e-4, 1e-4, 5.0, 0.0, False),
+            model.policy_loss(pictures, shape.channels, shape.locations, weighted=True),
+        ),
+    ]
+
+
+def layer_overhead(shape, pictures: int) -> float:
+    """What capture adds to a layer of SD3.5, measured alternately."""
+    import cost_model as model
+    from diffusers.models.attention import JointTransformerBlock
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+    from star.capture import CapturingJointAttnProcessor, Maps
+    from star.concepts import ConceptTokens
+
+    width, rows = shape.heads * shape.width, shape.rows * pictures
+    block = JointTransformerBlock(width, shape.heads, shape.width, qk_norm="rms_norm").bfloat16()
+    inputs = [torch.randn(rows, *size, dtype=torch.bfloat16) for size in ((shape.image, width), (shape.text, width))]
+    inputs.append(torch.randn(rows, width, dtype=torch.bfloat16))
+    index = torch.randint(0, shape.text, (pictures, model.CONCEPTS, model.SLOTS))
+    tokens, side = ConceptTokens(index, torch.ones(index.shape)), int(shape.image**0.5)
+    slots = torch.zeros(1, pictures, model.CONCEPTS, shape.image)
+    maps = Maps(slots, tokens, (side, side), torch.ones(1), "raw", slice(rows - pictures, rows), None, True, "auto")
+    measures = []
+    for processor in (JointAttnProcessor2_0(), CapturingJointAttnProcessor(maps, 0)):
+        block.attn.processor = processor
+        measures.append(in_a_graph(lambda: block(*inputs), calls=4))
+    pairs = [(measures[0](), measures[1]()) for _ in range(15)]
+    return statistics.median(star / plain for plain, star in pairs) - 1
+
+
+def measurements() -> list[Row]:
+    import cost_model as model
+
+    name = torch.cuda.get_device_name()
+    known = {"A100": 0, "H100": 1, "H200": 2, "B200": 3, "4090": 4, "MI300X": 5}
+    device = next((model.DEVICES[i] for part, i in known.items() if part in name), None)
+    out = []
+    with torch.device("cuda"), torch.no_grad():
+        for shape in model.MODELS:
+            for pictures in model.BATCHES:
+                if LIMIT - (time.monotonic() - BEGIN) < 30:
+                    return [*out, Row("benchmarks", "all of them", "no time left", False)]
+                one = device or model.DEVICES[0]
+                for operator, call, launches in operators(shape, pictures, one):
+                    seconds, promise = median(in_a_graph(call)), model.total(launches, one)
+                    label = f"{operator}, {shape.name}, {pictures}"
+                    told = f"{1e6 * seconds:.1f} us"
+                    if device is None:  # no promise was made for it
+                        out.append(Row(label, "-", told, True))
+                    else:
+                        limit = f"<= {ALLOWED:g} x {1e6 * promise:.1f} us"
+                        out.append(Row(label, limit, told, seconds <= ALLOWED * promise))
+                if shape.last_without_text:
+                    added = layer_overhead(shape, pictures)
+                    promise = model.LAYER_GOAL
+                    if device is not None:
+                        promise = max(promise, model.predict_layer(shape, device, pictures).share)
+                    label = f"capture of a layer, {shape.name}, {pictures}"
+                    out.append(Row(label, f"<= {promise:.2%}", f"{added:.2%}", added <= promise))
+                torch.cuda.empty_cache()
+    return out
+
+
+def show(rows: list[Row]) -> None:
+    titles = ("promise or step", "promised", "measured", "")
+    cells = [titles, *((*row[:3], "pass" if row.passed else "FAIL") for row in rows)]
+    widths = [max(len(one[i]) for one in cells) for i in range(4)]
+    print()
+    for one in cells:
+        print("  ".join(text.ljust(width) for text, width in zip(one, widths, strict=True)).rstrip())
+
+
+def main() -> int:
+    rows = [step("machine code", [sys.executable, "benchmarks/gpu_static.py", "--check"], 240)]
+    if not torch.cuda.is_available():
+        show(rows)
+        print("\nThere is no GPU here (torch.cuda.is_available() is False): nothing else was run.")
+        return 0 if rows[0].passed else 1
+    from star_kernels import implementations
+
+    print(torch.cuda.get_device_name(), f"torch {torch.__version__}, {torch.cuda.device_count()} GPU(s)")
+    for operator, wanted in (
+        *((name, "native") for name in ("allocate", "gaussian_step", "policy_loss")),
+        ("attention_maps", "triton"),
+    ):
+        reason = implementations(operator, "cuda")[wanted]
+        rows.append(Row(f"{operator} runs here", wanted, reason or wanted, reason is None))
+    rows.append(step("tests", pytest_of("tests"), 240, TRITON_INTERPRET="0"))
+    if torch.cuda.device_count() > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(step("training, FSDP2", sharded(folder), 90))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        checked = pytest_of("tests/test_gpu.py", "-k", "do_not_wait")
+        command = [sanitizer, "--tool", "memcheck", "--error-exitcode", 9, *checked]
+        rows.append(step("compute-sanitizer", command, 90, TRITON_INTERPRET="0"))
+    try:
+        rows += measurements()
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        rows.append(Row("benchmarks", "run", str(error).splitlines()[0], False))
+    show(rows)
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
