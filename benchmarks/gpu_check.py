@@ -181,7 +181,7 @@ def measurements() -> list[Row]:
                     added = layer_overhead(shape, pictures)
                     promise = model.LAYER_GOAL
                     if device is not None:
-                        promise = max(promise, model.predict_layer(shape, device, pictures).share)
+                        promise = max(promise, model.predict_layer(shape, device, pictures).of_eager)
                     label = f"capture of a layer, {shape.name}, {pictures}"
                     out.append(Row(label, f"<= {promise:.2%}", f"{added:.2%}", added <= promise))
                 torch.cuda.empty_cache()

@@ -125,6 +125,7 @@ def attention_maps(
     lse: Tensor | None = None,
     scale: float | None = None,
     head_weight: Tensor | None = None,
+    out: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> Tensor:
     """Attention mass that each image token puts on each concept, without the attention matrix.
@@ -140,6 +141,8 @@ def attention_maps(
             N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.
         scale: default D ** -0.5.
         head_weight: (H,), default 1 / H.
+        out: (B, G, N), filled and returned instead of a new tensor. The Triton kernels write straight into contiguous
+            float32.
         impl: "auto" or one of `implementations("attention_maps")`.
 
     Returns:
@@ -182,9 +185,16 @@ def attention_maps(
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
+    arguments = (query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
     run = getattr(torch.ops.star, f"attention_maps_{chosen}")
     with torch.no_grad():
-        return run(query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
+        if out is None:
+            return run(*arguments)
+        _tensor("out", out, (batch, concept_index.shape[1], queries), device)
+        direct = out.dtype == torch.float32 and out.is_contiguous() and not torch.compiler.is_compiling()
+        if chosen == "triton" and direct:
+            return ops.attention_maps_triton(*arguments, out=out)
+        return out.copy_(run(*arguments))
 
 
 def allocate(

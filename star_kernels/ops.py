@@ -31,10 +31,10 @@ def fake_policy_loss(velocity, sample, prev_sample, *_) -> tuple[Tensor, Tensor,
     return loss, velocity.new_empty((10,), dtype=torch.float32), velocity.new_empty(velocity.shape)
 
 
-def attention_maps_triton(*args) -> Tensor:
+def attention_maps_triton(*args, out: Tensor | None = None) -> Tensor:
     from star_kernels.triton.attention_maps import launch  # not before it runs: star_kernels needs torch alone
 
-    return launch(*args)
+    return launch(*args, out=out)
 
 
 # operator: (schema, fake, reference, other implementations)

@@ -204,6 +204,23 @@ def test_triton_head_groups_and_column_blocks_add_up():
 
 
 @each_implementation
+@pytest.mark.parametrize("processors", [1, 3])
+def test_out_takes_the_maps(impl, processors, monkeypatch):
+    from star_kernels.triton import attention_maps as triton_code
+
+    monkeypatch.setattr(triton_code, "processors", lambda device: processors)  # 3: a sum over groups of heads
+    query, key, index = example_input(queries=20)
+    expected = sk.attention_maps(query, key, index, impl=impl)
+    slots = torch.full((3, *expected.shape), 7.0)
+    out = sk.attention_maps(query, key, index, out=slots[1], impl=impl)
+    assert out.data_ptr() == slots[1].data_ptr() and torch.equal(slots[1], expected)
+    assert (slots[::2] == 7).all()
+    turned = torch.zeros(expected.transpose(1, 2).shape, dtype=torch.float64).transpose(1, 2)
+    assert torch.equal(sk.attention_maps(query, key, index, out=turned, impl=impl), expected.double())
+    assert not sk.attention_maps(query, key, index[:, :, :0], out=slots[1], impl=impl).any()
+
+
+@each_implementation
 def test_opcheck(impl):
     query, key, index = example_input(queries=9, keys=11, groups=1)
     op = getattr(torch.ops.star, f"attention_maps_{impl}").default
@@ -237,6 +254,7 @@ INDEX = torch.zeros(2, 1, 1, dtype=torch.int64)
         (dict(concept_weight=torch.ones(2, 1, 2)), ValueError, "concept_weight: got shape"),
         (dict(lse=torch.ones(2, 2, 3)), ValueError, "lse: got shape"),
         (dict(head_weight=torch.ones(3)), ValueError, "head_weight: got shape"),
+        (dict(out=torch.ones(2, 1, 3)), ValueError, r"out: got shape \(2, 1, 3\), expected \(2, 1, 4\)"),
         (dict(impl="nonsense"), ValueError, "impl: got 'nonsense'"),
     ],
 )

@@ -10,11 +10,6 @@ import torch
 triton_bfloat16 = pytest.importorskip("triton_bfloat16", reason="needs Triton")
 
 import cost_model as model  # noqa: E402
-from diffusers.models.attention import JointTransformerBlock  # noqa: E402
-from diffusers.models.transformers.transformer_flux import (  # noqa: E402
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from star.plan import flop_counter  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
@@ -110,17 +105,6 @@ def test_traffic_of_what_runs_over_the_latents():
     assert gradient.bytes["weights"] == 2 * weights.nbytes
 
 
-def block(shape, kind):
-    """A block at its true size and what it takes; fake tensors, which hold no numbers."""
-    d = shape.heads * shape.width
-    image, text, condition = torch.empty(1, shape.image, d), torch.empty(1, shape.text, d), torch.empty(1, d)
-    if not shape.single:
-        options = dict(use_dual_attention=kind == "dual", context_pre_only=kind == "last", qk_norm="rms_norm")
-        return JointTransformerBlock(d, shape.heads, shape.width, **options), (image, text, condition)
-    one = FluxSingleTransformerBlock if kind == "single" else FluxTransformerBlock
-    return one(d, shape.heads, shape.width), (image, text, condition)
-
-
 @pytest.mark.parametrize("kind", ["joint", "dual", "last", "single"])
 @pytest.mark.parametrize("shape", model.MODELS, ids=lambda shape: shape.name)
 def test_operations_of_a_layer(shape, kind):
@@ -132,9 +116,23 @@ def test_operations_of_a_layer(shape, kind):
         pytest.skip("this model has none")
     expected = model.layer(shape, kind)
     with FakeTensorMode(), torch.no_grad():
-        module, inputs = block(shape, kind)
+        module = model.block(shape, kind)
         with flop_counter() as counter:
-            module(*inputs)
+            module(*model.inputs(shape, 1))
         elements = sum(p.numel() for p in module.parameters())
     assert counter.get_total_flops() == expected.linear + expected.attention
     assert elements == pytest.approx(expected.weights, rel=0.002)  # and biases
+    found, backward = model.kernels(shape, kind, 2)
+    assert sum(flops for _, flops in found) == 2 * (expected.linear + expected.attention)
+    products, attention = expected.linear, 5 * expected.attention / 2
+    # Gradients of what depends on the states: not of the condition's modulation.
+    assert sum(flops for _, flops in backward) == pytest.approx(2 * (products + attention), rel=0.01)
+
+
+def test_kernels_are_what_eager_pytorch_starts():
+    """Views and the allocation of results are no kernels; what changes its input in place is one."""
+    x, y, z = torch.randn(4, 6), torch.randn(6, 3), torch.randn(3)
+    with model.Kernels() as kernels:
+        out = (x.view(2, 12).view(4, 6) @ y).add_(z)
+        out.T[1:].relu()
+    assert kernels.found == [(4 * (24 + 18 + 12), 2 * 4 * 6 * 3), (4 * (12 + 3 + 12), 0), (4 * (8 + 8), 0)]

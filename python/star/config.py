@@ -251,7 +251,7 @@ def shapes() -> Config:
             ),
         ),
         sampling=Sampling(
-            steps=5,
+            steps=4,
             guidance_scale=1.0,
             noise_level=1.2,
             trained_steps=(1,),

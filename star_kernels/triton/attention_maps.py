@@ -229,6 +229,7 @@ def launch(
     scale: float,
     head_weight: Tensor | None,
     groups_of_heads: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The operator star::attention_maps_triton; see api.attention_maps. groups_of_heads: default those of `tiling`."""
     dtype = torch.promote_types(query.dtype, key.dtype)
@@ -236,8 +237,9 @@ def launch(
     batch, heads, queries, width = query.shape
     concepts, slots = concept_index.shape[1:]
     columns = concepts * slots
+    maps = query.new_empty((batch, concepts, queries), dtype=torch.float32) if out is None else out
     if batch * concepts * queries * columns * heads == 0:
-        return query.new_zeros((batch, concepts, queries), dtype=torch.float32)
+        return maps.zero_()
     index = concept_index.reshape(batch, columns).contiguous()
     if concept_weight is not None:
         concept_weight = concept_weight.to(torch.float32).reshape(batch, columns).contiguous()
@@ -258,7 +260,7 @@ def launch(
                 LN2=1 / LOG2_E,
                 BLOCK_S=BLOCK_S,
             )
-        partial = query.new_empty((cut.parts, batch, concepts, queries), dtype=torch.float32)
+        partial = maps if cut.parts == 1 else maps.new_empty((cut.parts, *maps.shape))
         maps_kernel[cut.grid](
             *(query, key, index, concept_weight, lse, head_weight, partial),
             *(*query.stride(), *key.stride(), *lse.stride()),
@@ -269,9 +271,7 @@ def launch(
             HEAD_GROUPS=cut.head_groups,
             BLOCK_C=block_columns(columns),
         )
-        if cut.parts == 1:
-            return partial[0]
-        maps = torch.empty_like(partial[0])
-        sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
-        sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
+        if cut.parts > 1:
+            sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
+            sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
     return maps

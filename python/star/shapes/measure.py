@@ -19,7 +19,7 @@ from star.shapes.model import GRID
 from star.shapes.scenes import CATEGORIES, SIZE, parse_scene, prompts, render
 from star.shapes.verifier import verify
 
-STEPS = 5  # the demo's sampling: five Euler steps, no guidance
+STEPS = 4  # the demo's sampling: four Euler steps, no guidance
 DEFAULT_LAYERS = (2, 3)  # by localisation, see `star maps --world`
 OBJECT_SHARE = 0.4  # coverage from which an image token counts as the object's
 
