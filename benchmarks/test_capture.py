@@ -196,7 +196,6 @@ def checkpoint_peak(peak, captured: bool) -> tuple[int]:
     model.enable_gradient_checkpointing()
 
     def step():
-        model.zero_grad(set_to_none=True)
         if captured:
             with capture(model, concepts(1), grid=SIZES[512][1]) as maps:
                 output = model(**inputs, return_dict=False)[0]
@@ -204,6 +203,8 @@ def checkpoint_peak(peak, captured: bool) -> tuple[int]:
         else:
             output = model(**inputs, return_dict=False)[0]
         output.square().mean().backward()
+        # Gradients that wait for the next pass would be held before it, and not be seen in its peak.
+        model.zero_grad(set_to_none=True)
 
     step()
     return (peak(step),)
