@@ -145,6 +145,14 @@ def test_chunks_do_not_change_what_is_sampled(pipeline):
     torch.testing.assert_close(whole.maps, cut.maps, rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_finished_is_told_chunk_by_chunk(pipeline):
+    told = []
+    result = rollout(pipeline, chunk=4, finished=lambda rows, latents: told.append((rows, latents.clone())))
+    assert [len(rows) for rows, _ in told] == [4, 2]
+    for rows, latents in told:
+        assert torch.equal(result.latents[rows], latents)
+
+
 def test_captured_steps_can_be_all_or_none(pipeline):
     assert rollout(pipeline, captured=()).maps is None
     assert rollout(pipeline, captured=range(4)).maps.shape[0] == 4

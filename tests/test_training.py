@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -219,6 +220,26 @@ def nan_reward(images, prompts, metadata):
 
 def broken_reward(images, prompts, metadata):
     raise KeyError("colour")
+
+
+def test_a_chunk_is_scored_while_the_next_one_is_sampled(tmp_path, monkeypatch):
+    trainer = Trainer(small(tmp_path, optimisation={"updates_per_iteration": 2}, sampling={"shared_noise": False}))
+    scoring, passes = threading.Event(), []
+    reward = trainer.worker.reward
+
+    def scored(*arguments):
+        scoring.set()
+        return reward(*arguments)
+
+    def before(module, arguments):
+        passes.append(scoring.wait(60) if len(passes) == trainer.config.sampling.steps else None)
+
+    monkeypatch.setattr(trainer.worker, "reward", scored)
+    handle = trainer.policy.bare.register_forward_pre_hook(before)
+    trainer.step()
+    handle.remove()
+    # The first pass of the second chunk went on because the first chunk's scores had been begun.
+    assert passes[trainer.config.sampling.steps] is True
 
 
 def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog):

@@ -40,8 +40,8 @@ MEANING = {
     "weights_on_object": "mean weight inside the objects that the reward found (masks): 1 if allocation ignores them",
     "weights_uniform": "pictures and steps without a usable map, whose weights are 1",
     "memory_gib": "peak memory so far: of the GPU, or of the process where there is none",
-    "seconds/rollout": "time to sample the pictures",
-    "seconds/reward": "time to decode and score them, as far as the worker had not yet done it",
+    "seconds/rollout": "time to sample and decode the pictures",
+    "seconds/reward": "time to wait for their scores, which are made meanwhile",
     "seconds/update": "time of the passes with gradients and the optimiser",
 }
 

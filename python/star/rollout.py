@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -261,8 +262,9 @@ def sample(
     rows: Tensor | None = None,
     stored_on_cpu: bool = False,
     merged: Callable[[], AbstractContextManager[None]] = nullcontext,
+    finished: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Rollout:
-    """Run the sampler.
+    """Run the sampler, chunk after chunk.
 
     Args:
         transformer: the policy, an SD3Transformer2DModel.
@@ -281,57 +283,77 @@ def sample(
         stored_on_cpu: keep the latents for the update in (pinned) memory of the CPU.
         merged: a context for the steps that are not trained, which may compute the same velocity in another way
             (`Policy.merged`).
+        finished: is called with each chunk's places among the samples, (b',), and its final latents, before the next
+            one is begun.
     """
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups = len(groups), groups[rows]
     batch = len(groups)
     config = unwrapped(transformer).config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
-    captured = steps.trained if captured is None else tuple(captured)
+    trained, captured = steps.trained, steps.trained if captured is None else tuple(captured)
     channels = config.in_channels
     count = len(conditions.prompts) if shared_noise else total
     noise = torch.randn(count, channels, *size, generator=generator)
     latents = noise[groups if shared_noise else rows].to(device)
     stored = torch.empty(
-        *(3, len(steps.trained), batch, channels, *size),
+        *(3, len(trained), batch, channels, *size),
         device="cpu" if stored_on_cpu else device,
         pin_memory=stored_on_cpu and device.type == "cuda",
     )
+    samples, prev_samples, old_means = stored
+    for k in range(len(trained)):
+        # The noise of a step waits where the step's result will be.
+        prev_samples[k] = torch.randn(total, channels, *size, generator=generator)[rows]
     maps = None
-    shared = min(steps.trained, default=len(steps.timesteps) - 1) + 1 if shared_noise else 0
-    whole, parts = [torch.arange(batch)], torch.arange(batch).split(chunk or batch)
+    alone = min(trained, default=len(steps.timesteps)) if shared_noise else 0  # steps before the samples part
+    shared = min(trained, default=len(steps.timesteps) - 1) + 1 if shared_noise else 0
 
-    for i, timestep in enumerate(steps.timesteps):
-        transition = steps.transitions.rows(slice(i, i + 1)).to(device)
-        velocity = torch.empty_like(latents)
-        with nullcontext() if i in steps.trained else merged():
-            for chosen in whole if i < shared and i not in steps.trained else parts:
-                part = Batch(conditions, groups[chosen], i < shared)
-                if i not in captured:
-                    velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
-                    continue
-                length = len(part.conditions.prompts)
-                with capture(
-                    transformer,
-                    part.conditions.tokens,
-                    grid=grid,
-                    rows=None if conditions.negative_embeds is None else range(length, 2 * length),
-                    layers=layers,
-                    normalise=normalise,
-                ) as read:
-                    velocity[chosen] = part.velocity(transformer, latents[chosen], timestep, guidance_scale)
-                values = part.each(read.read())
-                if maps is None:
-                    maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
-                maps[captured.index(i), chosen] = values
-        if i in steps.trained:
-            noise = torch.randn(total, channels, *size, generator=generator)[rows].to(device)
-            after, mean = gaussian_step(latents, velocity, noise, transition.expand(batch))
-            k = steps.trained.index(i)
-            stored[0, k], stored[1, k], stored[2, k] = latents, after, mean
-            latents = after
+    def advance(i: int, chosen: Tensor, before: Tensor) -> Tensor:
+        """The latents of some samples after the i-th step."""
+        nonlocal maps
+        part = Batch(conditions, groups[chosen], i < shared)
+        if i in captured:
+            length = len(part.conditions.prompts)
+            with capture(
+                transformer,
+                part.conditions.tokens,
+                grid=grid,
+                rows=None if conditions.negative_embeds is None else range(length, 2 * length),
+                layers=layers,
+                normalise=normalise,
+            ) as read:
+                velocity = part.velocity(transformer, before, steps.timesteps[i], guidance_scale)
+            values = part.each(read.read())
+            if maps is None:
+                maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
+            maps[captured.index(i), chosen] = values
         else:
-            latents = latents + transition.b.view(-1, 1, 1, 1) * velocity
+            velocity = part.velocity(transformer, before, steps.timesteps[i], guidance_scale)
+        transition = steps.transitions.rows(slice(i, i + 1)).to(device)
+        if i not in trained:
+            return before + transition.b.view(-1, 1, 1, 1) * velocity
+        k = trained.index(i)
+        noise = prev_samples[k, chosen].to(device)
+        after, mean = gaussian_step(before, velocity, noise, transition.expand(len(chosen)))
+        samples[k, chosen], prev_samples[k, chosen], old_means[k, chosen] = (
+            x.to(stored.device) for x in (before, after, mean)
+        )
+        return after
+
+    def run(span: range, chosen: Tensor) -> None:
+        now = latents[chosen]
+        for is_trained, part in groupby(span, lambda i: i in trained):
+            with nullcontext() if is_trained else merged():
+                for i in part:
+                    now = advance(i, chosen, now)
+        latents[chosen] = now
+
+    run(range(alone), torch.arange(batch))
+    for chosen in torch.arange(batch).split(chunk or batch):
+        run(range(alone, len(steps.timesteps)), chosen)
+        if finished is not None:
+            finished(chosen, latents[chosen])
     return Rollout(conditions, groups, steps, *stored, maps, latents, grid, shared, guidance_scale)
 
 

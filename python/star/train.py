@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -25,7 +25,7 @@ from star.objective import allocation_weights, captured_steps, temporal_weights,
 from star.pipeline import load_pipeline
 from star.policy import Policy
 from star.prompts import Prompt, draw_prompts
-from star.rewards.worker import RewardWorker
+from star.rewards.worker import RewardWorker, Ticket
 from star.rollout import PromptEncoder, Rollout, decode, draw_window, make_steps, sample
 from star.tracking import Tracker, timed
 from star_kernels import policy_loss
@@ -72,10 +72,16 @@ class Trainer:
         config, seconds = self.config, defaultdict(float)
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
         prompts = draw_prompts(config, self.iteration)
+        tickets: list[Ticket] = []
         with timed(seconds, "rollout"):
-            rollout = self.rollout([prompt.text for prompt in prompts], generator)
+            rollout = self.rollout(
+                [prompt.text for prompt in prompts],
+                generator,
+                # Scored while the next chunk is sampled.
+                finished=lambda rows, latents: tickets.append(self.submit(prompts, rows, latents)),
+            )
         with timed(seconds, "reward"):
-            own = self.score(rollout, prompts)
+            own = rewards.concatenate([ticket.result() for ticket in tickets])
             failures = self.worker.count_failures()
         scores = self.share.gather_scores(own)
         advantages = advantages_of(scores, self.groups, config.loss, self.reward.weights, self.size)
@@ -104,7 +110,13 @@ class Trainer:
             on_main(self.accelerator, lambda: report.rollout_grid(self.pipeline, rollout, weights, own.reward, path))
         return self.share.reduce(metrics | dict(seconds))
 
-    def rollout(self, prompts: list[str], generator: torch.Generator, captured: Sequence[int] | None = None) -> Rollout:
+    def rollout(
+        self,
+        prompts: list[str],
+        generator: torch.Generator,
+        captured: Sequence[int] | None = None,
+        finished: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Rollout:
         config, sampling = self.config, self.config.sampling
         trained = draw_window(sampling.trained_steps, sampling.window, f"{config.run.seed}/{self.iteration}")
         return sample(
@@ -125,16 +137,14 @@ class Trainer:
             rows=self.share.rows,
             stored_on_cpu=sampling.rollout_device == "cpu",
             merged=self.policy.merged if sampling.merge_adapter else nullcontext,
+            finished=finished,
         )
 
-    def score(self, rollout: Rollout, prompts: list[Prompt]) -> rewards.Scores:
-        """Scores of the pictures: while one chunk is scored, the next one is decoded."""
-        tickets = []
-        for rows in torch.arange(len(rollout.groups)).split(self.chunk):
-            chosen = [prompts[i] for i in rollout.groups[rows].tolist()]
-            images = decode(self.pipeline, rollout.latents[rows])
-            tickets.append(self.worker.submit(images, [p.text for p in chosen], [p.metadata for p in chosen]))
-        return rewards.concatenate([ticket.result() for ticket in tickets])
+    def submit(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Ticket:
+        """Have some of this process' pictures scored beside what comes next."""
+        chosen = [prompts[i] for i in self.groups[self.share.rows[rows]].tolist()]
+        images = decode(self.pipeline, latents)
+        return self.worker.submit(images, [p.text for p in chosen], [p.metadata for p in chosen])
 
     def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
         """(S, B, H, W) weights of the trained steps, or None for uniform ones."""
