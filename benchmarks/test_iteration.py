@@ -144,7 +144,7 @@ def test_against_the_public_way(tmp_path, benchmark, row):
     ours, eager = shapes_trainer(tmp_path / "ours", "uniform"), EagerLoop(shapes_trainer(tmp_path / "eager", "uniform"))
     latents = {}
     plain = ours.rollout
-    ours.rollout = lambda *args: latents.setdefault("rollout", plain(*args))
+    ours.rollout = lambda *args, **options: latents.setdefault("rollout", plain(*args, **options))
     metrics = ours.step()
     ours.rollout = plain
     expected, rewards, norm = eager.step()

@@ -204,7 +204,7 @@ void launch(const char* name, int64_t blocks, int threads, F body) {
     device.waiting = 0;
     device.warps.assign(threads / 32, {});
     device.shared.reset();
-    for (Fiber& fiber : device.fibers) fiber.started = fiber.done = false;
+    for (Fiber& fiber : device.fibers) fiber.started = fiber.done = false, fiber.stack.shadow = nullptr;
     run_block(name);
   }
 }
