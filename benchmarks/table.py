@@ -17,20 +17,21 @@ Last full run: {machine}; `shapes_vs_eager_loop` in a run of its own after it.
 
 ## What is in the way of the others
 
-**`loss_bandwidth`** counts every tensor once. The operator reads all but the old mean twice, because the gradient needs the
-sample's ratio, which is known only after a pass over the sample; the note gives its rate without Python and autograd, which
-at these sizes cost as much as the kernel. One pass that reads the four inputs and writes the gradient, and computes nothing,
-takes the time of the copy; the second pass and the weights come on top. Tried without gain: other prefetch distances,
-channels in groups, stores that bypass the cache, the second pass of one sample beside the first of the next.
+**`loss_bandwidth`** counts every tensor once. The operator reads all but the old mean twice, because the gradient
+needs the sample's ratio, which is known only after a pass over the sample; the note gives its rate without Python and
+autograd, which at these sizes cost as much as the kernel. One pass that reads the four inputs and writes the
+gradient, and computes nothing, takes the time of the copy; the second pass and the weights come on top. Tried without
+gain: other prefetch distances, channels in groups, stores that bypass the cache, the second pass of one sample beside
+the first of the next.
 
-**`capture_k16_512`, `capture_k64_512`**: sixteen of 1229 columns, and one of the attention's two products, are 0.65 % of its
-multiplications, sixty-four are 2.6 %: the limits leave nothing for reading the queries again, exponentials and the call from
-Python, which at 512 px are as much as the products. Tried: eager passes without the custom operator (helped, is in), prefetch
-of the next heads at several distances and paced over the tile (helped, is in), prefetch of the log-sum-exp. At 1024 px, where
-the attention takes twelve times as long and the maps four times, the limit is met.
+**`capture_k16_512`, `capture_k64_512`**: sixteen of 1229 columns, and one of the attention's two products, are 0.65 %
+of its multiplications, sixty-four are 2.6 %: the limits leave nothing for reading the queries again, exponentials and
+the call from Python, which at 512 px are as much as the products. Tried: eager passes without the custom operator
+(helped, is in), prefetch of the next heads at several distances and paced over the tile (helped, is in), prefetch of
+the log-sum-exp. At 1024 px, where the attention takes twelve times as long and the maps four times, the limit is met.
 
-**`stack_capture_all`** was 0.49 % in the full run before this one, and does not agree with `iteration_wall`, which captures
-the same layers; the difference of two passes of 2 s varies by more than the limit from run to run.
+**`stack_capture_all`** was 0.49 % in the full run before this one, and does not agree with `iteration_wall`, which
+captures the same layers; the difference of two passes of 2 s varies by more than the limit from run to run.
 """
 
 
