@@ -57,9 +57,9 @@ def write(
     """slots[slot] = attention_maps(...). Does nothing in a recomputation, so that the backward pass of an old forward
     pass cannot overwrite newer maps."""
     if not in_backward():
+        out = slots[slot]
         attention_maps(
-            *(query, key, concept_index, concept_weight),
-            **{"lse": lse, "scale": scale, "head_weight": head_weight, "out": slots[slot], "impl": impl},
+            query, key, concept_index, concept_weight, lse=lse, scale=scale, head_weight=head_weight, out=out, impl=impl
         )
 
 

@@ -106,19 +106,19 @@ class Policy:
         The plain weights are set aside, not computed back, so that nothing of them is lost.
         """
         layers = [m for m in self.bare.modules() if isinstance(m, BaseTunerLayer)]
-        plain = [layer.get_base_layer().weight.data for layer in layers]
-        with torch.no_grad():
-            for layer, weight in zip(layers, plain, strict=True):
-                layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
-        if layers:
-            self.bare.disable_adapters()
-        try:
+        if not layers:
             yield
+            return
+        plain = [layer.get_base_layer().weight.data for layer in layers]
+        try:
+            with torch.no_grad():
+                for layer, weight in zip(layers, plain, strict=True):
+                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+            with self.reference():
+                yield
         finally:
             for layer, weight in zip(layers, plain, strict=True):
                 layer.get_base_layer().weight.data = weight
-            if layers:
-                self.bare.enable_adapters()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the policy that the next update depends on, whole tensors on the CPU whatever the number of
