@@ -57,6 +57,7 @@ ORDER = (
     "test_triton_offline",
     "test_cuda_offline",
     "test_cost_model",
+    "test_gpu_check",
     "test_gpu",
 )
 
