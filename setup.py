@@ -35,6 +35,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-g0",  # Python's own flags may ask for symbols, seven times the code
     TARGET,
 ]
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("STAR_SANITIZE") == "1" else []

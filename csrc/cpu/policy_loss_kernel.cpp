@@ -69,7 +69,6 @@ struct Sum {
 // First pass where a sample has one ratio: the sum of its terms, weighted if the ratio is.
 template <Form form, bool packed, typename V, typename X, typename T>
 double whole_pass(const PolicyLossArgs<V, X, T>& args, int64_t index, const T* weights) {
-  constexpr int64_t AHEAD = 4 * LANES<T>;
   constexpr int MANY = 64;  // vectors that are added up in T before the sum goes on in double
   const auto [velocity, sample, next, old, gradient] = sample_of<form>(args, index);
   const Vector<T> a = broadcast(args.a[index]), b = broadcast(args.b[index]);
@@ -79,7 +78,6 @@ double whole_pass(const PolicyLossArgs<V, X, T>& args, int64_t index, const T* w
   each_vector<T>(packed, args.channels, args.places, [&](int64_t at, int64_t place, int64_t count) STAR_ALWAYS {
     const V* v = velocity + at;
     const X *x = sample + at, *n = next + at, *o = old + at;
-    // The processor's own prefetching starts anew on every page.
     Vector<T> left, right, direction;
     term_factors<form>(a, load_some<T>(x, count), b, load_some<T>(v, count), load_some<T>(n, count),
                        load_some<T>(o, count), left, right, direction);
