@@ -1,5 +1,6 @@
 """A study: its runs are stopped and go on, its statistics find what is there, its report stands alone."""
 
+import dataclasses
 import fcntl
 import json
 import random
@@ -97,7 +98,7 @@ def stopped_and_continued(tmp_path_factory):
     path, out = folder / "spec.yaml", folder / "out"
     path.write_text(yaml.safe_dump(configuration.to_dict(study())))
     document = folder / "evidence.md"
-    document.write_text("# Evidence\n<!-- results of shapes -->\nnot run yet\n<!-- end of results of shapes -->\nend\n")
+    document.write_text("# Evidence\n<!-- results of out -->\nnot run yet\n<!-- end of results of out -->\nend\n")
     command = ["compare", "--spec", str(path), "--out", str(out), "--document", str(document)]
     with (folder / "first.log").open("w") as log:
         first = subprocess.Popen([sys.executable, "-m", "star.cli", *command, "--jobs", "1"], stdout=log, stderr=log)
@@ -153,8 +154,20 @@ def test_results_are_json_lines_and_the_document_has_the_tables(stopped_and_cont
         assert scores["strict"] == pytest.approx(own["scores"][category]["strict"], abs=1e-5)
     text = stopped_and_continued["document"].read_text()
     assert "less uniform, paired by seed and prompt" in text and "not run yet" not in text
-    assert text.startswith("# Evidence\n") and text.endswith("<!-- end of results of shapes -->\nend\n")
+    assert text.startswith("# Evidence\n") and text.endswith("<!-- end of results of out -->\nend\n")
     assert (out / "report.png").stat().st_size > 5000
+
+
+def test_seeds_of_an_earlier_call_stay_and_a_document_is_looked_at_first(stopped_and_continued, capsys):
+    """What would only be found out after hours of training is found out before."""
+    out, command = stopped_and_continued["out"], stopped_and_continued["command"]
+    assert main([*command, "--seeds", "1"]) == 0
+    assert tuple(configuration.load(out / "study.yaml", spec.Study()).seeds) == (0, 1)
+    assert "Seeds 0, 1; 2 iterations, scored 3 times on 8 held-out pictures of" in (out / "report.md").read_text()
+    capsys.readouterr()
+    assert main([*command, "--seeds", "0", "1", "2", "--diagnose"]) == 1
+    assert "has no marks '<!-- diagnosis of out -->'" in capsys.readouterr().err
+    assert not (out / "runs/uniform-2").exists()
 
 
 def test_another_configuration_in_the_same_folder_is_refused(stopped_and_continued, tmp_path, capsys):
@@ -236,16 +249,17 @@ def synthetic(shift, seeds=5, prompts=60, seed=0, missing=()):
     rng = np.random.default_rng(seed)
     iterations = np.array([0, 20, 40, 60])
     categories = np.array(["colors", "counting", "position"])[np.arange(prompts) % 3]
+    texts = np.arange(prompts).astype(str)
     level = 0.5 + 0.1 * rng.standard_normal(prompts)
     scores = {metric: {"uniform": {}, "attention": {}} for metric in METRICS}
     for s in range(seeds):
         shared = level + 0.02 * rng.standard_normal(prompts) + 0.03 * rng.standard_normal()
         for arm, gain in (("uniform", 0.0), ("attention", shift)):
             own = shared + 0.02 * rng.standard_normal(prompts) + 0.004 * rng.standard_normal()
-            rise = iterations[:, None] / 60
+            rise = (iterations[:, None] / 20).clip(max=1)
             for metric in METRICS:
                 scores[metric][arm][s] = own + rise * (0.06 + gain)
-    return Results(iterations, categories, scores, {"uniform": {}, "attention": {}}, tuple(missing))
+    return Results(iterations, categories, texts, scores, {"uniform": {}, "attention": {}}, tuple(missing))
 
 
 def test_an_arm_that_is_better_is_found_with_its_amount():
@@ -254,7 +268,7 @@ def test_an_arm_that_is_better_is_found_with_its_amount():
     assert final.shown and final.better == final.seeds == 5
     assert final.estimate.low < 0.05 < final.estimate.high and final.estimate.high - final.estimate.low < 0.02
     area = statistics.difference(results, "attention", "uniform", summary="area")
-    assert area.estimate.mean == pytest.approx(0.025, abs=0.01) and area.shown
+    assert area.estimate.mean == pytest.approx(0.05 * 50 / 60, abs=0.01) and area.shown
     part = statistics.difference(results, "attention", "uniform", category="counting")
     assert part.estimate.low < 0.05 < part.estimate.high
     other = statistics.difference(results, "uniform", "attention")
@@ -269,21 +283,26 @@ def test_an_equal_arm_is_not_found_more_often_than_promised():
 
 
 def test_differences_by_hand():
-    """Two seeds, two prompts, three iterations: means, areas and the t-test on paper."""
+    """Two seeds, two prompts, four scorings: means, areas and the t-test on paper."""
     scores = {
-        "a": {0: np.array([[0.0, 0.0], [0.2, 0.4], [0.4, 0.8]]), 1: np.array([[0.0, 0.0], [0.4, 0.4], [0.8, 0.8]])},
-        "b": {0: np.array([[0.0, 0.0], [0.1, 0.1], [0.2, 0.2]]), 7: np.ones((3, 2))},
+        "a": {
+            0: np.array([[0.0, 0.0], [0.0, 0.0], [0.2, 0.4], [0.4, 0.8]]),
+            1: np.array([[0.0, 0.0], [0.0, 0.0], [0.4, 0.4], [0.8, 0.8]]),
+        },
+        "b": {0: np.array([[0.0, 0.0], [0.0, 0.0], [0.1, 0.1], [0.2, 0.2]]), 7: np.ones((4, 2))},
     }
     scores["b"][1] = scores["b"][0]
-    results = Results(np.array([0, 10, 20]), np.array(["x", "y"]), {m: scores for m in METRICS}, {}, ())
+    names = np.array(["x", "y"])
+    results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in METRICS}, {}, ())
     found = statistics.difference(results, "a", "b")
-    # Seed 0: (0.2 + 0.6) / 2; seed 1: 0.6. Seed 7 has no partner. t = 0.5 / 0.1 with one degree of freedom.
-    assert found.seeds == found.better == 2 and found.estimate.mean == pytest.approx(0.5)
+    # Means of three scorings: 0.2 and 0.4 less 0.1; 0.4 and 0.4 less 0.1. Seed 7 has no partner. t = 0.25 / 0.05 with
+    # one degree of freedom.
+    assert found.seeds == found.better == 2 and found.estimate.mean == pytest.approx(0.25)
     assert found.p == pytest.approx(2 * (0.5 - np.arctan(5) / np.pi))
-    assert statistics.difference(results, "a", "b", category="y").estimate.mean == pytest.approx(0.6)
-    assert statistics.difference(results, "a", "b", summary="area").estimate.mean == pytest.approx(0.25)
-    # a's mean curve is 0, 0.35, 0.7 and b ends at 0.2.
-    assert statistics.iterations_to_reach(results, "a", "b") == pytest.approx(10 * 0.2 / 0.35)
+    assert statistics.difference(results, "a", "b", category="y").estimate.mean == pytest.approx(0.3)
+    assert statistics.difference(results, "a", "b", summary="area").estimate.mean == pytest.approx(0.5 / 3)
+    # a's mean curve is 0, 0, 0.35, 0.7; b's final score is 0.1.
+    assert statistics.iterations_to_reach(results, "a", "b") == pytest.approx(10 + 10 * 0.1 / 0.35)
     assert statistics.reached(np.array([0.1, 0.2]), np.array([0, 5]), 0.3) is None
     assert statistics.reached(np.array([0.4, 0.2]), np.array([0, 5]), 0.3) == 0
 
@@ -291,14 +310,27 @@ def test_differences_by_hand():
 def test_intervals_are_as_wide_as_their_two_sources_make_them():
     rng = np.random.default_rng(3)
     by_seed, by_prompt = rng.standard_normal(40), 2 * rng.standard_normal(80)
-    found = statistics.interval(by_seed[:, None] + by_prompt)
+    found = statistics.interval(by_seed[:, None] + by_prompt, np.arange(80))
     expected = 2 * 1.96 * (by_seed.var() / 40 + by_prompt.var() / 80) ** 0.5
     # The ends of 2000 resamples are themselves uncertain by a few per cent.
     assert found.high - found.low == pytest.approx(expected, rel=0.1)
     assert found.mean == pytest.approx(by_seed.mean() + by_prompt.mean())
-    alone = statistics.interval(by_prompt[None])
+    alone = statistics.interval(by_prompt[None], np.arange(80))
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * (by_prompt.var() / 80) ** 0.5, rel=0.1)
-    assert np.isnan(statistics.interval(np.ones((1, 1))).low)
+    assert np.isnan(statistics.interval(np.ones((1, 1)), np.zeros(1)).low)
+
+
+@pytest.mark.parametrize("seeds", [1, 40])
+def test_pictures_of_the_same_prompt_are_not_more_prompts(seeds):
+    values = np.random.default_rng(4).standard_normal((seeds, 30))
+    once = statistics.interval(values, np.arange(30))
+    repeated = statistics.interval(np.tile(values, 5), np.tile(np.arange(30), 5))
+    assert dataclasses.astuple(repeated) == pytest.approx(dataclasses.astuple(once))
+    taken_apart = statistics.interval(np.tile(values, 5), np.arange(150))
+    assert taken_apart.high - taken_apart.low < 0.8 * (once.high - once.low)
+    # One that comes more often counts more.
+    uneven = statistics.interval(values, np.arange(30) // 20)
+    assert uneven.mean == pytest.approx(values.mean())
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -312,7 +344,7 @@ def test_the_page_stands_alone_and_says_what_is_missing(tmp_path):
     assert html.count("src=") == 1 and 'src="data:image/png;base64,' in html
     for words in ("Not finished and left out: random-0", "less uniform", "soft score at the end", "position"):
         assert words in html and words in text
-    mean = results.of("soft", "attention")[:, -1].mean()
+    mean = results.of("soft", "attention")[:, -statistics.LAST :].mean()
     assert f"{mean:.3f} [" in html
 
 

@@ -125,6 +125,15 @@ def test_random_fields_of_any_size_keep_the_values(rows, columns, seed):
     assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
 
 
+def test_random_fields_are_shared_where_the_weights_are():
+    """The pictures of a prompt that part after the trained step have one map between them."""
+    own = blobs(4, 9, 9, 1.0)[[2, 0, 2, 1, 0, 2]]
+    fields = random_like(own, torch.Generator().manual_seed(0))
+    alike = (fields.flatten(1)[:, None] == fields.flatten(1)[None]).all(2)
+    assert torch.equal(alike, (own.flatten(1)[:, None] == own.flatten(1)[None]).all(2))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+
+
 def test_inverted_has_the_same_values_low_where_attention_is_high():
     own, reverse = (weights(s)[:, ::2, ::2].flatten(1) for s in ("attention", "inverted"))
     assert torch.equal(own.sort(1).values, reverse.sort(1).values)

@@ -37,7 +37,7 @@ class Compare:
     diagnose: bool = False
     """Also measure where the gradient's signal is; see docs/evidence.md."""
     document: Path | None = None
-    """A Markdown file whose place `<!-- results of PRESET -->` takes the tables."""
+    """A Markdown file whose place `<!-- results of NAME -->` takes the tables; NAME is the last part of `out`."""
 
 
 def study_of(options: Compare) -> Study:
@@ -66,7 +66,10 @@ def study_of(options: Compare) -> Study:
 def prepare(study: Study, out: Path) -> None:
     """Make the study's folder; never touch what is in one that is none."""
     path = out / "study.yaml"
-    if out.exists() and any(out.iterdir()) and not path.is_file():
+    if path.is_file():
+        # Seeds of an earlier call stay in the report.
+        study.seeds = tuple(dict.fromkeys([*configuration.load(path, Study()).seeds, *study.seeds]))
+    elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty and no study (it has no study.yaml)")
     for arm in study.arms:
         for seed in study.seeds:
@@ -79,23 +82,27 @@ def prepare(study: Study, out: Path) -> None:
 
 def compare(options: Compare) -> str | None:
     """Run a study and write its report. Returns the report's Markdown, or None after a SIGTERM."""
-    study, out = study_of(options), options.out
-    if options.train:
-        prepare(study, out)
-        # Seed by seed, so that a study that is stopped can already be compared.
-        wanted = [study.config(arm, seed, out) for seed in study.seeds for arm in options.arms or study.arms]
-        if not runs.execute(wanted, options.jobs or len(os.sched_getaffinity(0))):
-            return None
     from star.study import diagnose, page, results  # matplotlib, scipy and diffusers are slow to import
 
+    study, out = study_of(options), options.out
+    if options.document is not None:
+        for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
+            page.surroundings(options.document, f"{kind} of {out.name}")
+    if options.train:
+        seeds = study.seeds
+        prepare(study, out)
+        # Seed by seed, so that a study that is stopped can already be compared.
+        wanted = [study.config(arm, seed, out) for seed in seeds for arm in options.arms or study.arms]
+        if not runs.execute(wanted, options.jobs or len(os.sched_getaffinity(0))):
+            return None
     found = results.load(study, out)
     results.write(found, out / "results.jsonl")
     text = page.write(study, found, out)
     if options.document is not None:
-        page.insert(options.document, f"results of {options.preset}", text)
+        page.insert(options.document, f"results of {out.name}", text)
     if options.diagnose:
         measured = diagnose.diagnose(study, out)
         text += "\n" + measured
         if options.document is not None:
-            page.insert(options.document, f"diagnosis of {options.preset}", measured)
+            page.insert(options.document, f"diagnosis of {out.name}", measured)
     return text

@@ -167,8 +167,14 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     """Random fields with exactly the values of `weights` (B, rows, columns), as smooth as they are, placed elsewhere.
 
     Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbours
-    correlate as in its weights; of all that was tried the nearest one is kept.
+    correlate as in its weights; of all that was tried the nearest one is kept. Samples with the very same weights, like
+    a group's that part after the step, get the same field: else these would even out over the group and those not.
     """
+    which = weights.flatten(1).unique(dim=0, return_inverse=True)[1]
+    first = torch.full_like(which, len(which)).scatter_reduce(
+        0, which, torch.arange(len(which), device=which.device), "amin"
+    )
+    alike = first[which].cpu()
     rows, columns = weights.shape[1:]
     values, target = weights.flatten(1).sort(1).values, neighbour_correlation(weights)
     best, error = weights.clone(), torch.full_like(target, torch.inf)
@@ -177,7 +183,7 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     frequency = torch.fft.fftfreq(size[0])[:, None] ** 2 + torch.fft.rfftfreq(size[1]) ** 2
     frequency = 2 * torch.pi**2 * frequency.to(weights.device)
     for _ in range(draws):
-        noise = torch.fft.rfft2(torch.randn(len(weights), *size, generator=generator).to(weights.device))
+        noise = torch.fft.rfft2(torch.randn(len(weights), *size, generator=generator)[alike].to(weights.device))
         low, high = torch.zeros_like(target), torch.full_like(target, max(rows, columns) / 2)
         for _ in range(halvings):
             width = (low + high) / 2

@@ -23,7 +23,10 @@ from star.study.spec import Study
 from star.study.statistics import SUMMARIES, Difference, Estimate
 
 METRIC = "soft"  # of the curves; the tables have both
-LABELS = {"final": "at the end", "area": "mean over the run (area under the curve)"}
+LABELS = {
+    "final": f"at the end (mean of the last {statistics.LAST} scorings)",
+    "area": "mean over the run (area under the curve)",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def score_tables(results: Results) -> list[Table]:
                 for category in names:
                     values = statistics.summarise(results.of(metric, arm, category), results.iterations, summary)
                     whole = category is None
-                    cells.append(_interval(statistics.interval(values)) if whole else number(values.mean()))
+                    cells.append(
+                        _interval(statistics.interval(values, results.prompts)) if whole else number(values.mean())
+                    )
                 rows.append([arm, str(len(values)), *cells])
             columns = ["arm", "seeds", *((name or "all").replace("_", " ") for name in names)]
             tables.append(Table(f"{metric} score {LABELS[summary]}", columns, rows))
@@ -79,17 +84,19 @@ def _difference(found: Difference | None) -> list[str]:
 def difference_table(results: Results, other: str) -> Table:
     rows = []
     for arm in results.arms:
+        steps = statistics.iterations_to_reach(results, arm, other)
+        reached = "never" if steps is None else number(steps, 0)
         if arm == other:
+            rows.append([arm, *["-"] * 6, reached])
             continue
         cells = [arm]
         for metric in METRICS:
             for summary in SUMMARIES:
                 found = _difference(statistics.difference(results, arm, other, metric, summary))
                 cells += found if (metric, summary) == (METRIC, "final") else found[:1]
-        steps = statistics.iterations_to_reach(results, arm, other)
-        rows.append([*cells, "never" if steps is None else number(steps, 0)])
+        rows.append([*cells, reached])
     heads = [f"{metric}, {summary}" for metric in METRICS for summary in SUMMARIES]
-    columns = ["arm", heads[0], "p", "seeds ahead", *heads[1:], f"iterations to {other}'s end"]
+    columns = ["arm", heads[0], "p", "seeds ahead", *heads[1:], f"iterations to {other}'s final score"]
     return Table(f"less {other}, paired by seed and prompt", columns, rows)
 
 
@@ -132,7 +139,7 @@ def tables(study: Study, results: Results) -> list[Table]:
 def curve_bands(results: Results, arm: str) -> np.ndarray:
     """(3, E): mean, lower and upper end at each iteration."""
     scores = results.of(METRIC, arm)
-    found = [statistics.interval(scores[:, e]) for e in range(len(results.iterations))]
+    found = [statistics.interval(scores[:, e], results.prompts) for e in range(len(results.iterations))]
     return np.array([(one.mean, one.low, one.high) for one in found]).T
 
 
@@ -165,11 +172,12 @@ def picture(study: Study, results: Results, path: Path) -> None:
         if found is not None:
             estimate = found.estimate
             axes.plot([estimate.low, estimate.high], [y, y], color="tab:blue", linewidth=2)
-            axes.plot(estimate.mean, y, "o", color="tab:blue", markersize=5)
+            face = "tab:blue" if found.shown else "white"
+            axes.plot(estimate.mean, y, "o", color="tab:blue", markerfacecolor=face, markersize=5)
     axes.axvline(0, color="0.45", linewidth=1)
     axes.set_yticks(range(len(arms)), arms, fontsize=8)
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_xlabel(f"{METRIC} score at the end less {baseline}", fontsize=9)
+    axes.set_xlabel(f"{METRIC} score at the end less {baseline}; filled: shown by interval and t-test", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -177,12 +185,14 @@ def picture(study: Study, results: Results, path: Path) -> None:
 
 def notes(results: Results) -> list[str]:
     """What the tables must be read with."""
+    rows, distinct = len(results.prompts), len(np.unique(results.prompts))
+    seeds = sorted(set().union(*results.scores[METRIC].values()))
     texts = [
-        f"{results.iterations[-1]} iterations, scored on {len(results.categories)} held-out prompts at "
-        f"{len(results.iterations)} of them.",
-        "Brackets: 95 % intervals, bootstrap over seeds and prompts at once. p: t-test over the seeds. *: both say "
-        "that there is a difference. With few seeds the bootstrap alone is too sure of itself; no correction is made "
-        "for the number of comparisons.",
+        f"Seeds {', '.join(map(str, seeds))}; {results.iterations[-1]} iterations, scored {len(results.iterations)} "
+        f"times on {rows} held-out pictures of {distinct} prompts.",
+        "Brackets: 95 % intervals, bootstrap over seeds and prompts at once (of one seed: over prompts alone). "
+        "p: t-test over the seeds. *: both say that there is a difference. With few seeds the bootstrap alone is too "
+        "sure of itself; no correction is made for the number of comparisons. Seconds are of runs side by side.",
     ]
     if results.missing:
         texts.append(f"Not finished and left out: {', '.join(results.missing)}.")
@@ -212,11 +222,20 @@ def write(study: Study, results: Results, out: Path) -> str:
     return text
 
 
-def insert(document: Path, name: str, text: str) -> None:
-    """Put a text between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a Markdown document."""
+def surroundings(document: Path, name: str) -> tuple[str, str]:
+    """What is before and after the place between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a document.
+
+    Raises ConfigError if it has no such marks.
+    """
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, found, rest = document.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ConfigError(f"document: {document} has no marks {begin!r} and {end!r}")
-    files.replace_text(document, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
+    return before + begin, end + after
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Put a text between a document's marks; see `surroundings`."""
+    before, after = surroundings(document, name)
+    files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")

@@ -22,12 +22,14 @@ LOGGED = ("reward", "grad_norm", "update_norm", "weights_concentration", "clip_f
 class Results:
     """Scores at E iterations on P prompts, the same prompts in the same order for every run.
 
-    iterations: (E,). categories: (P,) of names. scores: by metric, arm and seed (E, P). logged: by arm and name the
-    mean over all iterations and seeds. missing: runs of the study that are not finished.
+    iterations: (E,). categories, prompts: (P,) of names and of texts, which may repeat. scores: by metric, arm and seed
+    (E, P). logged: by arm and name the mean over all iterations and seeds. missing: runs of the study that are not
+    finished.
     """
 
     iterations: np.ndarray
     categories: np.ndarray
+    prompts: np.ndarray
     scores: dict[str, dict[str, dict[int, np.ndarray]]]
     logged: dict[str, dict[str, float]]
     missing: tuple[str, ...] = ()
@@ -41,11 +43,14 @@ class Results:
         names = list(dict.fromkeys(self.categories.tolist()))
         return [*names, None] if len(names) > 1 else [None]
 
+    def chosen(self, category: str | None) -> np.ndarray:
+        """(P,) whether a prompt is of a category; None for all prompts."""
+        return np.array([category in (None, name) for name in self.categories])
+
     def of(self, metric: str, arm: str, category: str | None = None, seeds: list[int] | None = None) -> np.ndarray:
         """(S, E, P') scores of an arm's seeds on the prompts of a category."""
         by_seed = self.scores[metric][arm]
-        chosen = np.array([category in (None, name) for name in self.categories])
-        return np.stack([by_seed[seed] for seed in (seeds or sorted(by_seed))])[:, :, chosen]
+        return np.stack([by_seed[seed] for seed in (seeds or sorted(by_seed))])[:, :, self.chosen(category)]
 
     def common_seeds(self, arm: str, other: str) -> list[int]:
         by_arm = self.scores[METRICS[0]]
@@ -77,7 +82,8 @@ def load(study: Study, out: Path) -> Results:
             table = np.array([found[i][metric] for i in iterations], dtype=np.float64)
             scores[metric].setdefault(arm, {})[seed] = table
     means = {arm: _means([line for run in found for line in run]) for arm, found in logged.items()}
-    return Results(np.array(iterations), np.array(categories[0]), scores, means, tuple(missing))
+    texts = curve.held_out_prompts(config)
+    return Results(np.array(iterations), np.array(categories[0]), np.array(texts), scores, means, tuple(missing))
 
 
 def _means(lines: list[dict[str, float]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from star.study.results import Results
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SUMMARIES = ("final", "area")
+LAST = 3  # scorings: from one to the next a policy wobbles by as much as arms differ
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,34 @@ class Difference:
 
 
 def summarise(scores: np.ndarray, iterations: np.ndarray, summary: str) -> np.ndarray:
-    """(S, E, P) curves -> (S, P). final: the last scores. area: under the curve, over its length, so again a score."""
+    """(S, E, P) curves -> (S, P). final: mean of the last scorings. area: under the curve, over its length: a score."""
     if summary == "final":
-        return scores[:, -1]
+        return scores[:, -LAST:].mean(1)
     return np.trapezoid(scores, iterations, axis=1) / (iterations[-1] - iterations[0])
 
 
-def interval(values: np.ndarray) -> Estimate:
-    """Of the mean of (S, P) values, in percentiles. Seeds and prompts are drawn again independently of each other: both
-    are samples, and all prompts share a seed (the pigeonhole bootstrap; Owen, Ann. Appl. Stat. 1, 386, 2007)."""
-    mean = float(values.mean())
-    values = values.squeeze()  # one seed, or one prompt, cannot be drawn again
-    if values.ndim == 0:
+def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
+    """Of the mean of (S, P) values, in percentiles; prompts: (P,), which one each column is of.
+
+    Seeds and prompts are drawn again independently of each other: both are samples, and all prompts share a seed (the
+    pigeonhole bootstrap; Owen, Ann. Appl. Stat. 1, 386, 2007). A prompt comes or stays away with all its columns.
+    """
+    names, which = np.unique(prompts, return_inverse=True)
+    counts = np.bincount(which)
+    totals = np.stack([np.bincount(which, row, len(names)) for row in values])  # (S, prompts)
+
+    def statistic(*index: np.ndarray, axis: int) -> np.ndarray:  # each (R, S) or (R, prompts)
+        found, once = list(index), np.zeros(1, np.int64)  # one seed, or one prompt, cannot be drawn again
+        seeds = found.pop(0) if len(totals) > 1 else once
+        chosen = found.pop(0) if len(names) > 1 else once
+        sums = totals[seeds[..., :, None], chosen[..., None, :]].mean(-2).sum(-1)
+        return sums / counts[chosen].sum(-1)
+
+    mean, drawn = float(values.mean()), [np.arange(count) for count in totals.shape if count > 1]
+    if not drawn:
         return Estimate(mean, np.nan, np.nan)
-
-    def statistic(*index: np.ndarray, axis: int) -> np.ndarray:  # each (R, S) or (R, P)
-        if len(index) == 1:
-            return values[index[0]].mean(axis)
-        return values[index[0][..., :, None], index[1][..., None, :]].mean((-2, -1))
-
     found = stats.bootstrap(
-        [np.arange(count) for count in values.shape],
+        drawn,
         statistic,
         n_resamples=RESAMPLES,
         batch=100,
@@ -98,7 +106,9 @@ def difference(
         p = float(by_seed[0] == 0)
     else:
         p = float(stats.ttest_1samp(by_seed, 0).pvalue)
-    return Difference(interval(values), p, int((by_seed > 0).sum()), len(seeds))
+    return Difference(
+        interval(values, results.prompts[results.chosen(category)]), p, int((by_seed > 0).sum()), len(seeds)
+    )
 
 
 def reached(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | None:
@@ -114,9 +124,11 @@ def reached(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | 
 
 
 def iterations_to_reach(results: Results, arm: str, baseline: str, metric: str = "soft") -> float | None:
-    """Until the arm's mean curve comes to where the baseline ends, over the seeds that both have."""
+    """Until the arm's mean curve first comes to the baseline's final score, over the seeds that both have. The baseline
+    itself may come there before its end."""
     seeds = results.common_seeds(arm, baseline)
     if not seeds:
         return None
-    ours, theirs = (results.of(metric, name, None, seeds).mean((0, 2)) for name in (arm, baseline))
-    return reached(ours, results.iterations, theirs[-1])
+    ours, theirs = (results.of(metric, name, None, seeds) for name in (arm, baseline))
+    level = summarise(theirs, results.iterations, "final").mean()
+    return reached(ours.mean((0, 2)), results.iterations, level)
