@@ -182,6 +182,7 @@ class CapturingJointAttnProcessor:
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
         text = self._heads(attn, *added, encoder_hidden_states)
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
+        del image, text  # over the attention they would be memory that diffusers' processor does not hold
         joint = captured_attention(
             self.maps, self.slot, query, key, value, encoder_hidden_states.shape[1], text_first=False
         )
@@ -230,6 +231,7 @@ class CapturingFluxAttnProcessor:
         else:
             text_tokens = hidden_states.shape[1] - self.maps.slots.shape[-1]
         query, key, value = joint
+        del image, text, joint
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         heads = captured_attention(
