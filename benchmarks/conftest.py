@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads disturb the other of a pair
-# But for some 50 microseconds: to wake a thread takes as long, and it may wake on the core of the one that waits for it.
+# But for some 50 microseconds: to wake a thread takes as long, and it may wake on the core of the one that waits.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -3,6 +3,7 @@
 from contextlib import contextmanager, nullcontext
 
 import pytest
+import star.capture
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
@@ -14,6 +15,7 @@ from star.objective import Allocation
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from star_kernels import allocate
@@ -117,6 +119,30 @@ def test_the_output_keeps_its_bits(build, make, mode):
             strict=True,
         ):
             assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_projections_are_not_held_over_the_attention(build, make, monkeypatch):
+    """They would raise the peak of memory above that of diffusers' own processors."""
+    model, inputs = build(), make()
+    projections = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    made, seen, attend = [], [], star.capture.attention_with_lse
+
+    def attention_with_lse(query, key, value):
+        seen.append([storage.expired() for storage in made])
+        made.clear()
+        return attend(query, key, value)
+
+    def keep(module, args, output):
+        made.append(StorageWeakRef(output.untyped_storage()))
+
+    monkeypatch.setattr(star.capture, "attention_with_lse", attention_with_lse)
+    for block in model.transformer_blocks:
+        for name in projections:
+            getattr(block.attn, name).register_forward_hook(keep)
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID):
+        model(**inputs)
+    assert seen == [[True] * len(projections)] * len(model.transformer_blocks)
 
 
 def test_rows_and_columns_of_a_grid_that_is_not_square():
