@@ -51,7 +51,7 @@ CASES = (
 def source(kernel, dtype: str, precision: str, width: int, columns: int) -> ASTSource:
     """What a launch on contiguous heads would compile: unit strides constant, other addresses divisible by 16."""
     constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": kernels.BLOCK_N}
-    constants["BLOCK_D"] = kernels.block_width(width, 4 if dtype == "fp32" else 2)
+    constants["BLOCK_D"] = kernels.block_width(width, 4 if dtype == "fp32" else 2, precision)
     if kernel is kernels.maps_kernel:
         constants |= {"lse_n": 1, "LOG2": kernels.LOG2_E, "BLOCK_C": kernels.block_columns(columns)}
         constants |= {"HEADS_PER_GROUP": 3, "HEAD_GROUPS": 8, "head_weight": None}

@@ -167,9 +167,10 @@ def lse_kernel(
     tl.store(lse + (row * tl.num_programs(2) + head) * queries + n, result, mask=here)
 
 
-def block_width(width: int, element_size: int) -> int:
-    """Channels per product. float32 as three tf32 products holds its operands twice: more would spill registers."""
-    return min(32 if element_size == 4 else 128, max(16, triton.next_power_of_2(width)))
+def block_width(width: int, element_size: int, precision: str) -> int:
+    """Channels per product: more would spill registers. float32 as three tf32 products holds its operands twice."""
+    most = 16 if precision == "tf32x3" else 32 if element_size == 4 else 64
+    return min(most, max(16, triton.next_power_of_2(width)))
 
 
 def warps(element_size: int) -> int:
@@ -248,8 +249,9 @@ def launch(
     cut = tiling(batch, heads, queries, columns, processors(query.device))
     if groups_of_heads:
         cut = cut._replace(head_groups=groups_of_heads)
-    shared = {"D": width, "BLOCK_D": block_width(width, query.element_size()), "BLOCK_N": BLOCK_N}
-    shared |= {"PRECISION": dot_precision(query), "num_warps": warps(query.element_size())}
+    size, precision = query.element_size(), dot_precision(query)
+    shared = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": BLOCK_N}
+    shared |= {"PRECISION": precision, "num_warps": warps(size)}
 
     with torch.cuda.device_of(query):
         if lse is None:
