@@ -337,12 +337,13 @@ def test_pictures_of_the_same_prompt_are_not_more_prompts(seeds):
 
 
 def test_the_page_stands_alone_and_says_what_is_missing(tmp_path):
-    results = synthetic(0.05, seeds=2, prompts=12, missing=("random-0",))
+    results = synthetic(0.05, seeds=2, prompts=12, missing=("attention-3", "random-0", "attention-4"))
     text = page.write(study(), results, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "http:" not in html and "https:" not in html and "<script" not in html and "<link" not in html
     assert html.count("src=") == 1 and 'src="data:image/png;base64,' in html
-    for words in ("Not finished and left out: random-0", "less uniform", "soft score at the end", "position"):
+    missing = ("left out, by seed: attention 3 4.", "Not finished with any seed: random.")
+    for words in (*missing, "less uniform", "soft score at the end", "position"):
         assert words in html and words in text
     mean = results.of("soft", "attention")[:, -statistics.LAST :].mean()
     assert f"{mean:.3f} [" in html
@@ -377,6 +378,22 @@ def test_signal_to_noise_of_known_gradients():
     assert abs(nothing) < 4 * error
     # The scale of the weights does not matter.
     assert diagnose.signal_to_noise(noisy * 7)[0] == pytest.approx(ratio)
+
+
+def test_agreement_of_known_gradients():
+    rng = np.random.default_rng(2)
+    signal, other = rng.standard_normal((2, 500)) * 0.5
+    scalar = signal + rng.standard_normal((60, 500))
+    # Noise that both share does not count: it is that of the same batch.
+    helped, misled = scalar + signal, (scalar - signal) + other
+    length = (signal @ signal + 500) ** 0.5
+    for gradients, along in ((scalar, signal), (helped, 2 * signal), (misled, other)):
+        found, error = diagnose.agreement(gradients, scalar)
+        expected = (along @ signal) / length / (along @ along + 500) ** 0.5
+        assert abs(found - expected) < 4 * error and 0 < error < 0.03
+        assert diagnose.agreement(3 * gradients, scalar)[0] == pytest.approx(found)
+    assert diagnose.agreement(misled, scalar)[0] < 0.1 < diagnose.agreement(helped, scalar)[0]
+    assert np.isnan(diagnose.agreement(np.zeros((4, 5)), np.ones((4, 5)))).all()
 
 
 def test_shares_of_variance_by_hand():

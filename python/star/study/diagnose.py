@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,22 +44,48 @@ PICTURES = 32  # of each category, for the concentration of the maps
 # --- signal to noise ------------------------------------------------------------------------------------------------
 
 
+def jackknife(statistic: Callable[[np.ndarray], float], n: int) -> float:
+    """Standard error of a statistic of n batches, from its values with one of them left out; it takes an (n,) mask."""
+    left_out = np.array([statistic(np.arange(n) != i) for i in range(n)])
+    return float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
+
+
+def across(gram: np.ndarray, chosen: np.ndarray) -> float:
+    """Mean inner product over pairs of different batches, unbiased for that of the means."""
+    part, m = gram[np.ix_(chosen, chosen)], chosen.sum()
+    return (part.sum() - np.trace(part)) / (m * (m - 1))
+
+
 def signal_to_noise(gradients: np.ndarray) -> tuple[float, float, float]:
     """Of (n, D) gradients of disjoint batches: |mean|^2 over the trace of the covariance, its jackknife standard error,
-    and the root mean square norm. The squared mean is unbiased: it is taken over pairs of different batches."""
+    and the root mean square norm."""
     n = len(gradients)
     wide = gradients.astype(np.float64)
     gram = wide @ wide.T
 
     def ratio(chosen: np.ndarray) -> float:
-        part, m = gram[np.ix_(chosen, chosen)], chosen.sum()
-        signal = (part.sum() - np.trace(part)) / (m * (m - 1))
-        noise = np.trace(part) / m - signal
+        signal = across(gram, chosen)
+        noise = np.trace(gram[np.ix_(chosen, chosen)]) / chosen.sum() - signal
         return signal / noise if noise > 0 else np.nan
 
-    left_out = np.array([ratio(np.arange(n) != i) for i in range(n)])
-    error = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
-    return ratio(np.ones(n, bool)), float(error), float(np.sqrt(np.trace(gram) / n))
+    return ratio(np.ones(n, bool)), jackknife(ratio, n), float(np.sqrt(np.trace(gram) / n))
+
+
+def agreement(gradients: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """Cosine of (n, D) gradients with `others` of other batches, and its jackknife standard error.
+
+    With the scalar arm's as others: how much of a step goes where the reward rises, whatever else it has a signal of.
+    """
+    n = len(gradients)
+    gram = gradients.astype(np.float64) @ others.astype(np.float64).T
+    lengths = [np.sqrt(np.square(g.astype(np.float64)).sum(1).mean()) for g in (gradients, others)]
+    if 0 in lengths:
+        return np.nan, np.nan
+
+    def cosine(chosen: np.ndarray) -> float:
+        return across(gram, chosen) / (lengths[0] * lengths[1])
+
+    return cosine(np.ones(n, bool)), jackknife(cosine, n)
 
 
 def gradients(
@@ -235,7 +262,13 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         "sigmas": rollout.steps.sigmas.tolist()[:steps],
         "object_area": area,
         "gradients": {
-            name: dict(zip(("snr", "standard_error", "norm"), map(_finite, signal_to_noise(np.stack(g))), strict=True))
+            name: dict(
+                zip(
+                    ("snr", "standard_error", "norm", "agreement", "agreement_error"),
+                    map(_finite, (*signal_to_noise(np.stack(g)), *agreement(np.stack(g), np.stack(found["all"])))),
+                    strict=True,
+                )
+            )
             for name, g in found.items()
         },
         "variance": {c: variance_shares(pictures[c], np.array(groups[c])) for c in pictures},
@@ -252,6 +285,7 @@ def tables(measured: dict) -> list[Table]:
         [
             name,
             f"{number(g['snr'], 4)} ± {number(g['standard_error'], 4)}",
+            f"{number(g['agreement'], 4)} ± {number(g['agreement_error'], 4)}",
             number(g["norm"] / norm if norm else None, 3),
         ]
         for name, g in measured["gradients"].items()
@@ -259,7 +293,7 @@ def tables(measured: dict) -> list[Table]:
     signal = Table(
         "signal to noise of the first update's gradient: all positions, inside the objects, outside, inside another "
         "picture's objects; then of each arm's weights",
-        ["weights", "SNR ± standard error", "norm over that of all"],
+        ["weights", "SNR ± standard error", "cosine with another batch's scalar gradient", "norm over that of all"],
         rows,
     )
     kinds = ["object 1", "object 2", "relation", "background", "unasked objects"]

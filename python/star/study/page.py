@@ -195,7 +195,16 @@ def notes(results: Results) -> list[str]:
         "sure of itself; no correction is made for the number of comparisons. Seconds are of runs side by side.",
     ]
     if results.missing:
-        texts.append(f"Not finished and left out: {', '.join(results.missing)}.")
+        absent = {}
+        for name in results.missing:
+            arm, _, seed = name.rpartition("-")
+            absent.setdefault(arm, []).append(seed)
+        some = [f"{arm} {' '.join(found)}" for arm, found in absent.items() if arm in results.arms]
+        whole = [arm for arm in absent if arm not in results.arms]
+        if some:
+            texts.append(f"Not finished and left out, by seed: {', '.join(some)}.")
+        if whole:
+            texts.append(f"Not finished with any seed: {', '.join(whole)}.")
     return texts
 
 
