@@ -85,6 +85,9 @@ def shapes() -> Study:
             # Ratios per place are sqrt(18 * 18) times noisier than those of a picture, and so is their clip range.
             "attention_location": _allocation("attention") | {"loss": {"ratio": "location", "clip_range": 0.036}},
             "attention_sample": _allocation("attention") | {"loss": {"ratio": "sample"}},
+            # The verifier says what each place earned: a good object is not blamed for a bad one.
+            "uniform_credit": _allocation("uniform") | {"loss": {"advantage": "location"}},
+            "attention_credit": _allocation("attention") | {"loss": {"advantage": "location"}},
         },
     )
 
