@@ -98,7 +98,7 @@ def attention_maps(
     """With the attention's log-sum-exp, equal heads, the tokens' weights, every slot used. size: of an element."""
     columns = concepts * slots
     cut = maps_code.tiling(batch, heads, queries, columns, processors)
-    block_d = maps_code.block_width(width, size, "tf32x3" if size == 4 else "ieee")
+    block_d = maps_code.block_width(width, size, maps_code.dot_precision(size))
     products = cut.tiles * maps_code.BLOCK_N * cut.column_blocks * maps_code.block_columns(columns)
     rows = batch * heads * queries
     result = 4 * batch * concepts * queries

@@ -34,6 +34,7 @@ ALIGNED = {
     *("query", "key", "index", "weight", "lse", "head_weight", "partial", "maps"),
     *("query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "queries", "elements"),
 }
+SIZES = {"bf16": 2, "fp32": 4}  # bytes of an element
 # kernel, type of query and key, channels of a head, columns: what SD3 (64) and FLUX (128) launch
 CASES = (
     (kernels.maps_kernel, "bf16", 64, 16),
@@ -51,7 +52,7 @@ CASES = (
 def source(kernel, dtype: str, precision: str, width: int, columns: int) -> ASTSource:
     """What a launch on contiguous heads would compile: unit strides constant, other addresses divisible by 16."""
     constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": kernels.BLOCK_N}
-    constants["BLOCK_D"] = kernels.block_width(width, 4 if dtype == "fp32" else 2, precision)
+    constants["BLOCK_D"] = kernels.block_width(width, SIZES[dtype], precision)
     if kernel is kernels.maps_kernel:
         constants |= {"lse_n": 1, "LOG2": kernels.LOG2_E, "BLOCK_C": kernels.block_columns(columns)}
         constants |= {"HEADS_PER_GROUP": 3, "HEAD_GROUPS": 8, "head_weight": None}
@@ -98,9 +99,8 @@ def builds() -> Iterator[dict]:
     """Every case on every target. matrix, vectors: instructions of the matrix units, global accesses of 16 bytes."""
     for name, target in TARGETS.items():
         for kernel, dtype, width, columns in CASES:
-            single = dtype == "fp32"
-            precision = "tf32x3" if single and target.backend == "cuda" else "ieee"
-            warps = kernels.warps(4 if single else 2) if width else 1
+            precision = kernels.dot_precision(SIZES[dtype], hip=target.backend == "hip")
+            warps = kernels.warps(SIZES[dtype]) if width else 1
             compiled = triton.compile(
                 source(kernel, dtype, precision, width, columns), target=target, options={"num_warps": warps}
             )

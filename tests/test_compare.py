@@ -22,7 +22,7 @@ from star.objective import STRATEGIES
 from star.rollout import decode
 from star.shapes import scenes
 from star.shapes.verifier import verify
-from star.study import diagnose, page, runs, spec, statistics
+from star.study import diagnose, document, page, runs, spec, statistics
 from star.study.results import METRICS, Results
 from star.train import Trainer
 
@@ -350,11 +350,11 @@ def test_the_page_stands_alone_and_says_what_is_missing(tmp_path):
 
 
 def test_a_document_without_marks_is_left_alone(tmp_path):
-    document = tmp_path / "evidence.md"
-    document.write_text("# Evidence\n")
+    path = tmp_path / "evidence.md"
+    path.write_text("# Evidence\n")
     with pytest.raises(ConfigError, match=r"document: .* has no marks '<!-- results of shapes -->'"):
-        page.insert(document, "results of shapes", "text")
-    assert document.read_text() == "# Evidence\n"
+        document.insert(path, "results of shapes", "text")
+    assert path.read_text() == "# Evidence\n"
 
 
 def test_the_documentation_has_a_place_for_the_results_of_every_preset():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from star import config as configuration
 from star.config import ConfigError
-from star.study import runs
+from star.study import document, runs
 from star.study import spec as specification
 from star.study.spec import Study
 
@@ -82,12 +82,10 @@ def prepare(study: Study, out: Path) -> None:
 
 def compare(options: Compare) -> str | None:
     """Run a study and write its report. Returns the report's Markdown, or None after a SIGTERM."""
-    from star.study import diagnose, page, results  # matplotlib, scipy and diffusers are slow to import
-
     study, out = study_of(options), options.out
     if options.document is not None:
         for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
-            page.surroundings(options.document, f"{kind} of {out.name}")
+            document.surroundings(options.document, f"{kind} of {out.name}")
     if options.train:
         seeds = study.seeds
         prepare(study, out)
@@ -95,14 +93,16 @@ def compare(options: Compare) -> str | None:
         wanted = [study.config(arm, seed, out) for seed in seeds for arm in options.arms or study.arms]
         if not runs.execute(wanted, options.jobs or len(os.sched_getaffinity(0))):
             return None
+    from star.study import diagnose, page, results  # matplotlib, scipy and diffusers are slow to import
+
     found = results.load(study, out)
     results.write(found, out / "results.jsonl")
     text = page.write(study, found, out)
     if options.document is not None:
-        page.insert(options.document, f"results of {out.name}", text)
+        document.insert(options.document, f"results of {out.name}", text)
     if options.diagnose:
         measured = diagnose.diagnose(study, out)
         text += "\n" + measured
         if options.document is not None:
-            page.insert(options.document, f"diagnosis of {out.name}", measured)
+            document.insert(options.document, f"diagnosis of {out.name}", measured)
     return text

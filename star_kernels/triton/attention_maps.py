@@ -183,9 +183,9 @@ def block_columns(columns: int) -> int:
     return min(MOST_COLUMNS, max(16, triton.next_power_of_2(columns)))
 
 
-def dot_precision(query: Tensor) -> str:
+def dot_precision(element_size: int, hip: bool = torch.version.hip is not None) -> str:
     """How tl.dot treats float32: one rounding to tf32 would lose what the maps need."""
-    return "ieee" if torch.version.hip or query.dtype != torch.float32 else "tf32x3"
+    return "tf32x3" if element_size == 4 and not hip else "ieee"
 
 
 class Tiling(NamedTuple):
@@ -249,7 +249,8 @@ def launch(
     cut = tiling(batch, heads, queries, columns, processors(query.device))
     if groups_of_heads:
         cut = cut._replace(head_groups=groups_of_heads)
-    size, precision = query.element_size(), dot_precision(query)
+    size = query.element_size()
+    precision = dot_precision(size)
     shared = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": BLOCK_N}
     shared |= {"PRECISION": precision, "num_warps": warps(size)}
 

@@ -248,6 +248,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     area = float(np.mean(found.pop("area")))
     names = ("auc", "mass_over_area")
     trainer.worker.close()
+    stacked = {name: np.stack(g) for name, g in found.items()}
     maps = {"untrained": concentration(load_pipeline(config.model.path), config)}
     for arm, own in arms.items():
         adapter = own.run.out / "lora"
@@ -265,11 +266,11 @@ def measure(study: Study, out: Path, batches: int) -> dict:
             name: dict(
                 zip(
                     ("snr", "standard_error", "norm", "agreement", "agreement_error"),
-                    map(_finite, (*signal_to_noise(np.stack(g)), *agreement(np.stack(g), np.stack(found["all"])))),
+                    map(_finite, (*signal_to_noise(g), *agreement(g, stacked["all"]))),
                     strict=True,
                 )
             )
-            for name, g in found.items()
+            for name, g in stacked.items()
         },
         "variance": {c: variance_shares(pictures[c], np.array(groups[c])) for c in pictures},
         "localisation": [dict(zip(names, np.mean(look, 0).tolist(), strict=True)) if look else {} for look in looks],

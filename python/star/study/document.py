@@ -1,0 +1,27 @@
+"""Places in a Markdown document that the tool fills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from star import files
+from star.config import ConfigError
+
+
+def surroundings(document: Path, name: str) -> tuple[str, str]:
+    """What is before and after the place between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a document.
+
+    Raises ConfigError if it has no such marks.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = document.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ConfigError(f"document: {document} has no marks {begin!r} and {end!r}")
+    return before + begin, end + after
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Put a text between a document's marks; see `surroundings`."""
+    before, after = surroundings(document, name)
+    files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")
