@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from setuptools import setup
@@ -22,8 +23,20 @@ BUILD = os.environ.get("STAR_BUILD", "cpu")
 if BUILD not in ("cpu", "none"):
     sys.exit(f"STAR_BUILD: got {BUILD!r}, expected 'cpu' or 'none'")
 
-# What is asked of libtorch's stable ABI: a torch that is older lacks it, every later one has it.
-TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"
+
+
+def oldest_torch():
+    """The build runs beside this torch and every later one: 2.13, or what is installed if that is older."""
+    try:
+        installed = tuple(map(int, version("torch").split(".")[:2]))
+    except PackageNotFoundError:
+        return 2, 13
+    return min(installed, (2, 13))
+
+
+TORCH = oldest_torch()
+# What is asked of libtorch's stable ABI.
+TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"
 # No contraction into fused multiply-adds: the mean of a step must have the bits that gaussian_step stored, or the
 # on-policy ratio would not be exactly 1. It costs nothing in loops that wait for memory.
 FLAGS = [
@@ -160,7 +173,10 @@ def extension_arguments():
             module, source = folder / "cuda_module.o", ROOT / "csrc" / "cuda" / "module.cpp"
             tell = [f"-DSTAR_CUDA_ARCHITECTURES='\"{' '.join(wanted)}\"'", f"-I{home}/include"]
             builds.append((module, source, [compiler, "-O1", "-fPIC", *tell, *includes, "-c", source, "-o", module]))
-            libraries = [f"-L{cpp_extension.library_paths()[0]}", "-ltorch_cpu", f"-L{home}/lib64", "-lcudart_static"]
+            # Before 2.13 the current stream is known to libtorch_cuda alone.
+            torch_libraries = ["-ltorch_cpu"] if TORCH >= (2, 13) else ["-ltorch_cpu", "-ltorch_cuda"]
+            libraries = [f"-L{cpp_extension.library_paths()[0]}", *torch_libraries]
+            libraries += [f"-L{home}/lib64", "-lcudart_static"]
             objects = [target for target, _, _ in builds]
             link = [compiler, "-shared", *objects, "-o", library, *libraries, "-lrt", "-ldl", "-lpthread"]
             run_ninja(folder, "cuda.ninja", [*builds, (library, objects, link)])

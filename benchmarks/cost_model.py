@@ -332,7 +332,7 @@ def kernels(model: Model, kind: str, rows: int) -> tuple[list[tuple[int, int]], 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.device("cpu"), torch.enable_grad():
             module, states = block(model, kind).requires_grad_(False), inputs(model, rows, requires_grad=True)
             with Kernels() as forward:
                 out = module(*states)

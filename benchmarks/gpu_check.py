@@ -1,7 +1,8 @@
 """`make gpu-check`: everything that can be shown on this machine's GPU, and one table of promises against measurements.
 
 Needs no network and ends within ten minutes: a step that takes too long is stopped and counts as failed. Without a GPU
-it checks the machine code (see gpu_static.py), says that there is none, and is done.
+it checks the machine code instead (see gpu_static.py), and says that there is none. With the name of a file it also
+writes the table there, as Markdown.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pairs import alternate
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, LIMIT = time.monotonic(), 590.0
@@ -161,37 +165,86 @@ def layer_overhead(shape, pictures: int) -> float:
     return statistics.median(star / plain for plain, star in pairs) - 1
 
 
-def measurements() -> list[Row]:
+def losses() -> Iterator[Row]:
+    """policy_loss and its gradient against Flow-GRPO's formulas, as a trainer calls them: the processor's part too."""
+    from test_loss import SHAPES, both
+
+    for compiled in (False, True):
+        for shape in SHAPES:
+            with torch.device("cuda"):
+                ours, theirs = both(shape, compiled)
+            pair = alternate(*(lambda f=f: (f(), torch.cuda.synchronize()) for f in (ours, theirs)))
+            name = f"policy_loss {shape} against {'compiled' if compiled else 'eager'} Flow-GRPO"
+            told = f"{pair.ratio:.2f} x ({1e6 * pair.first:.0f} against {1e6 * pair.second:.0f} us)"
+            yield Row(name, "faster", told, pair.ratio > 1)
+
+
+def iteration(folder: str) -> Iterator[Row]:
+    """What allocation adds to an iteration of the whole of SD3.5-medium, with random weights."""
+    from test_iteration import arms, medium_trainer
+
+    trainer = medium_trainer(Path(folder), blocks=24, pictures=9, dtype="bfloat16")
+    metrics, peaks = ([], []), []
+
+    def arm(function, seen):
+        seen.append(function())
+        torch.cuda.synchronize()
+
+    functions = [partial(arm, *one) for one in zip(arms(trainer), metrics, strict=True)]
+    for function in functions:
+        function()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        peaks.append(torch.cuda.max_memory_allocated())
+    pair = alternate(*functions, rounds=31)
+    parts = []
+    for part in ("rollout", "update"):
+        scalar, star = (statistics.median(one[f"seconds/{part}"] for one in seen) for seen in metrics)
+        parts.append(f"{part} {1e3 * (star - scalar):+.1f} ms")
+    low, high = pair.quartiles
+    told = f"{pair.ratio - 1:.2%} (quartiles {low - 1:.2%}, {high - 1:.2%}) of {1e3 * pair.first:.0f} ms: "
+    told += ", ".join(parts)
+    yield Row("allocation in an iteration, SD3.5-medium, 512 px, 9", "<= 1.00%", told, pair.ratio <= 1.01)
+    told = f"{peaks[1] / peaks[0] - 1:.2%} of {peaks[0] / 2**30:.1f} GiB"
+    yield Row("its peak of memory", "<= 1.00%", told, peaks[1] <= 1.01 * peaks[0])
+
+
+def launches() -> Iterator[Row]:
+    """The operators and a captured layer at real shapes, against the cost model."""
     import cost_model as model
 
     name = torch.cuda.get_device_name()
     known = {"A100": 0, "H100": 1, "H200": 2, "B200": 3, "4090": 4, "MI300X": 5}
     device = next((model.DEVICES[i] for part, i in known.items() if part in name), None)
-    out = []
+    one = device or model.DEVICES[0]
     with torch.device("cuda"), torch.no_grad():
-        for shape in model.MODELS:
-            for pictures in model.BATCHES:
-                if LIMIT - (time.monotonic() - BEGIN) < 30:
-                    return [*out, Row("benchmarks", "all of them", "no time left", False)]
-                one = device or model.DEVICES[0]
-                for operator, call, launches in operators(shape, pictures, one):
-                    seconds, promise = median(in_a_graph(call)), model.total(launches, one)
-                    label = f"{operator}, {shape.name}, {pictures}"
-                    told = f"{1e6 * seconds:.1f} us"
-                    if device is None:  # no promise was made for it
-                        out.append(Row(label, "-", told, True))
-                    else:
-                        limit = f"<= {ALLOWED:g} x {1e6 * promise:.1f} us"
-                        out.append(Row(label, limit, told, seconds <= ALLOWED * promise))
-                if shape.last_without_text:
-                    added = layer_overhead(shape, pictures)
-                    promise = model.LAYER_GOAL
-                    if device is not None:
-                        promise = max(promise, model.predict_layer(shape, device, pictures).of_eager)
-                    label = f"capture of a layer, {shape.name}, {pictures}"
-                    out.append(Row(label, f"<= {promise:.2%}", f"{added:.2%}", added <= promise))
-                torch.cuda.empty_cache()
-    return out
+        for shape, pictures in product(model.MODELS, model.BATCHES):
+            for operator, call, counted in operators(shape, pictures, one):
+                seconds, promise = median(in_a_graph(call)), model.total(counted, one)
+                label = f"{operator}, {shape.name}, {pictures}"
+                told = f"{1e6 * seconds:.1f} us"
+                if device is None:  # no promise was made for it
+                    yield Row(label, "-", told, True)
+                else:
+                    limit = f"<= {ALLOWED:g} x {1e6 * promise:.1f} us"
+                    yield Row(label, limit, told, seconds <= ALLOWED * promise)
+            if shape.last_without_text:
+                added, promise = layer_overhead(shape, pictures), model.LAYER_GOAL
+                if device is not None:
+                    promise = max(promise, model.predict_layer(shape, device, pictures).of_eager)
+                label = f"capture of a layer, {shape.name}, {pictures}"
+                yield Row(label, f"<= {promise:.2%}", f"{added:.2%}", added <= promise)
+            torch.cuda.empty_cache()
+
+
+def measurements() -> Iterator[Row]:
+    """As far as the time allows."""
+    with tempfile.TemporaryDirectory() as folder:
+        for row in chain(launches(), losses(), iteration(folder)):
+            yield row
+            if LIMIT - (time.monotonic() - BEGIN) < 60:
+                yield Row("benchmarks", "all of them", "no time left", False)
+                return
 
 
 def show(rows: list[Row]) -> None:
@@ -203,16 +256,28 @@ def show(rows: list[Row]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(one, widths, strict=True)).rstrip())
 
 
+def markdown(rows: list[Row]) -> str:
+    import triton
+
+    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    versions = subprocess.run(driver, capture_output=True, text=True).stdout.split()[:1]
+    versions = ["driver", *versions, "torch", torch.__version__, "Triton", triton.__version__]
+    lines = [f"{torch.cuda.get_device_name()}, {' '.join(versions)}.", ""]
+    lines += ["| promise or step | promised | measured | |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row[:3])} | {'pass' if row.passed else '**FAIL**'} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
-    seconds = 240 if torch.cuda.is_available() else LIMIT
-    rows = [step("machine code", [sys.executable, "benchmarks/gpu_static.py", "--check"], seconds)]
     if not torch.cuda.is_available():
-        show(rows)
+        row = step("machine code", [sys.executable, "benchmarks/gpu_static.py", "--check"], LIMIT)
+        show([row])
         print("\nThere is no GPU here (torch.cuda.is_available() is False): nothing else was run.")
-        return 0 if rows[0].passed else 1
+        return 0 if row.passed else 1
     from star_kernels import implementations
 
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}, {torch.cuda.device_count()} GPU(s)")
+    rows = []
     for operator, wanted in (
         *((name, "native") for name in ("allocate", "gaussian_step", "policy_loss")),
         ("attention_maps", "triton"),
@@ -228,10 +293,14 @@ def main() -> int:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", 9, *checked]
         rows.append(step("compute-sanitizer", command, 90, TRITON_INTERPRET="0"))
     try:
-        rows += measurements()
+        for row in measurements():
+            rows.append(row)
+            print(f"{row.name}: {row.measured}", flush=True)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         rows.append(Row("benchmarks", "run", str(error).splitlines()[0], False))
     show(rows)
+    if sys.argv[1:]:
+        Path(sys.argv[1]).write_text(markdown(rows))
     return 0 if all(row.passed for row in rows) else 1
 
 

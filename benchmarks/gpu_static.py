@@ -22,7 +22,8 @@ TEXT = """# On GPUs
 
 Written by `python benchmarks/gpu_static.py`. **Nothing on this page was measured on a GPU.** The first two tables are
 read from machine code that was compiled for GPUs that were not there; the last one is predicted. On a machine with a
-GPU `make gpu-check` runs every test and benchmark on it and prints the predictions beside what it measures.
+GPU `make gpu-check` runs every test and benchmark on it and prints the predictions beside what it measures; what it
+measured on an H200 is in [docs/gpu-measured.md](gpu-measured.md).
 
 ## Triton kernels
 

@@ -6,7 +6,7 @@ HEADS, WIDTH = 24, 64  # attention heads and channels of a head
 
 
 def medium_transformer(blocks: int) -> SD3Transformer2DModel:
-    """The first two blocks with dual attention."""
+    """The first 13 blocks with dual attention."""
     return SD3Transformer2DModel(
         sample_size=128,
         num_layers=blocks,
@@ -16,6 +16,6 @@ def medium_transformer(blocks: int) -> SD3Transformer2DModel:
         caption_projection_dim=HEADS * WIDTH,
         pooled_projection_dim=2048,
         pos_embed_max_size=384,
-        dual_attention_layers=(0, 1),
+        dual_attention_layers=tuple(range(min(blocks, 13))),
         qk_norm="rms_norm",
     )

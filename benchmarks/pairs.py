@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """Median seconds of one call of each, and the median over the rounds of second / first."""
+    """Median seconds of one call of each, and over the rounds of second / first the median and the quartiles."""
 
     first: float
     second: float
     ratio: float
+    quartiles: tuple[float, float]
 
 
 def seconds(function: Callable[[], object], calls: int) -> float:
@@ -33,4 +34,5 @@ def alternate(
         for which in (0, 1) if number % 2 else (1, 0):
             times[which].append(seconds((first, second)[which], calls[which]))
     ratios = [b / a for a, b in zip(*times, strict=True)]
-    return Pair(statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Pair(statistics.median(times[0]), statistics.median(times[1]), middle, (low, high))

@@ -25,8 +25,8 @@ def shapes_trainer(out, strategy: str = "attention") -> Trainer:
     )
 
 
-def medium_pipeline() -> StableDiffusion3Pipeline:
-    """Two blocks of SD3.5-medium's width in a whole pipeline: 77 + 128 text tokens from three small encoders."""
+def medium_pipeline(blocks: int) -> StableDiffusion3Pipeline:
+    """Blocks of SD3.5-medium's width in a whole pipeline: 77 + 128 text tokens from three small encoders."""
     torch.manual_seed(0)
     words = load_pipeline().tokenizer
     words.model_max_length = 77
@@ -47,7 +47,7 @@ def medium_pipeline() -> StableDiffusion3Pipeline:
         for width in (768, 1280)
     ]
     t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=4096, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
-    transformer = medium_transformer(2)
+    transformer = medium_transformer(blocks)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -66,22 +66,30 @@ def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
 
-def medium_trainer(out, strategy: str = "attention") -> Trainer:
+def medium_trainer(
+    out, strategy: str = "attention", blocks: int = 2, pictures: int = 2, dtype: str = "float32"
+) -> Trainer:
     """A whole iteration at 512 px: half of its steps are captured and none is guided, the worst case for allocation."""
-    medium_pipeline().save_pretrained(out / "model")
+    # Drawing the weights of a whole model takes a CPU long.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipeline = medium_pipeline(blocks)
+    pipeline.to(getattr(torch, dtype)).save_pretrained(out / "model")
     config = configuration.update(
         configuration.Config(),
         {
-            "model": {"path": str(out / "model"), "gradient_checkpointing": True},
+            "model": {"path": str(out / "model"), "gradient_checkpointing": True, "frozen_dtype": dtype},
             "sampling": {
                 "steps": 2,
                 "trained_steps": [0],
                 "guidance_scale": 1.0,
                 "prompts_per_iteration": 1,
-                "images_per_prompt": 2,
+                "images_per_prompt": pictures,
             },
             "allocation": {"strategy": strategy},
-            "optimisation": {"updates_per_iteration": 1},
+            "optimisation": {
+                "updates_per_iteration": 1,
+                "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[dtype],
+            },
             "run": {"out": str(out / "run"), "reward": "test_iteration:brightness", "pictures": False},
         },
     )

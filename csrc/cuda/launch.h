@@ -41,12 +41,20 @@ inline void check_launch() {}
 
 #else
 
+inline cudaStream_t current_stream(int32_t device) {
+#if TORCH_TARGET_VERSION >= 0x020d000000000000
+  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+#else  // From libtorch_cuda: what is built beside an older torch does not import beside one without CUDA.
+  void* handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+  return static_cast<cudaStream_t>(handle);
+#endif
+}
+
 // Makes the tensor's device current, until the end of the scope, and has its current stream.
 struct CurrentStream {
   explicit CurrentStream(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        handle(static_cast<cudaStream_t>(
-            torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle())) {}
+      : guard(tensor.get_device_index()), handle(current_stream(tensor.get_device_index())) {}
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t handle;
 };

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -47,9 +48,11 @@ build {library}: link {" ".join(map(str, objects))}
 """
     for name, target in zip(OPERATORS, objects, strict=True):
         text += f"build {target}: compile {ROOT / 'csrc' / 'cuda' / name}.cu\n"
-    (folder / "build.ninja").write_text(text)
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    result = subprocess.run([ninja, "-C", folder], capture_output=True, text=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist: every worker asks for it
+        (folder / "build.ninja").write_text(text)
+        result = subprocess.run([ninja, "-C", folder], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{result.stdout}{result.stderr}")
     return library
