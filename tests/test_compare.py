@@ -19,10 +19,12 @@ from star import config as configuration
 from star.cli import main
 from star.config import ConfigError
 from star.objective import STRATEGIES
+from star.rewards.shapes import shapes_reward
 from star.rollout import decode
 from star.shapes import scenes
 from star.shapes.verifier import verify
 from star.study import diagnose, document, page, runs, spec, statistics
+from star.study.noise import noise_reward
 from star.study.results import METRICS, Results
 from star.train import Trainer
 
@@ -49,7 +51,7 @@ def test_presets_are_whole_and_their_arms_differ_in_nothing_but_what_they_say(na
     configs = {arm: configuration.to_dict(found.config(arm, 3, tmp_path)) for arm in found.arms}
     for arm, config in configs.items():
         assert config["run"].pop("out") == str(tmp_path / "runs" / f"{arm}-3") and config["run"]["seed"] == 3
-        del config["allocation"], config["loss"]
+        del config["allocation"], config["loss"], config["optimisation"]["learning_rate"]
     assert all(config == configs["uniform"] for config in configs.values())
     assert len({str(changes) for changes in found.arms.values()}) == len(found.arms)
 
@@ -61,6 +63,18 @@ def test_the_shapes_study_has_every_strategy_with_five_seeds():
     assert {changes.get("loss", {}).get("ratio", "token") for changes in found.arms.values()} == {
         *("token", "location", "sample")
     }
+
+
+def test_the_noise_reward_knows_nothing_of_the_picture_but_its_masks():
+    prompts, metadata = ["a red circle"] * 64, [{}] * 64
+    images = torch.rand(64, 3, 36, 36)
+    scores, plain = noise_reward(images, prompts, metadata), shapes_reward(images, prompts, metadata)
+    assert torch.equal(scores.masks, plain.masks)
+    assert torch.equal(scores.reward, noise_reward(images, prompts, metadata).reward)
+    assert 0 <= scores.reward.min() and scores.reward.max() <= 1
+    assert scores.reward.mean() == pytest.approx(0.5, abs=0.15) and scores.reward.std() == pytest.approx(0.29, abs=0.08)
+    # Equally good pictures, and one that is next to nothing brighter.
+    assert (noise_reward(images * (1 + 1e-6), prompts, metadata).reward - scores.reward).abs().max() > 0.2
 
 
 def test_global_prompts_name_a_background_and_nothing_else():
@@ -359,9 +373,9 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
 
 def test_the_documentation_has_a_place_for_the_results_of_every_preset():
     text = (Path(__file__).parents[1] / "docs/evidence.md").read_text()
-    for name in spec.PRESETS:
-        for what in ("results", "diagnosis"):
-            assert text.index(f"<!-- {what} of {name} -->") < text.index(f"<!-- end of {what} of {name} -->")
+    places = [f"results of {name}" for name in spec.PRESETS] + ["diagnosis of shapes", "diagnosis of global"]
+    for place in places:
+        assert text.index(f"<!-- {place} -->") < text.index(f"<!-- end of {place} -->")
 
 
 # --- diagnosis --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
     preset: str = "shapes"
-    """A study: "shapes", or "global" with prompts of one global attribute."""
+    """A study: "shapes", "global" with prompts of one global attribute, or "noise" with rewards that are noise."""
     spec: Path | None = None
     """A YAML file over the preset; `arms` or `changes` in it replace the preset's."""
     out: Path = Path("runs/study")

@@ -64,6 +64,7 @@ def _allocation(strategy: str, **options: Any) -> dict[str, Any]:
 
 def shapes() -> Study:
     """The embedded world. The first five arms decide the question; the others say which choice matters."""
+    half_rate = {"optimisation": {"learning_rate": 1.75e-5}}
     return Study(
         changes={
             # Checkpoints and scores at the same iterations; the norm of the updates is measured, not changed. The
@@ -88,6 +89,11 @@ def shapes() -> Study:
             # The verifier says what each place earned: a good object is not blamed for a bad one.
             "uniform_credit": _allocation("uniform") | {"loss": {"advantage": "location"}},
             "attention_credit": _allocation("attention") | {"loss": {"advantage": "location"}},
+            # The scalar arm's best learning rate need not be the others'.
+            "uniform_half_rate": _allocation("uniform") | half_rate,
+            "attention_half_rate": _allocation("attention") | half_rate,
+            "attention_mix_1_half_rate": _allocation("attention", mix=1.0) | half_rate,
+            "oracle_half_rate": _allocation("oracle") | half_rate,
         },
     )
 
@@ -103,7 +109,18 @@ def global_attribute() -> Study:
     return study
 
 
-PRESETS = {"shapes": shapes, "global": global_attribute}
+def noise() -> Study:
+    """Rewards that are noise: there is nothing to learn, and the scores fall by the harm that each arm's steps do."""
+    study = shapes()
+    study.changes["run"] |= {"reward": "star.study.noise:noise_reward"}
+    study.changes["optimisation"] |= {"iterations": 120}
+    names = ("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
+    study.arms = {name: study.arms[name] for name in names}
+    study.baselines = ("uniform",)
+    return study
+
+
+PRESETS = {"shapes": shapes, "global": global_attribute, "noise": noise}
 
 
 def preset(name: str) -> Study:
