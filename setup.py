@@ -24,7 +24,6 @@ if BUILD not in ("cpu", "none"):
     sys.exit(f"STAR_BUILD: got {BUILD!r}, expected 'cpu' or 'none'")
 
 
-
 def oldest_torch():
     """The build runs beside this torch and every later one: 2.13, or what is installed if that is older."""
     try:

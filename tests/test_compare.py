@@ -71,7 +71,7 @@ def test_the_noise_reward_knows_nothing_of_the_picture_but_its_masks():
     scores, plain = noise_reward(images, prompts, metadata), shapes_reward(images, prompts, metadata)
     assert torch.equal(scores.masks, plain.masks)
     assert torch.equal(scores.reward, noise_reward(images, prompts, metadata).reward)
-    assert 0 <= scores.reward.min() and scores.reward.max() <= 1
+    assert scores.reward.min() >= 0 and scores.reward.max() <= 1
     assert scores.reward.mean() == pytest.approx(0.5, abs=0.15) and scores.reward.std() == pytest.approx(0.29, abs=0.08)
     # Equally good pictures, and one that is next to nothing brighter.
     assert (noise_reward(images * (1 + 1e-6), prompts, metadata).reward - scores.reward).abs().max() > 0.2
