@@ -402,12 +402,27 @@ def test_agreement_of_known_gradients():
     helped, misled = scalar + signal, (scalar - signal) + other
     length = (signal @ signal + 500) ** 0.5
     for gradients, along in ((scalar, signal), (helped, 2 * signal), (misled, other)):
-        found, error = diagnose.agreement(gradients, scalar)
+        found = diagnose.compared(gradients, scalar)
         expected = (along @ signal) / length / (along @ along + 500) ** 0.5
-        assert abs(found - expected) < 4 * error and 0 < error < 0.03
-        assert diagnose.agreement(3 * gradients, scalar)[0] == pytest.approx(found)
-    assert diagnose.agreement(misled, scalar)[0] < 0.1 < diagnose.agreement(helped, scalar)[0]
-    assert np.isnan(diagnose.agreement(np.zeros((4, 5)), np.ones((4, 5)))).all()
+        assert abs(found["agreement"] - expected) < 4 * found["agreement_error"]
+        assert 0 < found["agreement_error"] < 0.03
+        assert diagnose.compared(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
+        # Every coordinate has about the same size here: AdamW changes little but the scale.
+        assert found["adamw_agreement"] == pytest.approx(found["agreement"], rel=0.3, abs=0.03)
+    nothing, helped, misled = (diagnose.compared(g, scalar) for g in (scalar, helped, misled))
+    assert nothing["agreement_gain"] == nothing["agreement_gain_error"] == nothing["adamw_agreement_gain"] == 0
+    # A difference is known better than what it is of: both share their batches.
+    assert 0 < helped["agreement_gain_error"] < helped["agreement_error"]
+    assert helped["agreement_gain"] > 4 * helped["agreement_gain_error"] and misled["agreement_gain"] < 0
+    assert diagnose.compared(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
+
+
+def test_adamw_divides_every_coordinate_by_its_own_size():
+    rng = np.random.default_rng(3)
+    gradients = rng.standard_normal((50, 6)) * [1e-6, 1e-3, 1, 10, 1e4, 0]
+    steps = diagnose.adamw_steps(gradients)
+    np.testing.assert_allclose(np.square(steps).mean(0), [1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(np.sign(steps), np.sign(gradients))
 
 
 def test_shares_of_variance_by_hand():

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +30,11 @@ from star.shapes.measure import OBJECT_SHARE, auc
 from star.shapes.scenes import Scene, parse_scene
 from star.shapes.verifier import Verdict, verify
 from star.study.page import Table, number
-from star.study.spec import Study
+from star.study.spec import Study, folder
 from star.train import Trainer
 from star_kernels import allocate, policy_loss
 
-BATCHES = 48
+BATCHES = 96
 COORDINATES = 2**17  # of the gradient, drawn once: both signal and noise are sums over them
 REGIONS = ("all", "inside", "outside", "elsewhere")
 PICTURES = 32  # of each category, for the concentration of the maps
@@ -44,9 +43,9 @@ PICTURES = 32  # of each category, for the concentration of the maps
 # --- signal to noise ------------------------------------------------------------------------------------------------
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], n: int) -> float:
-    """Standard error of a statistic of n batches, from its values with one of them left out; it takes an (n,) mask."""
-    left_out = np.array([statistic(np.arange(n) != i) for i in range(n)])
+def spread(left_out: np.ndarray) -> float:
+    """Jackknife standard error of a statistic of n batches, from its n values with one of them left out."""
+    n = len(left_out)
     return float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
 
 
@@ -68,11 +67,12 @@ def signal_to_noise(gradients: np.ndarray) -> tuple[float, float, float]:
         noise = np.trace(gram[np.ix_(chosen, chosen)]) / chosen.sum() - signal
         return signal / noise if noise > 0 else np.nan
 
-    return ratio(np.ones(n, bool)), jackknife(ratio, n), float(np.sqrt(np.trace(gram) / n))
+    left_out = np.array([ratio(np.arange(n) != i) for i in range(n)])
+    return ratio(np.ones(n, bool)), spread(left_out), float(np.sqrt(np.trace(gram) / n))
 
 
-def agreement(gradients: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Cosine of (n, D) gradients with `others` of other batches, and its jackknife standard error.
+def agreement(gradients: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Cosine of (n, D) gradients with `others` of other batches, unbiased: of all batches, then with each left out.
 
     With the scalar arm's as others: how much of a step goes where the reward rises, whatever else it has a signal of.
     """
@@ -80,12 +80,26 @@ def agreement(gradients: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     gram = gradients.astype(np.float64) @ others.astype(np.float64).T
     lengths = [np.sqrt(np.square(g.astype(np.float64)).sum(1).mean()) for g in (gradients, others)]
     if 0 in lengths:
-        return np.nan, np.nan
+        return np.full(n + 1, np.nan)
+    chosen = [np.ones(n, bool), *(np.arange(n) != i for i in range(n))]
+    return np.array([across(gram, one) for one in chosen]) / (lengths[0] * lengths[1])
 
-    def cosine(chosen: np.ndarray) -> float:
-        return across(gram, chosen) / (lengths[0] * lengths[1])
 
-    return cosine(np.ones(n, bool)), jackknife(cosine, n)
+def adamw_steps(gradients: np.ndarray) -> np.ndarray:
+    """(n, D) gradients with every coordinate divided by its root mean square, as AdamW does in the long run."""
+    scale = np.sqrt(np.square(gradients.astype(np.float64)).mean(0))
+    return gradients / np.where(scale > 0, scale, np.inf)
+
+
+def compared(gradients: np.ndarray, scalar: np.ndarray) -> dict[str, float | None]:
+    """What is told of the (n, D) gradients of some weights, beside those of none."""
+    snr, error, norm = signal_to_noise(gradients)
+    found = {"snr": snr, "standard_error": error, "norm": norm}
+    for name, change in (("agreement", lambda g: g), ("adamw_agreement", adamw_steps)):
+        own, plain = agreement(change(gradients), scalar), agreement(change(scalar), scalar)
+        found |= {name: own[0], f"{name}_error": spread(own[1:])}
+        found |= {f"{name}_gain": own[0] - plain[0], f"{name}_gain_error": spread(own[1:] - plain[1:])}
+    return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
 
 
 def gradients(
@@ -185,10 +199,6 @@ def concentration(pipeline, config: Config) -> dict[str, list[float]]:
     return found
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
@@ -251,8 +261,8 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     stacked = {name: np.stack(g) for name, g in found.items()}
     maps = {"untrained": concentration(load_pipeline(config.model.path), config)}
     for arm, own in arms.items():
-        adapter = own.run.out / "lora"
-        if adapter.is_dir():
+        adapters = (folder(out, arm, seed) / "lora" for seed in study.seeds)
+        if adapter := next(filter(Path.is_dir, adapters), None):
             pipeline = load_pipeline(own.model.path)
             pipeline.load_lora_weights(str(adapter))
             maps[arm] = concentration(pipeline, own)
@@ -262,16 +272,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         "trained_steps": list(config.sampling.trained_steps),
         "sigmas": rollout.steps.sigmas.tolist()[:steps],
         "object_area": area,
-        "gradients": {
-            name: dict(
-                zip(
-                    ("snr", "standard_error", "norm", "agreement", "agreement_error"),
-                    map(_finite, (*signal_to_noise(g), *agreement(g, stacked["all"]))),
-                    strict=True,
-                )
-            )
-            for name, g in stacked.items()
-        },
+        "gradients": {name: compared(g, stacked["all"]) for name, g in stacked.items()},
         "variance": {c: variance_shares(pictures[c], np.array(groups[c])) for c in pictures},
         "localisation": [dict(zip(names, np.mean(look, 0).tolist(), strict=True)) if look else {} for look in looks],
         "concentration": maps,
@@ -282,19 +283,31 @@ def tables(measured: dict) -> list[Table]:
     steps = [f"sigma {sigma:.2f}" for sigma in measured["sigmas"]]
     trained = measured["trained_steps"]
     norm = measured["gradients"]["all"]["norm"]
+
+    def cell(found: dict, name: str, error: str) -> str:
+        return f"{number(found[name], 4)} ± {number(found[error], 4)}"
+
     rows = [
         [
             name,
-            f"{number(g['snr'], 4)} ± {number(g['standard_error'], 4)}",
-            f"{number(g['agreement'], 4)} ± {number(g['agreement_error'], 4)}",
+            cell(g, "snr", "standard_error"),
+            *(
+                cell(g, key, f"{key}_error")
+                for kind in ("agreement", "adamw_agreement")
+                for key in (kind, f"{kind}_gain")
+            ),
             number(g["norm"] / norm if norm else None, 3),
         ]
         for name, g in measured["gradients"].items()
     ]
     signal = Table(
         "signal to noise of the first update's gradient: all positions, inside the objects, outside, inside another "
-        "picture's objects; then of each arm's weights",
-        ["weights", "SNR ± standard error", "cosine with another batch's scalar gradient", "norm over that of all"],
+        "picture's objects; then of each arm's weights. Cosines are with the scalar gradient of other batches, ± is a "
+        "standard error, of differences a paired one",
+        [
+            *("weights", "SNR", "cosine", "less that of all", "cosine of AdamW's step", "less that of all"),
+            "norm over that of all",
+        ],
         rows,
     )
     kinds = ["object 1", "object 2", "relation", "background", "unasked objects"]
