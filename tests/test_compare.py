@@ -24,7 +24,7 @@ from star.rollout import decode
 from star.shapes import scenes
 from star.shapes.verifier import verify
 from star.study import diagnose, document, page, runs, spec, statistics
-from star.study.noise import noise_reward
+from star.study import rewards as study_rewards
 from star.study.results import METRICS, Results
 from star.train import Trainer
 
@@ -51,7 +51,7 @@ def test_presets_are_whole_and_their_arms_differ_in_nothing_but_what_they_say(na
     configs = {arm: configuration.to_dict(found.config(arm, 3, tmp_path)) for arm in found.arms}
     for arm, config in configs.items():
         assert config["run"].pop("out") == str(tmp_path / "runs" / f"{arm}-3") and config["run"]["seed"] == 3
-        del config["allocation"], config["loss"], config["optimisation"]["learning_rate"]
+        del config["allocation"], config["loss"], config["optimisation"]["learning_rate"], config["run"]["reward"]
     assert all(config == configs["uniform"] for config in configs.values())
     assert len({str(changes) for changes in found.arms.values()}) == len(found.arms)
 
@@ -68,13 +68,23 @@ def test_the_shapes_study_has_every_strategy_with_five_seeds():
 def test_the_noise_reward_knows_nothing_of_the_picture_but_its_masks():
     prompts, metadata = ["a red circle"] * 64, [{}] * 64
     images = torch.rand(64, 3, 36, 36)
-    scores, plain = noise_reward(images, prompts, metadata), shapes_reward(images, prompts, metadata)
+    scores, plain = study_rewards.noise(images, prompts, metadata), shapes_reward(images, prompts, metadata)
     assert torch.equal(scores.masks, plain.masks)
-    assert torch.equal(scores.reward, noise_reward(images, prompts, metadata).reward)
+    assert torch.equal(scores.reward, study_rewards.noise(images, prompts, metadata).reward)
     assert scores.reward.min() >= 0 and scores.reward.max() <= 1
     assert scores.reward.mean() == pytest.approx(0.5, abs=0.15) and scores.reward.std() == pytest.approx(0.29, abs=0.08)
     # Equally good pictures, and one that is next to nothing brighter.
-    assert (noise_reward(images * (1 + 1e-6), prompts, metadata).reward - scores.reward).abs().max() > 0.2
+    assert (study_rewards.noise(images * (1 + 1e-6), prompts, metadata).reward - scores.reward).abs().max() > 0.2
+
+
+def test_every_object_is_in_the_masks_and_the_reward_is_the_worlds():
+    picture, _ = scenes.render(scenes.parse_scene("a red circle left of a blue square"), random.Random(0))
+    images = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    prompts, metadata = ["a red circle"], [{}]
+    scores, plain = study_rewards.every_object(images, prompts, metadata), shapes_reward(images, prompts, metadata)
+    assert torch.equal(scores.reward, plain.reward) and plain.reward < 1  # the square costs something
+    both = shapes_reward(images, ["a red circle left of a blue square"], metadata)
+    assert torch.equal(scores.masks, both.masks) and both.masks.sum() > 1.5 * plain.masks.sum()
 
 
 def test_global_prompts_name_a_background_and_nothing_else():

@@ -24,6 +24,7 @@ from star.config import Config
 from star.objective import another, captured_steps
 from star.pipeline import load_pipeline
 from star.prompts import draw_prompts
+from star.rewards import load as load_reward
 from star.rollout import Rollout, decode
 from star.shapes import scenes
 from star.shapes.measure import OBJECT_SHARE, auc
@@ -206,7 +207,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     """Everything as plain numbers."""
     arms = {arm: study.config(arm, study.seeds[0], out) for arm in study.arms}
     # The ratios differ by their clipping alone, which begins with the second update: the first has one gradient.
-    distinct = {str(config.allocation): arm for arm, config in reversed(arms.items())}
+    distinct = {f"{config.allocation} {config.run.reward}": arm for arm, config in reversed(arms.items())}
     config = arms[study.baselines[0]]
     config = dataclasses.replace(
         config,
@@ -214,6 +215,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         run=dataclasses.replace(config.run, out=out / "diagnosis", overwrite=True),
     )
     trainer = Trainer(config)
+    judges = {own.run.reward: load_reward(own.run.reward) for own in arms.values()}
     steps = config.sampling.steps
     size = sum(p.numel() for p in trainer.policy.parameters.values())
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
@@ -225,13 +227,15 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         generator = torch.Generator().manual_seed(i)
         rollout = trainer.rollout([prompt.text for prompt in prompts], generator, captured=range(steps))
         wanted = [parse_scene(prompts[g].text) for g in rollout.groups.tolist()]
-        images = decode(trainer.pipeline, rollout.latents).permute(0, 2, 3, 1).cpu().numpy()
-        verdicts = [verify(image, scene) for image, scene in zip(images, wanted, strict=True)]
+        images = decode(trainer.pipeline, rollout.latents)
+        texts = [prompts[g].text for g in rollout.groups.tolist()]
+        masks = {name: judge(images, texts, [{}] * len(texts)).masks for name, judge in judges.items()}
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        verdicts = [verify(image, scene) for image, scene in zip(pixels, wanted, strict=True)]
         rewards = torch.tensor([verdict.soft for verdict in verdicts])
         advantages = group_advantages(
             rewards, rollout.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
         ).float()
-        masks = torch.stack([torch.from_numpy(verdict.masks.any(0)).float() for verdict in verdicts])
 
         for look, more in zip(looks, localisation(rollout.maps, verdicts, rollout.grid), strict=True):
             look += more
@@ -240,7 +244,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
                 pictures[category].append(components(verdict, scene))
                 groups[category].append(i * len(prompts) + group)
 
-        inside = F.adaptive_avg_pool2d(masks[:, None], rollout.grid)[:, 0] > OBJECT_SHARE
+        inside = F.adaptive_avg_pool2d(masks[config.run.reward][:, None], rollout.grid)[:, 0] > OBJECT_SHARE
         patch = trainer.pipeline.transformer.config.patch_size
         inside = inside.float().repeat_interleave(patch, 1).repeat_interleave(patch, 2)
         elsewhere = inside[another(rollout.groups, len(inside), generator)]
@@ -251,7 +255,8 @@ def measure(study: Study, out: Path, batches: int) -> dict:
             "outside": (1 - inside).expand(count, *inside.shape),
             "elsewhere": elsewhere.expand(count, *inside.shape),
         }
-        fields |= {arm: arm_weights(trainer, arms[arm], rollout, masks, i) for arm in reversed(distinct.values())}
+        for arm in reversed(distinct.values()):
+            fields[arm] = arm_weights(trainer, arms[arm], rollout, masks[arms[arm].run.reward], i)
         found["area"].append(float(inside.mean()))
         for name, gradient in gradients(trainer, rollout, advantages, fields, chosen).items():
             found[name].append(gradient)

@@ -89,6 +89,8 @@ def shapes() -> Study:
             # The verifier says what each place earned: a good object is not blamed for a bad one.
             "uniform_credit": _allocation("uniform") | {"loss": {"advantage": "location"}},
             "attention_credit": _allocation("attention") | {"loss": {"advantage": "location"}},
+            # The others are blind for an object that nobody asked for, though it costs reward.
+            "oracle_every_object": _allocation("oracle") | {"run": {"reward": "star.study.rewards:every_object"}},
             # The scalar arm's best learning rate need not be the others'.
             "uniform_half_rate": _allocation("uniform") | half_rate,
             "attention_half_rate": _allocation("attention") | half_rate,
@@ -112,7 +114,7 @@ def global_attribute() -> Study:
 def noise() -> Study:
     """Rewards that are noise: there is nothing to learn, and the scores fall by the harm that each arm's steps do."""
     study = shapes()
-    study.changes["run"] |= {"reward": "star.study.noise:noise_reward"}
+    study.changes["run"] |= {"reward": "star.study.rewards:noise"}
     study.changes["optimisation"] |= {"iterations": 120}
     names = ("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
     study.arms = {name: study.arms[name] for name in names}
