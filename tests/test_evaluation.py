@@ -1,5 +1,6 @@
 """`star eval` on prompt files, and the model card of what a run exports."""
 
+import importlib.metadata
 import json
 import math
 import re
@@ -237,3 +238,11 @@ def test_a_card_names_the_hubs_base_model_and_every_reward(tmp_path):
     compile(code, "card", "exec")
     assert "from_pretrained('stabilityai/stable-diffusion-3.5-medium')" in code and "guidance_scale=4.5" in code
     assert rewards.parse(config.run.reward) == {"ocr": 1.0, "pickscore": 0.5}
+
+
+def test_a_checkout_that_is_not_installed_writes_its_card_too(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "learning by star-kernels: " in card.write(tmp_path, configuration.Config(), {"iterations": 3}).read_text()

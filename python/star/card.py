@@ -36,7 +36,10 @@ def _text(folder: Path, config: Config, summary: dict, adapter: bool) -> str:
     kind = f"LoRA adapter of rank {model.lora_rank}" if adapter else "Fine-tuned model"
     weights = parse(config.run.reward)
     rewards = ", ".join(f"`{name}`" if len(weights) == 1 else f"{w:g} `{name}`" for name, w in weights.items())
-    version = importlib.metadata.version("star-kernels")
+    try:
+        version = f" {importlib.metadata.version('star-kernels')}"
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        version = ""
     rows = [
         ("Base model", f"`{model.path}`"),
         ("Reward", rewards),
@@ -62,7 +65,7 @@ def _text(folder: Path, config: Config, summary: dict, adapter: bool) -> str:
     settings = yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()
     return f"""# {kind} of {Path(model.path).name}
 
-Post-trained with reinforcement learning by star-kernels {version}: {method}.
+Post-trained with reinforcement learning by star-kernels{version}: {method}.
 
 | | |
 |---|---|
