@@ -495,6 +495,12 @@ def test_a_diagnosis_from_beginning_to_end(stopped_and_continued, monkeypatch):
     assert all(0 <= share["auc"] <= 1 for share in measured["localisation"] if share)
     assert set(measured["concentration"]) == {"untrained", "uniform", "attention"}
     assert measured["concentration"]["untrained"] != measured["concentration"]["attention"]
+    assert set(measured["makeup"]) == set(measured["concentration"])
+    runs_of_arm = [spec.folder(out, "attention", seed) for seed in study().seeds]
+    scored = np.mean([curve.read(run)[-1]["scores"]["all"]["soft"] for run in runs_of_arm])
+    made = measured["makeup"]["attention"]
+    assert made["requirements"] + made["unasked"] == pytest.approx(scored, abs=1e-4)
+    assert made["unasked"] <= 0 <= min(made["more"], made["fewer"]) and measured["trained_seeds"]["attention"] == 2
     for shares in measured["variance"].values():
         assert not shares or sum(shares.values()) == pytest.approx(1)
     assert "background alone" in text and text == (out / "diagnosis.md").read_text()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from star import files, report
+from star import curve, files, report
 from star.advantage import group_advantages
 from star.config import Config
 from star.objective import another, captured_steps
@@ -27,7 +27,7 @@ from star.prompts import draw_prompts
 from star.rewards import load as load_reward
 from star.rollout import Rollout, decode
 from star.shapes import scenes
-from star.shapes.measure import OBJECT_SHARE, auc
+from star.shapes.measure import OBJECT_SHARE, auc, sample
 from star.shapes.scenes import Scene, parse_scene
 from star.shapes.verifier import Verdict, verify
 from star.study.page import Table, number
@@ -182,6 +182,42 @@ def localisation(maps: Tensor, verdicts: list[Verdict], grid: tuple[int, int]) -
     return found
 
 
+def makeup(pipeline, config: Config) -> dict[str, float]:
+    """What the held-out scores are made of: requirements that are met, what unasked objects take off, and the share of
+    pictures with more and with fewer objects than were asked for."""
+    texts = curve.held_out_prompts(config)
+    wanted = [parse_scene(text) for text in texts]
+    pictures = sample(pipeline, texts, report.HELD_OUT_SEED, config.sampling.steps)
+    verdicts = [verify(picture, scene) for picture, scene in zip(pictures, wanted, strict=True)]
+    parts = [components(verdict, scene) for verdict, scene in zip(verdicts, wanted, strict=True)]
+    unasked = float(np.mean([part["unasked objects"] for part in parts]))
+    surplus = np.array(
+        [len(v.detections) - sum(t.count for t in s.things) for v, s in zip(verdicts, wanted, strict=True)]
+    )
+    return {
+        "requirements": float(np.mean([v.soft for v in verdicts])) - unasked,
+        "unasked": unasked,
+        "more": float(np.mean(surplus > 0)),
+        "fewer": float(np.mean(surplus < 0)),
+    }
+
+
+def trained(study: Study, arm: str, config: Config, out: Path) -> list:
+    """Pipelines with the adapters of an arm, of every seed whose run has one."""
+    pipelines = []
+    for seed in study.seeds:
+        adapter = folder(out, arm, seed) / "lora"
+        if adapter.is_dir():
+            pipelines.append(load_pipeline(config.model.path))
+            pipelines[-1].load_lora_weights(str(adapter))
+    return pipelines
+
+
+def mean_over(found: list[dict]) -> dict:
+    """The mean of dicts of numbers, or of lists of them, with the same keys."""
+    return {key: np.mean([one[key] for one in found], 0).tolist() for key in found[0]}
+
+
 @torch.no_grad()
 def concentration(pipeline, config: Config) -> dict[str, list[float]]:
     """By category and for prompts of a background alone: mean square of the relative map at each step; 1: flat."""
@@ -264,13 +300,9 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     names = ("auc", "mass_over_area")
     trainer.worker.close()
     stacked = {name: np.stack(g) for name, g in found.items()}
-    maps = {"untrained": concentration(load_pipeline(config.model.path), config)}
-    for arm, own in arms.items():
-        adapters = (folder(out, arm, seed) / "lora" for seed in study.seeds)
-        if adapter := next(filter(Path.is_dir, adapters), None):
-            pipeline = load_pipeline(own.model.path)
-            pipeline.load_lora_weights(str(adapter))
-            maps[arm] = concentration(pipeline, own)
+    after = {"untrained": [load_pipeline(config.model.path)]}
+    after |= {arm: trained(study, arm, own, out) for arm, own in arms.items()}
+    after = {arm: pipelines for arm, pipelines in after.items() if pipelines}
     return {
         "batches": batches,
         "pictures": len(pictures["all"]),
@@ -280,7 +312,11 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         "gradients": {name: compared(g, stacked["all"]) for name, g in stacked.items()},
         "variance": {c: variance_shares(pictures[c], np.array(groups[c])) for c in pictures},
         "localisation": [dict(zip(names, np.mean(look, 0).tolist(), strict=True)) if look else {} for look in looks],
-        "concentration": maps,
+        "concentration": {
+            arm: mean_over([concentration(one, config) for one in pipelines]) for arm, pipelines in after.items()
+        },
+        "makeup": {arm: mean_over([makeup(one, config) for one in pipelines]) for arm, pipelines in after.items()},
+        "trained_seeds": {arm: len(pipelines) for arm, pipelines in after.items() if arm != "untrained"},
     }
 
 
@@ -344,7 +380,17 @@ def tables(measured: dict) -> list[Table]:
             for arm, by_category in measured["concentration"].items()
         ],
     )
-    return [signal, variance, looks, steps_table, arms_table]
+    made_of = Table(
+        "what the held-out scores are made of after training: the prompts' own requirements, less what unasked objects "
+        "take off; share of pictures with more and with fewer objects than were asked for",
+        ["arm", "seeds", "requirements", "unasked objects", "more", "fewer"],
+        [
+            [arm, str(measured["trained_seeds"].get(arm, "-"))]
+            + [number(of[key], 3) for key in ("requirements", "unasked", "more", "fewer")]
+            for arm, of in measured["makeup"].items()
+        ],
+    )
+    return [signal, variance, looks, steps_table, arms_table, made_of]
 
 
 def diagnose(study: Study, out: Path, batches: int = BATCHES) -> str:
