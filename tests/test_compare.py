@@ -25,6 +25,7 @@ from star.shapes import scenes
 from star.shapes.verifier import verify
 from star.study import diagnose, document, page, runs, spec, statistics
 from star.study import rewards as study_rewards
+from star.study import signal as gradient_signal
 from star.study.results import METRICS, Results
 from star.train import Trainer
 
@@ -395,13 +396,13 @@ def test_signal_to_noise_of_known_gradients():
     rng = np.random.default_rng(1)
     signal = rng.standard_normal(500) * 0.3
     noisy = signal + rng.standard_normal((40, 500))
-    ratio, error, norm = diagnose.signal_to_noise(noisy)
+    ratio, error, norm = gradient_signal.signal_to_noise(noisy)
     assert abs(ratio - (signal**2).sum() / 500) < 4 * error and 0 < error < 0.02
     assert norm == pytest.approx((signal @ signal + 500) ** 0.5, rel=0.02)
-    nothing, error, _ = diagnose.signal_to_noise(rng.standard_normal((40, 500)))
+    nothing, error, _ = gradient_signal.signal_to_noise(rng.standard_normal((40, 500)))
     assert abs(nothing) < 4 * error
     # The scale of the weights does not matter.
-    assert diagnose.signal_to_noise(noisy * 7)[0] == pytest.approx(ratio)
+    assert gradient_signal.signal_to_noise(noisy * 7)[0] == pytest.approx(ratio)
 
 
 def test_agreement_of_known_gradients():
@@ -412,25 +413,25 @@ def test_agreement_of_known_gradients():
     helped, misled = scalar + signal, (scalar - signal) + other
     length = (signal @ signal + 500) ** 0.5
     for gradients, along in ((scalar, signal), (helped, 2 * signal), (misled, other)):
-        found = diagnose.compared(gradients, scalar)
+        found = gradient_signal.compared(gradients, scalar)
         expected = (along @ signal) / length / (along @ along + 500) ** 0.5
         assert abs(found["agreement"] - expected) < 4 * found["agreement_error"]
         assert 0 < found["agreement_error"] < 0.03
-        assert diagnose.compared(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
+        assert gradient_signal.compared(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
         # Every coordinate has about the same size here: AdamW changes little but the scale.
         assert found["adamw_agreement"] == pytest.approx(found["agreement"], rel=0.3, abs=0.03)
-    nothing, helped, misled = (diagnose.compared(g, scalar) for g in (scalar, helped, misled))
+    nothing, helped, misled = (gradient_signal.compared(g, scalar) for g in (scalar, helped, misled))
     assert nothing["agreement_gain"] == nothing["agreement_gain_error"] == nothing["adamw_agreement_gain"] == 0
     # A difference is known better than what it is of: both share their batches.
     assert 0 < helped["agreement_gain_error"] < helped["agreement_error"]
     assert helped["agreement_gain"] > 4 * helped["agreement_gain_error"] and misled["agreement_gain"] < 0
-    assert diagnose.compared(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
+    assert gradient_signal.compared(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
 
 
 def test_adamw_divides_every_coordinate_by_its_own_size():
     rng = np.random.default_rng(3)
     gradients = rng.standard_normal((50, 6)) * [1e-6, 1e-3, 1, 10, 1e4, 0]
-    steps = diagnose.adamw_steps(gradients)
+    steps = gradient_signal.adamw_steps(gradients)
     np.testing.assert_allclose(np.square(steps).mean(0), [1, 1, 1, 1, 1, 0])
     np.testing.assert_array_equal(np.sign(steps), np.sign(gradients))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from star.shapes.measure import OBJECT_SHARE, auc, sample
 from star.shapes.scenes import Scene, parse_scene
 from star.shapes.verifier import Verdict, verify
 from star.study.page import Table, number
+from star.study.signal import compared
 from star.study.spec import Study, folder
 from star.train import Trainer
 from star_kernels import allocate, policy_loss
@@ -41,66 +41,7 @@ REGIONS = ("all", "inside", "outside", "elsewhere")
 PICTURES = 32  # of each category, for the concentration of the maps
 
 
-# --- signal to noise ------------------------------------------------------------------------------------------------
-
-
-def spread(left_out: np.ndarray) -> float:
-    """Jackknife standard error of a statistic of n batches, from its n values with one of them left out."""
-    n = len(left_out)
-    return float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
-
-
-def across(gram: np.ndarray, chosen: np.ndarray) -> float:
-    """Mean inner product over pairs of different batches, unbiased for that of the means."""
-    part, m = gram[np.ix_(chosen, chosen)], chosen.sum()
-    return (part.sum() - np.trace(part)) / (m * (m - 1))
-
-
-def signal_to_noise(gradients: np.ndarray) -> tuple[float, float, float]:
-    """Of (n, D) gradients of disjoint batches: |mean|^2 over the trace of the covariance, its jackknife standard error,
-    and the root mean square norm."""
-    n = len(gradients)
-    wide = gradients.astype(np.float64)
-    gram = wide @ wide.T
-
-    def ratio(chosen: np.ndarray) -> float:
-        signal = across(gram, chosen)
-        noise = np.trace(gram[np.ix_(chosen, chosen)]) / chosen.sum() - signal
-        return signal / noise if noise > 0 else np.nan
-
-    left_out = np.array([ratio(np.arange(n) != i) for i in range(n)])
-    return ratio(np.ones(n, bool)), spread(left_out), float(np.sqrt(np.trace(gram) / n))
-
-
-def agreement(gradients: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Cosine of (n, D) gradients with `others` of other batches, unbiased: of all batches, then with each left out.
-
-    With the scalar arm's as others: how much of a step goes where the reward rises, whatever else it has a signal of.
-    """
-    n = len(gradients)
-    gram = gradients.astype(np.float64) @ others.astype(np.float64).T
-    lengths = [np.sqrt(np.square(g.astype(np.float64)).sum(1).mean()) for g in (gradients, others)]
-    if 0 in lengths:
-        return np.full(n + 1, np.nan)
-    chosen = [np.ones(n, bool), *(np.arange(n) != i for i in range(n))]
-    return np.array([across(gram, one) for one in chosen]) / (lengths[0] * lengths[1])
-
-
-def adamw_steps(gradients: np.ndarray) -> np.ndarray:
-    """(n, D) gradients with every coordinate divided by its root mean square, as AdamW does in the long run."""
-    scale = np.sqrt(np.square(gradients.astype(np.float64)).mean(0))
-    return gradients / np.where(scale > 0, scale, np.inf)
-
-
-def compared(gradients: np.ndarray, scalar: np.ndarray) -> dict[str, float | None]:
-    """What is told of the (n, D) gradients of some weights, beside those of none."""
-    snr, error, norm = signal_to_noise(gradients)
-    found = {"snr": snr, "standard_error": error, "norm": norm}
-    for name, change in (("agreement", lambda g: g), ("adamw_agreement", adamw_steps)):
-        own, plain = agreement(change(gradients), scalar), agreement(change(scalar), scalar)
-        found |= {name: own[0], f"{name}_error": spread(own[1:])}
-        found |= {f"{name}_gain": own[0] - plain[0], f"{name}_gain_error": spread(own[1:] - plain[1:])}
-    return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
+# --- gradients ------------------------------------------------------------------------------------------------------
 
 
 def gradients(
