@@ -405,6 +405,10 @@ def test_signal_to_noise_of_known_gradients():
     assert gradient_signal.signal_to_noise(noisy * 7)[0] == pytest.approx(ratio)
 
 
+def compared(gradients, scalar):
+    return gradient_signal.compared({"all": scalar, "own": gradients}, "all")["own"]
+
+
 def test_agreement_of_known_gradients():
     rng = np.random.default_rng(2)
     signal, other = rng.standard_normal((2, 500)) * 0.5
@@ -413,19 +417,19 @@ def test_agreement_of_known_gradients():
     helped, misled = scalar + signal, (scalar - signal) + other
     length = (signal @ signal + 500) ** 0.5
     for gradients, along in ((scalar, signal), (helped, 2 * signal), (misled, other)):
-        found = gradient_signal.compared(gradients, scalar)
+        found = compared(gradients, scalar)
         expected = (along @ signal) / length / (along @ along + 500) ** 0.5
         assert abs(found["agreement"] - expected) < 4 * found["agreement_error"]
         assert 0 < found["agreement_error"] < 0.03
-        assert gradient_signal.compared(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
+        assert compared(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
         # Every coordinate has about the same size here: AdamW changes little but the scale.
         assert found["adamw_agreement"] == pytest.approx(found["agreement"], rel=0.3, abs=0.03)
-    nothing, helped, misled = (gradient_signal.compared(g, scalar) for g in (scalar, helped, misled))
+    nothing, helped, misled = (compared(g, scalar) for g in (scalar, helped, misled))
     assert nothing["agreement_gain"] == nothing["agreement_gain_error"] == nothing["adamw_agreement_gain"] == 0
     # A difference is known better than what it is of: both share their batches.
     assert 0 < helped["agreement_gain_error"] < helped["agreement_error"]
     assert helped["agreement_gain"] > 4 * helped["agreement_gain_error"] and misled["agreement_gain"] < 0
-    assert gradient_signal.compared(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
+    assert compared(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
 
 
 def test_adamw_divides_every_coordinate_by_its_own_size():

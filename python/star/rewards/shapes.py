@@ -16,11 +16,20 @@ from star.shapes.verifier import Verdict, verify
 
 def shapes_reward(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
     """Soft scores in 0..1, `strict` as a detail, masks of what was found, and what each place earned."""
+    return scores_of(*judged(images, prompts), images.shape[2:])
+
+
+def judged(images: Tensor, prompts: Sequence[str]) -> tuple[list[Verdict], list[Scene]]:
+    """What the verifier says of pictures (B, 3, H, W), and the scenes that were asked for."""
     pictures = images.permute(0, 2, 3, 1).cpu().numpy()
     scenes = [parse_scene(prompt) for prompt in prompts]
-    verdicts = [verify(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(pictures.shape[1:3], bool) for v in verdicts])
-    maps = [reward_map(v, scene, pictures.shape[1:3]) for v, scene in zip(verdicts, scenes, strict=True)]
+    return [verify(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)], scenes
+
+
+def scores_of(verdicts: list[Verdict], scenes: list[Scene], size: tuple[int, int]) -> Scores:
+    """`shapes_reward` of pictures that have been verified. size: (H, W)."""
+    masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(size, bool) for v in verdicts])
+    maps = [reward_map(v, scene, size) for v, scene in zip(verdicts, scenes, strict=True)]
     return Scores(
         reward=torch.tensor([v.soft for v in verdicts], dtype=torch.float32),
         details={"strict": torch.tensor([float(v.strict) for v in verdicts])},

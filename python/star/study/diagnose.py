@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from star.objective import another, captured_steps
 from star.pipeline import load_pipeline
 from star.prompts import draw_prompts
 from star.rewards import load as load_reward
+from star.rewards.shapes import judged
 from star.rollout import Rollout, decode
 from star.shapes import scenes
 from star.shapes.measure import OBJECT_SHARE, auc, sample
@@ -143,15 +145,17 @@ def makeup(pipeline, config: Config) -> dict[str, float]:
     }
 
 
-def trained(study: Study, arm: str, config: Config, out: Path) -> list:
-    """Pipelines with the adapters of an arm, of every seed whose run has one."""
-    pipelines = []
+def pipelines(study: Study, arm: str, config: Config, out: Path) -> Iterator:
+    """The untrained pipeline, or those with the adapters of an arm, of every seed whose run has one."""
+    if arm == "untrained":
+        yield load_pipeline(config.model.path)
+        return
     for seed in study.seeds:
         adapter = folder(out, arm, seed) / "lora"
         if adapter.is_dir():
-            pipelines.append(load_pipeline(config.model.path))
-            pipelines[-1].load_lora_weights(str(adapter))
-    return pipelines
+            pipeline = load_pipeline(config.model.path)
+            pipeline.load_lora_weights(str(adapter))
+            yield pipeline
 
 
 def mean_over(found: list[dict]) -> dict:
@@ -203,12 +207,10 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         prompts = draw_prompts(config, i)
         generator = torch.Generator().manual_seed(i)
         rollout = trainer.rollout([prompt.text for prompt in prompts], generator, captured=range(steps))
-        wanted = [parse_scene(prompts[g].text) for g in rollout.groups.tolist()]
-        images = decode(trainer.pipeline, rollout.latents)
         texts = [prompts[g].text for g in rollout.groups.tolist()]
+        images = decode(trainer.pipeline, rollout.latents)
         masks = {name: judge(images, texts, [{}] * len(texts)).masks for name, judge in judges.items()}
-        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        verdicts = [verify(image, scene) for image, scene in zip(pixels, wanted, strict=True)]
+        verdicts, wanted = judged(images, texts)
         rewards = torch.tensor([verdict.soft for verdict in verdicts])
         advantages = group_advantages(
             rewards, rollout.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
@@ -240,24 +242,23 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     area = float(np.mean(found.pop("area")))
     names = ("auc", "mass_over_area")
     trainer.worker.close()
-    stacked = {name: np.stack(g) for name, g in found.items()}
-    after = {"untrained": [load_pipeline(config.model.path)]}
-    after |= {arm: trained(study, arm, own, out) for arm, own in arms.items()}
-    after = {arm: pipelines for arm, pipelines in after.items() if pipelines}
+    maps, made = defaultdict(list), defaultdict(list)
+    for arm in ("untrained", *arms):
+        for pipeline in pipelines(study, arm, config, out):
+            maps[arm].append(concentration(pipeline, config))
+            made[arm].append(makeup(pipeline, config))
     return {
         "batches": batches,
         "pictures": len(pictures["all"]),
         "trained_steps": list(config.sampling.trained_steps),
         "sigmas": rollout.steps.sigmas.tolist()[:steps],
         "object_area": area,
-        "gradients": {name: compared(g, stacked["all"]) for name, g in stacked.items()},
+        "gradients": compared({name: np.stack(g) for name, g in found.items()}, "all"),
         "variance": {c: variance_shares(pictures[c], np.array(groups[c])) for c in pictures},
         "localisation": [dict(zip(names, np.mean(look, 0).tolist(), strict=True)) if look else {} for look in looks],
-        "concentration": {
-            arm: mean_over([concentration(one, config) for one in pipelines]) for arm, pipelines in after.items()
-        },
-        "makeup": {arm: mean_over([makeup(one, config) for one in pipelines]) for arm, pipelines in after.items()},
-        "trained_seeds": {arm: len(pipelines) for arm, pipelines in after.items() if arm != "untrained"},
+        "concentration": {arm: mean_over(found) for arm, found in maps.items()},
+        "makeup": {arm: mean_over(found) for arm, found in made.items()},
+        "trained_seeds": {arm: len(found) for arm, found in made.items() if arm != "untrained"},
     }
 
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from star.rewards import Metadata, Scores
-from star.rewards.shapes import shapes_reward
-from star.shapes.scenes import parse_scene
-from star.shapes.verifier import verify
+from star.rewards.shapes import judged, scores_of, shapes_reward
 
 
 def noise(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
@@ -26,9 +24,9 @@ def noise(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
 
 def every_object(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
     """The world's reward, with masks of all objects that are there, those that nobody asked for among them."""
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-    masks = np.zeros(pictures.shape[:3], np.float32)
-    for mask, picture, prompt in zip(masks, pictures, prompts, strict=True):
-        for detection in verify(picture, parse_scene(prompt)).detections:
+    verdicts, scenes = judged(images, prompts)
+    masks = np.zeros((len(prompts), *images.shape[2:]), np.float32)
+    for mask, verdict in zip(masks, verdicts, strict=True):
+        for detection in verdict.detections:
             mask[detection.mask] = 1
-    return dataclasses.replace(shapes_reward(images, prompts, metadata), masks=torch.from_numpy(masks))
+    return dataclasses.replace(scores_of(verdicts, scenes, images.shape[2:]), masks=torch.from_numpy(masks))

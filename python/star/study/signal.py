@@ -55,12 +55,23 @@ def adamw_steps(gradients: np.ndarray) -> np.ndarray:
     return gradients / np.where(scale > 0, scale, np.inf)
 
 
-def compared(gradients: np.ndarray, scalar: np.ndarray) -> dict[str, float | None]:
-    """What is told of the (n, D) gradients of some weights, beside those of none."""
-    snr, error, norm = signal_to_noise(gradients)
-    found = {"snr": snr, "standard_error": error, "norm": norm}
-    for name, change in (("agreement", lambda g: g), ("adamw_agreement", adamw_steps)):
-        own, plain = agreement(change(gradients), scalar), agreement(change(scalar), scalar)
-        found |= {name: own[0], f"{name}_error": spread(own[1:])}
-        found |= {f"{name}_gain": own[0] - plain[0], f"{name}_gain_error": spread(own[1:] - plain[1:])}
-    return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
+def agreements(gradients: np.ndarray, scalar: np.ndarray) -> dict[str, np.ndarray]:
+    """The `agreement` of (n, D) gradients with the scalar ones, as they are and as AdamW's steps."""
+    return {
+        "agreement": agreement(gradients, scalar),
+        "adamw_agreement": agreement(adamw_steps(gradients), scalar),
+    }
+
+
+def compared(gradients: dict[str, np.ndarray], scalar: str) -> dict[str, dict[str, float | None]]:
+    """What is told of each weights' (n, D) gradients, beside those of none, which `scalar` names."""
+    plain, told = agreements(gradients[scalar], gradients[scalar]), {}
+    for weights, own in gradients.items():
+        snr, error, norm = signal_to_noise(own)
+        found = {"snr": snr, "standard_error": error, "norm": norm}
+        for name, values in agreements(own, gradients[scalar]).items():
+            gains = values - plain[name]
+            found |= {name: values[0], f"{name}_error": spread(values[1:])}
+            found |= {f"{name}_gain": gains[0], f"{name}_gain_error": spread(gains[1:])}
+        told[weights] = {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
+    return told
