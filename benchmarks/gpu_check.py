@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,12 +165,19 @@ def layer_overhead(shape, pictures: int) -> float:
     return statistics.median(star / plain for plain, star in pairs) - 1
 
 
+def check_time() -> None:
+    """Before each measurement: what has been measured by then is shown all the same."""
+    if LIMIT - (time.monotonic() - BEGIN) < 60:
+        raise RuntimeError("no time left")
+
+
 def losses() -> Iterator[Row]:
     """policy_loss and its gradient against Flow-GRPO's formulas, as a trainer calls them: the processor's part too."""
     from test_loss import SHAPES, both
 
     for compiled in (False, True):
         for shape in SHAPES:
+            check_time()
             with torch.device("cuda"):
                 ours, theirs = both(shape, compiled)
             pair = alternate(*(lambda f=f: (f(), torch.cuda.synchronize()) for f in (ours, theirs)))
@@ -183,6 +190,7 @@ def iteration(folder: str) -> Iterator[Row]:
     """What allocation adds to an iteration of the whole of SD3.5-medium, with random weights."""
     from test_iteration import arms, medium_trainer
 
+    check_time()
     trainer = medium_trainer(Path(folder), blocks=24, pictures=9, dtype="bfloat16")
     metrics, peaks = ([], []), []
 
@@ -219,6 +227,7 @@ def launches() -> Iterator[Row]:
     one = device or model.DEVICES[0]
     with torch.device("cuda"), torch.no_grad():
         for shape, pictures in product(model.MODELS, model.BATCHES):
+            check_time()
             for operator, call, counted in operators(shape, pictures, one):
                 seconds, promise = median(in_a_graph(call)), model.total(counted, one)
                 label = f"{operator}, {shape.name}, {pictures}"
@@ -238,13 +247,10 @@ def launches() -> Iterator[Row]:
 
 
 def measurements() -> Iterator[Row]:
-    """As far as the time allows."""
     with tempfile.TemporaryDirectory() as folder:
-        for row in chain(launches(), losses(), iteration(folder)):
-            yield row
-            if LIMIT - (time.monotonic() - BEGIN) < 60:
-                yield Row("benchmarks", "all of them", "no time left", False)
-                return
+        yield from launches()
+        yield from losses()
+        yield from iteration(folder)
 
 
 def show(rows: list[Row]) -> None:
