@@ -180,6 +180,11 @@ def test_results_are_json_lines_and_the_document_has_the_tables(stopped_and_cont
     text = stopped_and_continued["document"].read_text()
     assert "less uniform, paired by seed and prompt" in text and "not run yet" not in text
     assert text.startswith("# Evidence\n") and text.endswith("<!-- end of results of out -->\nend\n")
+    # The answer is in sight, everything else below it, folded away.
+    answer, folded = text.split("<details>")
+    assert "**less uniform" in answer and answer.count("\n\n**") == 1
+    whole = (out / "report.md").read_text()
+    assert folded.count("\n\n**") + 1 == whole.count("\n\n**") > 3 and "</details>" in folded
     assert (out / "report.png").stat().st_size > 5000
 
 
@@ -264,6 +269,24 @@ def test_updates_have_the_norm_that_is_asked_for(tmp_path):
     assert logged[0.0] == logged[0.25] == pytest.approx(ways[0.0].norm().item(), rel=1e-5)
     assert ways[0.25].norm().item() == pytest.approx(0.25, rel=1e-4)
     torch.testing.assert_close(ways[0.25] / 0.25, ways[0.0] / logged[0.0], rtol=1e-3, atol=1e-6)
+
+
+def test_with_a_large_epsilon_an_update_is_the_plain_gradient(tmp_path):
+    config = study().config("attention", 0, tmp_path)
+    optimisation = config.optimisation
+    optimisation.adam_epsilon, optimisation.weight_decay, optimisation.updates_per_iteration = 1.0, 0.0, 1
+    trainer = Trainer(config)
+    before = {name: p.detach().clone() for name, p in trainer.policy.parameters.items()}
+    trainer.step()
+    moved = 0
+    for name, p in trainer.policy.parameters.items():
+        gradient = trainer.policy.optimizer.state[p]["exp_avg"] / (1 - optimisation.betas[0])
+        moved += gradient.count_nonzero()
+        # To the rounding of the weight; the gradients' own size is lost beside an epsilon of 1.
+        torch.testing.assert_close(
+            p.detach() - before[name], -optimisation.learning_rate * gradient, rtol=0.05, atol=1e-7
+        )
+    assert moved
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

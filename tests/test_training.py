@@ -356,6 +356,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
             "sampling.images_per_prompt: got 1, a group needs at least 2",
         ),
         ({"optimisation": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 pictures"),
+        ({"optimisation": {"adam_epsilon": 0.0}}, "optimisation.adam_epsilon: got 0.0, expected above 0"),
         (
             {"model": {"frozen_dtype": "bfloat16"}, "optimisation": {"mixed_precision": "bf16"}},
             "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",

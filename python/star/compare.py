@@ -18,7 +18,8 @@ class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
     preset: str = "shapes"
-    """A study: "shapes", "global" with prompts of one global attribute, or "noise" with rewards that are noise."""
+    """A study: "shapes", "large_batch", "plain" gradients without AdamW, "global" with prompts of one global attribute,
+    or "noise" with rewards that are noise."""
     spec: Path | None = None
     """A YAML file over the preset; `arms` or `changes` in it replace the preset's."""
     out: Path = Path("runs/study")
@@ -99,7 +100,7 @@ def compare(options: Compare) -> str | None:
     results.write(found, out / "results.jsonl")
     text = page.write(study, found, out)
     if options.document is not None:
-        document.insert(options.document, f"results of {out.name}", text)
+        document.insert(options.document, f"results of {out.name}", document.folded(text))
     if options.diagnose:
         measured = diagnose.diagnose(study, out)
         text += "\n" + measured

@@ -107,6 +107,9 @@ class Optimisation:
     """Pictures per forward pass; 0: all of an update's."""
     learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment. Far above the gradients (1, say), with no weight_decay, an update is
+    the plain gradient with momentum."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     update_norm: float | None = None
@@ -217,6 +220,8 @@ class Config:
                 f"optimisation.ema_decay, ema_every: got {optimisation.ema_decay}, {optimisation.ema_every}, "
                 "expected 0 <= decay < 1 and at least 1"
             )
+        if optimisation.adam_epsilon <= 0:
+            raise ConfigError(f"optimisation.adam_epsilon: got {optimisation.adam_epsilon}, expected above 0")
         if optimisation.update_norm is not None and optimisation.update_norm < 0:
             raise ConfigError(f"optimisation.update_norm: got {optimisation.update_norm}, expected at least 0 or none")
         if self.run.evaluate_every and not self.run.held_out:

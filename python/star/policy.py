@@ -32,6 +32,7 @@ class Policy:
             trained,
             self.config.learning_rate,
             betas=tuple(self.config.betas),
+            eps=self.config.adam_epsilon,
             weight_decay=self.config.weight_decay,
         )
         self.transformer, self.optimizer = accelerator.prepare(pipeline.transformer, optimizer)

@@ -25,3 +25,13 @@ def insert(document: Path, name: str, text: str) -> None:
     """Put a text between a document's marks; see `surroundings`."""
     before, after = surroundings(document, name)
     files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")
+
+
+def folded(text: str) -> str:
+    """A report's Markdown in which all tables but the first, the answer, are folded away."""
+    heading = "\n\n**"
+    before, first, *others = text.strip().split(heading)
+    if not others:
+        return text
+    rest = "".join(heading + other for other in others)
+    return f"{before}{heading}{first}\n\n<details>\n<summary>All other tables</summary>{rest}\n\n</details>"
