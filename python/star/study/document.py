@@ -30,8 +30,8 @@ def insert(document: Path, name: str, text: str) -> None:
 def folded(text: str) -> str:
     """A report's Markdown in which all tables but the first, the answer, are folded away."""
     heading = "\n\n**"
-    before, first, *others = text.strip().split(heading)
-    if not others:
+    parts = text.strip().split(heading, 2)
+    if len(parts) < 3:
         return text
-    rest = "".join(heading + other for other in others)
-    return f"{before}{heading}{first}\n\n<details>\n<summary>All other tables</summary>{rest}\n\n</details>"
+    before, first, others = parts
+    return f"{before}{heading}{first}\n\n<details>\n<summary>All other tables</summary>{heading}{others}\n\n</details>"

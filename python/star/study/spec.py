@@ -100,49 +100,51 @@ def shapes() -> Study:
     )
 
 
+def _some_of_shapes(*arms: str) -> Study:
+    """The main study with fewer arms."""
+    study = shapes()
+    study.arms = {arm: study.arms[arm] for arm in arms}
+    return study
+
+
 def global_attribute() -> Study:
     """Prompts that name nothing but the background: there is no place to favour, so the arms should agree."""
-    study = shapes()
+    study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1")
     study.prompts = tuple(f"a {background} background" for background in ("black", "gray", "white"))
     study.changes["sampling"] = {"prompts_per_iteration": 3, "images_per_prompt": 32}
     study.changes["run"] |= {"held_out": 192}
     study.changes["optimisation"] |= {"iterations": 120}
-    study.arms = {name: study.arms[name] for name in ("uniform", "attention", "attention_mix_1", "random_mix_1")}
     study.baselines = ("uniform",)
     return study
 
 
 def noise() -> Study:
     """Rewards that are noise: there is nothing to learn, and the scores fall by the harm that each arm's steps do."""
-    study = shapes()
+    study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
     study.changes["run"] |= {"reward": "star.study.rewards:noise"}
     study.changes["optimisation"] |= {"iterations": 120}
-    names = ("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
-    study.arms = {name: study.arms[name] for name in names}
     study.baselines = ("uniform",)
     return study
 
 
 def plain() -> Study:
     """Plain gradients with momentum instead of AdamW's steps, all of one norm: what weights gain in them is kept."""
-    study = shapes()
+    study = _some_of_shapes("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
     # Half the norm of AdamW's updates: the one at which the scalar arm does best; see docs/evidence.md.
     study.changes["optimisation"] |= {"adam_epsilon": 1.0, "weight_decay": 0.0, "update_norm": 0.0093}
-    names = ("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
-    study.arms = {name: study.arms[name] for name in names}
     study.baselines = ("uniform", "shuffled")
     return study
 
 
 def large_batch() -> Study:
     """Four times the pictures for each of a quarter of the updates: less noise in a step, for the same pictures."""
-    study = shapes()
+    study = _some_of_shapes(
+        "uniform", "attention", "shuffled", "random", "oracle_every_object", "attention_mix_1", "final_step"
+    )
     study.changes["sampling"] = {"prompts_per_iteration": 64}
     study.changes["run"] |= {"evaluate_every": 10, "save_every": 10}
-    # The learning rate is the scalar arm's best again; the moving average forgets over as large a part of the run.
+    # The scalar arm's best learning rate here; the moving average forgets over as large a part of the run.
     study.changes["optimisation"] |= {"iterations": 60, "learning_rate": 7e-5, "ema_decay": 0.95}
-    names = ("uniform", "attention", "shuffled", "random", "oracle_every_object", "attention_mix_1", "final_step")
-    study.arms = {name: study.arms[name] for name in names}
     return study
 
 
