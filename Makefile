@@ -12,7 +12,7 @@ help:
 	@echo "make lint      ruff alone"
 	@echo "make bench     every benchmark, one table"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
-	@echo "make sanitize  the compiled kernels under the address and undefined-behaviour sanitizers"
+	@echo "make sanitize  the compiled kernels under the address and undefined-behavior sanitizers"
 	@echo "make wheel     dist/: an sdist and the wheel that is built from it"
 	@echo "make clean     remove what was built and installed"
 
@@ -42,7 +42,7 @@ bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc
 
 gpu-check: setup
-	$(BIN)/python benchmarks/gpu_check.py
+	PYTHONPATH=benchmarks $(BIN)/python tools/gpu/gpu_check.py
 
 # A build of its own under build/sanitize; the editable one stays as it is. The interpreter is not instrumented, so the
 # runtime is preloaded, with libstdc++ for its exceptions; Python's allocator would hide small overruns, and it and torch
@@ -58,7 +58,7 @@ sanitize: setup
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c "from star_kernels import native; assert native.build_info()['sanitizers'] != 'none', native.REASON" && \
 	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not (gpu or inductor or (gradcheck and cuda_forward))" \
-	  $(addprefix tests/test_,attention_maps.py allocate.py gaussian_step.py policy_loss.py instruction_sets.py)
+	  $(addprefix tests/kernels/test_,attention_maps.py allocate.py gaussian_step.py policy_loss.py instruction_sets.py)
 
 # One wheel for every torch from 2.13 on: STAR_CUDA=1 adds the GPU kernels, whatever torch is here; =0 leaves them out.
 wheel: setup
@@ -66,7 +66,7 @@ wheel: setup
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > build/sdist.log 2>&1 \
 	  || { cat build/sdist.log; exit 1; }
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
-	$(BIN)/python tests/distribution.py dist
+	$(BIN)/python tools/distribution.py dist
 
 clean:
 	rm -rf .venv build dist *.egg-info star_kernels/*.so runs/demo

@@ -9,8 +9,9 @@ import math
 
 import numpy as np
 import torch
-from star.prompts import draw_prompts
-from star.rollout import decode
+
+from star.training.prompts import draw_prompts
+from star.training.rollout import decode
 
 
 def sde_step_with_logprob(velocity, sample, sigma, sigma_next, sigma_max, noise_level, noise=None, prev_sample=None):
@@ -35,7 +36,7 @@ class EagerLoop:
         self.groups, self.size = trainer.groups, trainer.size
         self.parameters = [p for p in self.pipeline.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.optimisation.learning_rate, weight_decay=config.optimisation.weight_decay
+            self.parameters, config.optimization.learning_rate, weight_decay=config.optimization.weight_decay
         )
         self.iteration = 0
 
@@ -72,7 +73,7 @@ class EagerLoop:
             rewards = self.reward(decode(self.pipeline, latents), prompts).reward
         advantages = self.advantages(rewards.numpy())
         norms = []
-        updates, trained = config.optimisation.updates_per_iteration, config.sampling.trained_steps
+        updates, trained = config.optimization.updates_per_iteration, config.sampling.trained_steps
         for rows in torch.arange(len(groups)).chunk(updates):
             for k, i in enumerate(trained):
                 velocity = self.velocity(all_latents[k][rows], timesteps[i], embeds[rows], pooled[rows])
@@ -86,7 +87,7 @@ class EagerLoop:
                 unclipped, clipped = -adv * ratio, -adv * torch.clamp(ratio, 1 - clip, 1 + clip)
                 loss = torch.mean(torch.maximum(unclipped, clipped))
                 (loss / len(trained)).backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimisation.max_grad_norm).item())
+            norms.append(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimization.max_grad_norm).item())
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.iteration += 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
+
 from medium import HEADS, WIDTH, medium_transformer
 from pairs import alternate
 from peaks import in_a_process, linux
@@ -35,7 +36,7 @@ def attention_inputs(pixels: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(3, batch, HEADS, grid[0] * grid[1] + text, WIDTH)
 
 
-def materialised_attention(query, key, value, maps: Maps) -> torch.Tensor:
+def materialized_attention(query, key, value, maps: Maps) -> torch.Tensor:
     """What tools that show attention maps do: hold softmax(QK^T), multiply, and pick the columns."""
     probability = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1)
     image = maps.slots.shape[-1]
@@ -68,7 +69,7 @@ def test_capture_of_a_layer(name, pixels, columns, limit, benchmark, row):
         return captured_attention(maps, 0, *qkv, text, text_first=False)
 
     assert torch.equal(attention(), captured())
-    materialised_attention(*qkv, truth)
+    materialized_attention(*qkv, truth)
     torch.testing.assert_close(maps.slots, truth.slots, rtol=1e-4, atol=1e-7)
     pair = alternate(attention, captured, rounds=21 if pixels == 1024 else 101)
     benchmark.pedantic(captured, rounds=1)
@@ -98,7 +99,7 @@ def test_own_log_sum_exp(benchmark, row):
     row("capture_nolse_512", 100 * (pair.ratio - 1), at_most=60, note=note)
 
 
-def test_against_materialising(benchmark, row):
+def test_against_materializing(benchmark, row):
     text, grid = SIZES[512]
     qkv = attention_inputs(512)
     maps, truth = (empty_maps(concepts(1), grid) for _ in range(2))
@@ -108,15 +109,15 @@ def test_against_materialising(benchmark, row):
         return captured_attention(maps, 0, *qkv, text, text_first=False)
 
     @torch.no_grad()
-    def materialised():
-        return materialised_attention(*qkv, truth)
+    def materialized():
+        return materialized_attention(*qkv, truth)
 
-    torch.testing.assert_close(captured(), materialised(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(captured(), materialized(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(maps.slots, truth.slots, rtol=1e-4, atol=1e-7)
-    pair = alternate(captured, materialised, rounds=15)
+    pair = alternate(captured, materialized, rounds=15)
     benchmark.pedantic(captured, rounds=1)
     note = f"times faster; {pair.first * 1e3:.1f} ms against {pair.second * 1e3:.1f} ms"
-    row("materialise_512", pair.ratio, at_least=3.5, note=note)
+    row("materialize_512", pair.ratio, at_least=3.5, note=note)
 
 
 def stack(blocks: int = BLOCKS) -> tuple[SD3Transformer2DModel, dict[str, torch.Tensor]]:
@@ -171,9 +172,9 @@ def layer_peaks(peak, batch: int) -> tuple[int, int, int]:
         query, key, _ = qkv
         alone = peak(lambda: F.scaled_dot_product_attention(*qkv))
         captured = peak(lambda: attend(maps, qkv, text))
-        materialised = peak(lambda: torch.softmax(query[:1, :, : grid[0] * grid[1]] @ key[:1].mT / 8, -1).mean(1))
+        materialized = peak(lambda: torch.softmax(query[:1, :, : grid[0] * grid[1]] @ key[:1].mT / 8, -1).mean(1))
     assert bool((maps.slots[:2] > 0).all())
-    return alone, captured, materialised
+    return alone, captured, materialized
 
 
 @linux
@@ -181,10 +182,10 @@ def test_memory_of_capture(benchmark, row):
     batch = int(os.environ.get("STAR_BENCH_BATCH", "8"))
     peaks = []
     benchmark.pedantic(lambda: peaks.extend(in_a_process("test_capture", "layer_peaks", batch)), rounds=1)
-    alone, captured, materialised = peaks
+    alone, captured, materialized = peaks
     note = (
         f"MiB beyond the slots, batch {batch}, 4096 + 333 tokens, float32; attention alone peaks at {alone >> 20} MiB, "
-        f"the materialised matrix of a single sample at {materialised >> 20} MiB"
+        f"the materialized matrix of a single sample at {materialized >> 20} MiB"
     )
     row("capture_memory_1024", (captured - alone) / 2**20, at_most=4, note=note)
 

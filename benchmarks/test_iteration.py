@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
 from eager_loop import EagerLoop
 from medium import medium_transformer
 from pairs import alternate
@@ -12,7 +14,6 @@ from peaks import in_a_process, linux
 from star import config as configuration
 from star.shapes.model import load_pipeline
 from star.train import Trainer
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 
 def shapes_trainer(out, strategy: str = "attention") -> Trainer:
@@ -86,7 +87,7 @@ def medium_trainer(
                 "images_per_prompt": pictures,
             },
             "allocation": {"strategy": strategy},
-            "optimisation": {
+            "optimization": {
                 "updates_per_iteration": 1,
                 "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[dtype],
             },
@@ -127,7 +128,7 @@ def iteration_peak(peak, out: str, strategy: str) -> tuple[int]:
     from pathlib import Path
 
     trainer = medium_trainer(Path(out), strategy)
-    trainer.step()  # the optimiser's state is made in the first
+    trainer.step()  # the optimizer's state is made in the first
     return (peak(trainer.step),)
 
 

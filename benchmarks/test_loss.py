@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from pairs import alternate
-from peaks import in_a_process, linux
 
 import star_kernels as sk
+from pairs import alternate
+from peaks import in_a_process, linux
 
 SHAPES = ((9, 16, 64, 64), (8, 16, 128, 128))  # 512 and 1024 px; float32. A row holds the worse of the two.
 CLIP = 1e-4

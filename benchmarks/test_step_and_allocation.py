@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from pairs import alternate
 
 import star_kernels as sk
+from pairs import alternate
 
 SHAPES = ((9, 16, 64, 64), (8, 16, 128, 128))  # 512 and 1024 px. A row holds the worse of the two.
 

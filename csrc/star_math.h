@@ -102,14 +102,14 @@ STAR_HD T relative_mass(T mass, T mean) {
   return mean > 0 ? mass / mean : T(0);
 }
 
-// Weight of a neighbour in the smoothing, before the sum over the neighbours on the grid is divided out.
+// Weight of a neighbor in the smoothing, before the sum over the neighbors on the grid is divided out.
 template <typename T>
 STAR_HD T smoothing_tap(long long distance, T sigma) {
   const T scaled = T(distance) / sigma;
   return std::exp(T(-0.5) * scaled * scaled);
 }
 
-// Furthest neighbour in the smoothing.
+// Furthest neighbor in the smoothing.
 STAR_HD long long smoothing_radius(double sigma, long long size) {
   const double radius = std::ceil(3 * sigma);
   return radius < double(size) ? (long long)(radius) : size - 1;

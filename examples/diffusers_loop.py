@@ -5,15 +5,15 @@ Everything is what SD3.5 would be: another pipeline, its latent size and token g
 
 import torch
 from peft import LoraConfig
-from star.advantage import group_advantages
+
 from star.capture import record
 from star.concepts import locate, parse
 from star.objective import fused_grpo_loss, sde_step_with_logprob
 from star.rewards import load
-from star.rollout import decode
 from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
 from star.shapes.scenes import prompts
-
+from star.training.advantage import group_advantages
+from star.training.rollout import decode
 from star_kernels import allocate
 
 GROUP, STEPS, TRAINED = 12, 8, (1, 2)  # pictures per prompt, steps of the sampler, the stochastic and trained ones

@@ -218,7 +218,7 @@ def allocate(
         maps: (B, G, N) attention mass, not negative. A map that is all zero (a missing concept) is left out.
         grid: (rows, columns) of the image tokens, N = rows * columns, row-major.
         combine: over concepts, "mean" or "max".
-        smooth: standard deviation of a Gaussian in tokens, 0 for none; renormalised at the borders.
+        smooth: standard deviation of a Gaussian in tokens, 0 for none; renormalized at the borders.
         sharpen: exponent > 0 of the field.
         cap: largest value of the field, > 0, in units of its mean.
         mix: 0 (uniform) to 1 (the map alone).
@@ -319,7 +319,7 @@ def policy_loss(
         clip_range: e for [1 - e, 1 + e], or (low, high) for [1 - low, 1 + high].
         adv_clip: advantages are clamped to +-adv_clip before anything else.
         kl_coef: coefficient of the KL term.
-        guard: GRPO-Guard's normalised log-ratio (Wang et al. 2025), which needs old_mean.
+        guard: GRPO-Guard's normalized log-ratio (Wang et al. 2025), which needs old_mean.
         impl: "auto" or one of `implementations("policy_loss")`.
 
     Returns:

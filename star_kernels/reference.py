@@ -85,7 +85,7 @@ def allocate(
 
 
 def smoothing(size: int, sigma: float) -> Tensor:
-    """Matrix (size, size) of a Gaussian along one axis, radius ceil(3 sigma), each row renormalised to sum 1."""
+    """Matrix (size, size) of a Gaussian along one axis, radius ceil(3 sigma), each row renormalized to sum 1."""
     position = torch.arange(size, dtype=torch.float64)
     distance = position[:, None] - position
     kernel = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= -(-3 * sigma // 1))

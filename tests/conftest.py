@@ -1,4 +1,4 @@
-"""Tests run in the order a reader learns: operators, capture, objective, world, training, command line."""
+"""Tests run in the order a reader learns: what everything needs, then room by room."""
 
 import os
 
@@ -13,61 +13,21 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from pathlib import Path
 
-import cuda_on_host
 import hypothesis
 import pytest
 import torch
 
+import cuda_on_host
 from star_kernels import api
 
-ORDER = (
-    "test_import",
-    "test_attention_maps",
-    "test_allocate",
-    "test_gaussian_step",
-    "test_policy_loss",
-    "test_instruction_sets",
-    "test_concepts",
-    "test_transition",
-    "test_capture",
-    "test_objective",
-    "test_world",
-    "test_rollout",
-    "test_rewards",
-    "test_rewards_clip",
-    "test_geneval",
-    "test_rewards_remote",
-    "test_training",
-    "test_report",
-    "test_location_rewards",
-    "test_recovery",
-    "test_distributed",
-    "test_presets",
-    "test_cli",
-    "test_evaluation",
-    "test_compare",
-    "test_dropin_objective",
-    "test_dropin_other_objectives",
-    "test_dropin_diffusers_loop",
-    "test_dropin_flow_grpo",
-    "test_dropin_flow_factory",
-    "test_dropin_dance_grpo",
-    "test_dropin_verl_omni",
-    "test_dropin_trl",
-    "test_triton_offline",
-    "test_cuda_offline",
-    "test_cost_model",
-    "test_gpu_check",
-    "test_gpu",
-)
+ROOMS = ("kernels", "method", "rewards", "shapes", "training", "reports", "study", "hosts", "tools")
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items):
-    position = {name: i for i, name in enumerate(ORDER)}
-    items.sort(key=lambda item: position.get(item.path.stem, len(ORDER)))
+    items.sort(key=lambda item: ROOMS.index(item.path.parent.name) if item.path.parent.name in ROOMS else -1)
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ these alone. The kernels that CUDA_ON_HOST compiles for the CPU run there.
 
 from __future__ import annotations
 
-import cuda_on_host
 import pytest
 import torch
 
+import cuda_on_host
 from star_kernels import implementations
 
 
@@ -24,5 +24,5 @@ def on_gpu(operator: str) -> list:
 
 
 def each_implementation(operator: str, argument: str = "impl") -> pytest.MarkDecorator:
-    """Parametrises a test over all that can run here."""
+    """Parametrizes a test over all that can run here."""
     return pytest.mark.parametrize(argument, [*cuda_on_host.and_runnable(operator), *on_gpu(operator)])

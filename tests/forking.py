@@ -25,8 +25,9 @@ def _call(function: str, arguments: tuple[str, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)  # no thread pool that a fork would lack
-    from star import cli, report, train  # noqa: F401
-    from star.pipeline import load_pipeline
+    from star import cli
+    from star.reports import figures as report  # noqa: F401
+    from star.training.pipeline import load_pipeline
 
     cli.quiet_third_parties()
     load_pipeline("shapes")  # the libraries' own caches are then warm in every child

@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
-from star.cli import main
 
 import star_kernels
+from star.cli import main
 
 TINY = [
     *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
-    *("--sampling.steps", "4", "--optimisation.iterations", "1", "--run.held-out", "0", "--run.no-pictures"),
+    *("--sampling.steps", "4", "--optimization.iterations", "1", "--run.held-out", "0", "--run.no-pictures"),
 ]
 
 
@@ -30,7 +30,7 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
         f"star: run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it"
     )
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == files
-    assert run(capsys, *train, "--resume", "--optimisation.iterations", "2")[0] == 0
+    assert run(capsys, *train, "--resume", "--optimization.iterations", "2")[0] == 0
     assert (out / "metrics.jsonl").read_text().count("\n") == 2
     assert run(capsys, *train, "--overwrite")[0] == 0
     assert (out / "metrics.jsonl").read_text().count("\n") == 1
@@ -64,7 +64,7 @@ def test_a_corrupt_checkpoint_is_one_line_and_stays(tmp_path, capsys):
     (state,) = out.rglob("state.pt")
     state.write_bytes(state.read_bytes()[:1000])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    code, _, error = run(capsys, *train, "--resume", "--optimisation.iterations", "2")
+    code, _, error = run(capsys, *train, "--resume", "--optimization.iterations", "2")
     assert code == 1 and "is damaged" in error and len(error.strip().splitlines()) == 1
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 

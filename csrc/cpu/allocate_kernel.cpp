@@ -50,7 +50,7 @@ bool combine(const AllocateArgs<Q, T>& args, int64_t index, T* __restrict field)
   return present > 0;
 }
 
-// Weighted mean of the neighbours along one axis of (outer, size, inner), whose inner places are vectors.
+// Weighted mean of the neighbors along one axis of (outer, size, inner), whose inner places are vectors.
 template <typename T>
 void smooth_axis(const T* from, T* to, int64_t outer, int64_t size, int64_t inner, double sigma, T* taps, T* norms) {
   const int64_t radius = smoothing_radius(sigma, size);
@@ -64,7 +64,7 @@ void smooth_axis(const T* from, T* to, int64_t outer, int64_t size, int64_t inne
   std::fill_n(to, outer * size * inner, T(0));
   for (int64_t o = 0; o < outer; o++) {
     for (int64_t d = -radius; d <= radius; d++) {
-      // All places whose neighbour at distance d is on the grid, in one go.
+      // All places whose neighbor at distance d is on the grid, in one go.
       const int64_t first = std::max<int64_t>(0, -d), last = std::min(size, size - d);
       const T tap = taps[std::abs(d)];
       T* __restrict target = to + (o * size + first) * inner;

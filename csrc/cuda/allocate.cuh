@@ -42,7 +42,7 @@ __device__ T map_mean(const AllocateArgs<T>& args, int64_t start) {
   return warp_sum(unusable) || !std::isfinite(mean) ? T(NAN) : mean;
 }
 
-// Weighted mean of the neighbours along an axis of `size` places that lie `step` apart.
+// Weighted mean of the neighbors along an axis of `size` places that lie `step` apart.
 template <typename T>
 __device__ void smooth_axis(const T* from, T* to, int tokens, int size, int step, double sigma, T* taps, T* norms) {
   const int radius = int(smoothing_radius(sigma, size));

@@ -32,7 +32,7 @@ constexpr unsigned ALL_LANES = 0xffffffff;
 template <typename T>
 constexpr int WIDE = 16 / sizeof(T);
 
-// N neighbouring elements, loaded and stored in accesses of 16 bytes (or of one element, N = 1).
+// N neighboring elements, loaded and stored in accesses of 16 bytes (or of one element, N = 1).
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T element[N];
@@ -106,7 +106,7 @@ struct PerSample {
   }
 };
 
-// Every lane gets the same bits: a + b and b + a are the same at each step. `lanes` neighbours, a power of two.
+// Every lane gets the same bits: a + b and b + a are the same at each step. `lanes` neighbors, a power of two.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value, int lanes = WARP) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);

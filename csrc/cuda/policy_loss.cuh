@@ -140,7 +140,7 @@ __device__ __forceinline__ void for_each_vector(const PolicyLossArgs<V, X, T>& a
                                                 int length, Each each, Done done) {
   const int64_t start = index * args.channels * args.places;
   if (!args.packed) {
-    // A warp reads neighbouring locations; N groups of threads share the channels.
+    // A warp reads neighboring locations; N groups of threads share the channels.
     constexpr int COLUMNS = TILE / N;
     const int place = threadIdx.x % COLUMNS * N, group = threadIdx.x / COLUMNS;
     if (place >= length) return;

@@ -12,12 +12,12 @@ from argparse import Namespace
 
 import torch
 from diffusers import FluxTransformer2DModel
+from transformers import AutoTokenizer
+
 from star.capture import allocated
 from star.concepts import ConceptTokens, locate, parse
 from star.shapes.model import make_tokenizer
 from star.transition import schedule
-from transformers import AutoTokenizer
-
 from star_kernels import log_prob as log_density
 
 CAPTIONS = ["a red circle left of a blue square", "two green rings"]

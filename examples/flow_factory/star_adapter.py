@@ -1,5 +1,6 @@
 from flow_factory.models.stable_diffusion.sd3_5 import SD3_5Adapter
 from flow_factory.utils.base import filter_kwargs
+
 from star.capture import allocated
 from star.concepts import locate, parse
 

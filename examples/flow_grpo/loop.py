@@ -6,15 +6,15 @@
 from types import SimpleNamespace as Config
 
 import torch
-from star.advantage import group_advantages
+
 from star.capture import record
 from star.concepts import locate, parse
 from star.objective import sde_step_with_logprob
 from star.rewards import load
-from star.rollout import decode
 from star.shapes.model import load_pipeline
 from star.shapes.scenes import prompts as draw_prompts
-
+from star.training.advantage import group_advantages
+from star.training.rollout import decode
 from star_kernels import allocate
 
 CONFIG = Config(

@@ -11,11 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from star.advantage import group_advantages
+
 from star.objective import sde_step_with_logprob
 from star.rewards import load
-from star.rollout import decode
 from star.shapes.model import LATENT_SIZE, load_pipeline
+from star.training.advantage import group_advantages
+from star.training.rollout import decode
 
 PROMPTS = ["a red circle left of a blue square", "two green rings"]
 STEPS, WINDOW, GROUP, GUIDANCE = 6, (1, 2), 3, 2.0

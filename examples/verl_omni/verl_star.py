@@ -1,7 +1,8 @@
-from star.capture import allocated
-from star.concepts import locate, parse
 from verl_omni.pipelines.model_base import DiffusionModelBase
 from verl_omni.pipelines.sd3_flow_grpo.diffusers_training_adapter import StableDiffusion3FlowGRPO
+
+from star.capture import allocated
+from star.concepts import locate, parse
 
 
 @DiffusionModelBase.register("StableDiffusion3Pipeline", algorithm="flow_grpo")

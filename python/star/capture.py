@@ -34,7 +34,7 @@ from star.concepts import ConceptTokens
 from star.objective import Allocation, allocation_weights, weighted_gradient
 from star_kernels import attention_maps
 
-NORMALISATIONS = ("raw", "content", "concepts")
+NORMALIZATIONS = ("raw", "content", "concepts")
 
 
 def in_backward() -> bool:
@@ -105,26 +105,26 @@ class Maps:
         tokens: ConceptTokens,
         grid: tuple[int, int],
         layer_weights: Tensor,
-        normalise: str,
+        normalize: str,
         rows: Tensor | slice | None,
         head_weight: Tensor | None,
         lse: bool,
         impl: str,
     ) -> None:
         self.slots, self.tokens, self.grid = slots, tokens, grid
-        self.layer_weights, self.normalise, self.rows = layer_weights, normalise, rows
+        self.layer_weights, self.normalize, self.rows = layer_weights, normalize, rows
         self.head_weight, self.lse, self.impl = head_weight, lse, impl
         self.text_tokens = int(tokens.index.max()) + 1 if tokens.index.numel() else 0
         # The tokens' columns in a joint sequence that has the image first.
         self.after_image = torch.where(tokens.index < 0, tokens.index, tokens.index + slots.shape[-1])
 
     def layers(self) -> Tensor:
-        """(L, B, G, N) float32: mean over the heads of each captured layer, normalised."""
+        """(L, B, G, N) float32: mean over the heads of each captured layer, normalized."""
         maps = self.slots
-        if self.normalise == "content":
+        if self.normalize == "content":
             maps, content = maps[:, :, :-1], maps[:, :, -1:]
             maps = maps / content.clamp_min(torch.finfo(maps.dtype).tiny)
-        elif self.normalise == "concepts":
+        elif self.normalize == "concepts":
             maps = maps / maps.sum(2, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
         return maps.clone()
 
@@ -289,7 +289,7 @@ def capture(
     layers: Sequence[int] | None = None,
     layer_weights: Sequence[float] | None = None,
     head_weight: Tensor | None = None,
-    normalise: Literal["raw", "content", "concepts"] = "raw",
+    normalize: Literal["raw", "content", "concepts"] = "raw",
     lse: bool = True,
     impl: str = "auto",
 ) -> Iterator[Maps]:
@@ -306,7 +306,7 @@ def capture(
         layers: indices of blocks, default all joint ones; FLUX counts its single-stream blocks after the double-stream
             ones and leaves them out by default. layer_weights: one for each, default equal.
         head_weight: (H,), default equal.
-        normalise: "raw" mass; "content": divided by the mass of all concepts' tokens together; "concepts": divided by
+        normalize: "raw" mass; "content": divided by the mass of all concepts' tokens together; "concepts": divided by
             the sum over the concepts.
         lse: use the log-sum-exp of the attention kernel; otherwise the operator makes its own.
         impl: of `star_kernels.attention_maps`.
@@ -328,8 +328,8 @@ def capture(
         raise TypeError(
             f"transformer: got {type(model).__name__}, expected an SD3Transformer2DModel or a FluxTransformer2DModel"
         )
-    if normalise not in NORMALISATIONS:
-        raise ValueError(f"normalise: got {normalise!r}, expected one of {list(NORMALISATIONS)}")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize: got {normalize!r}, expected one of {list(NORMALIZATIONS)}")
     layers = list(range(default)) if layers is None else list(layers)
     if not layers or not all(0 <= layer < len(blocks) for layer in layers) or len(set(layers)) != len(layers):
         raise ValueError(f"layers: got {layers}, expected distinct blocks in 0..{len(blocks) - 1}")
@@ -340,7 +340,7 @@ def capture(
     device = next(model.parameters()).device
     index, weight = tokens.index.to(device), tokens.weight.to(device)
     batch, groups, slots_per_concept = index.shape
-    if normalise == "content":
+    if normalize == "content":
         # One more concept: every token of all the others, so that its map is the content's whole mass.
         whole = torch.full((batch, 1, groups * slots_per_concept), -1, dtype=torch.int64, device=device)
         for row, used in zip(whole, index.flatten(1), strict=True):
@@ -355,7 +355,7 @@ def capture(
         rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         if len(rows) != batch:
             raise ValueError(f"rows: got {len(rows)}, expected one for each of the {batch} rows of tokens")
-        # Neighbours are read in place; anything else has to be gathered into a copy.
+        # Neighbors are read in place; anything else has to be gathered into a copy.
         if rows == list(range(rows[0], rows[0] + batch)):
             rows = slice(rows[0], rows[-1] + 1 or None)
         else:
@@ -366,7 +366,7 @@ def capture(
         tokens=ConceptTokens(index, weight),
         grid=tuple(grid),
         layer_weights=(equal if layer_weights is None else torch.tensor(layer_weights, dtype=torch.float32)).to(device),
-        normalise=normalise,
+        normalize=normalize,
         rows=rows,
         head_weight=None if head_weight is None else head_weight.to(device),
         lse=lse,
@@ -390,7 +390,7 @@ def record(
     grid: tuple[int, int],
     rows: slice | Sequence[int] | Tensor | None = None,
     layers: Sequence[int] | None = None,
-    normalise: Literal["raw", "content", "concepts"] = "raw",
+    normalize: Literal["raw", "content", "concepts"] = "raw",
 ) -> Iterator[list[Tensor]]:
     """Concept maps of every forward pass inside the context, in order: one for each step of a trainer's sampler.
 
@@ -400,7 +400,7 @@ def record(
 
     Args:
         transformer: the very module that the sampler calls, in whatever wrapper.
-        tokens, grid, rows, layers, normalise: of `capture`.
+        tokens, grid, rows, layers, normalize: of `capture`.
 
     Yields:
         A list that each pass adds its maps to, (B, G, N) float32.
@@ -409,7 +409,7 @@ def record(
         What `capture` raises. RuntimeError: no pass was made through this module.
     """
     passes: list[Tensor] = []
-    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalise=normalise) as maps:
+    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
         handle = transformer.register_forward_hook(lambda *_: passes.append(maps.read()))
         try:
             yield passes
@@ -427,7 +427,7 @@ def allocated(
     grid: tuple[int, int],
     rows: slice | Sequence[int] | Tensor | None = None,
     layers: Sequence[int] | None = None,
-    normalise: Literal["raw", "content", "concepts"] = "raw",
+    normalize: Literal["raw", "content", "concepts"] = "raw",
     allocation: Allocation | None = None,
     first_pass: bool = False,
 ) -> Iterator[Maps]:
@@ -440,7 +440,7 @@ def allocated(
 
     Args:
         transformer: the very module that is called, in whatever wrapper.
-        tokens, grid, rows, layers, normalise: of `capture`. With guidance in one batch, rows are the conditional ones;
+        tokens, grid, rows, layers, normalize: of `capture`. With guidance in one batch, rows are the conditional ones;
             the unconditional ones get their weights too: guidance is linear, so that weights the guided velocity.
         allocation: strategy "attention" (the default) or "random", and options.
         first_pass: every pass inside the context gets the weights of the first: for guidance in two passes, the
@@ -457,7 +457,7 @@ def allocated(
         raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention' or 'random'")
 
     read: list[Tensor] = []  # with first_pass the maps of the first pass
-    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalise=normalise) as maps:
+    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
         def weight(module: torch.nn.Module, arguments: tuple, output):
             velocity = output[0]

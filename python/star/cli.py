@@ -18,7 +18,7 @@ USAGE = """usage: star COMMAND [--help]
   plan    print what a run will take, before anything is loaded: --gpus N and the options of train
   eval    score a model, with or without an adapter, on a prompt file (GenEval's, OCR's, any) or the embedded world
   compare train arms with several seeds side by side, and report what tells them apart
-  maps    picture a prompt's concept maps by layer and step; --world measures localisation
+  maps    picture a prompt's concept maps by layer and step; --world measures localization
   report  one HTML page of runs: curves, pictures, what differs; star report RUN [RUN...] [--out FILE]
   info    versions, what was built, and which implementation each operator uses
 """
@@ -63,7 +63,7 @@ class Eval:
 
 @dataclass
 class Maps:
-    """Picture the concept maps of a prompt, or measure localisation on the embedded world."""
+    """Picture the concept maps of a prompt, or measure localization on the embedded world."""
 
     prompt: str = "a red circle left of a blue square"
     model: str = "shapes"
@@ -78,7 +78,7 @@ class Maps:
     """Blocks to show; None: all."""
     seed: int = 0
     world: bool = False
-    """Instead print localisation by layer and noise level against the true masks of the embedded world."""
+    """Instead print localization by layer and noise level against the true masks of the embedded world."""
 
 
 def quiet_third_parties() -> None:
@@ -152,7 +152,7 @@ def plan(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from star.plan import plan as predict
+    from star.training.plan import plan as predict
 
     if known.gpus < 1:
         raise ValueError(f"gpus: got {known.gpus}, expected at least 1")
@@ -175,7 +175,7 @@ def evaluate(arguments: list[str]) -> None:
     import torch
     import tyro
 
-    from star.pipeline import load_pipeline
+    from star.training.pipeline import load_pipeline
 
     options = tyro.cli(Eval, args=arguments, prog="star eval")
     if options.prompts is None and options.reward != "shapes":
@@ -201,9 +201,10 @@ def evaluate_prompts(options: Eval, load) -> None:
     import torch
     from rich.console import Console
 
-    from star import evaluation, rewards
-    from star.prompts import read_prompts
+    from star import rewards
     from star.rewards.worker import RewardWorker
+    from star.training import scoring as evaluation
+    from star.training.prompts import read_prompts
 
     prompts = read_prompts(options.prompts)[: options.n]
     if not prompts:
@@ -258,7 +259,7 @@ def evaluate_world(options: Eval, load) -> None:
 def compare(arguments: list[str]) -> None:
     import tyro
 
-    from star import compare as study
+    from star.study import command as study
 
     options = tyro.cli(study.Compare, args=arguments, prog="star compare")
     if options.jobs is not None and options.jobs < 1:
@@ -278,16 +279,16 @@ def compare(arguments: list[str]) -> None:
 def maps(arguments: list[str]) -> None:
     import tyro
 
-    from star import report
     from star.concepts import parse
     from star.objective import Allocation
-    from star.pipeline import load_pipeline
+    from star.reports import figures as report
     from star.shapes import measure
+    from star.training.pipeline import load_pipeline
 
     options = tyro.cli(Maps, args=arguments, prog="star maps")
     pipeline = load_pipeline(options.model)
     if options.world:
-        measure.print_localisation(pipeline)
+        measure.print_localization(pipeline)
         return
     names = [concept.text for concept in parse(options.prompt)]
     if not names:
@@ -310,7 +311,7 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="the page; report.html in the folder of a single run")
     options = parser.parse_args(arguments)
 
-    from star import page
+    from star.reports import page
 
     if options.out is None and len(options.runs) > 1:
         raise ValueError("out: needed for several runs")

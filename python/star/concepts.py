@@ -38,14 +38,14 @@ _BREAKS = frozenset(
         "looks look made like out written"
     ).split()
 )
-_PLACES = frozenset("left right top bottom front side middle center centre".split())
+_PLACES = frozenset("left right top bottom front side middle center center".split())
 # What a picture is, not what it shows; and praise that prompts add.
 _MEDIA = frozenset(
     (
         "photo photograph picture image painting illustration drawing render rendering sketch shot close-up closeup "
         "view style art artwork artstation quality resolution detail details detailed masterpiece 4k 8k hd uhd "
         "cinematic photorealistic realistic hyperrealistic highly ultra best trending portrait oil digital watercolor "
-        "watercolour studio lighting word words text letters"
+        "watercolor studio lighting word words text letters"
     ).split()
 )
 _NOUNS_IN_ING = frozenset(

@@ -67,7 +67,7 @@ class Sampling:
     images_per_prompt: int = 24
     layers: tuple[int, ...] | None = None
     """Blocks whose attention is read; None: all."""
-    normalise: Literal["raw", "content", "concepts"] = "raw"
+    normalize: Literal["raw", "content", "concepts"] = "raw"
     text_cache: int = 0
     """Prompts whose embeddings are kept on the CPU from iteration to iteration; each is then encoded alone."""
     rollout_device: Literal["model", "cpu"] = "model"
@@ -91,18 +91,18 @@ class Loss:
     advantage_eps: float = 1e-4
     """Added to that standard deviation. Larger: groups whose rewards hardly differ count for less."""
     advantage: Literal["image", "location"] = "image"
-    """One advantage per picture, or one per place from a reward that localises."""
-    normalise_rewards: bool = False
+    """One advantage per picture, or one per place from a reward that localizes."""
+    normalize_rewards: bool = False
     """Of several rewards, turn each into advantages before they are weighed, so that their scales do not matter."""
 
 
 @dataclass
-class Optimisation:
+class Optimization:
     """How the policy is updated."""
 
     iterations: int = 100
     updates_per_iteration: int = 2
-    """Optimiser steps per rollout, each on its own share of the pictures."""
+    """Optimizer steps per rollout, each on its own share of the pictures."""
     micro_batch: int = 0
     """Pictures per forward pass; 0: all of an update's."""
     learning_rate: float = 3e-4
@@ -167,25 +167,25 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     allocation: Allocation = field(default_factory=Allocation)
     loss: Loss = field(default_factory=Loss)
-    optimisation: Optimisation = field(default_factory=Optimisation)
+    optimization: Optimization = field(default_factory=Optimization)
     run: Run = field(default_factory=Run)
 
     def check(self, processes: int = 1) -> None:
         """Raise ConfigError for values that do not go together, or not with this number of processes."""
-        sampling, optimisation = self.sampling, self.optimisation
+        sampling, optimization = self.sampling, self.optimization
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
-        if images % optimisation.updates_per_iteration:
+        if images % optimization.updates_per_iteration:
             raise ConfigError(
-                f"optimisation.updates_per_iteration: {optimisation.updates_per_iteration} does not divide "
+                f"optimization.updates_per_iteration: {optimization.updates_per_iteration} does not divide "
                 f"{images} pictures"
             )
-        update = images // optimisation.updates_per_iteration
+        update = images // optimization.updates_per_iteration
         if update % processes:
             raise ConfigError(f"accelerate: {processes} processes do not divide an update's {update} pictures")
-        if optimisation.micro_batch and update // processes % optimisation.micro_batch:
+        if optimization.micro_batch and update // processes % optimization.micro_batch:
             each = f", {update // processes} for each process" if processes > 1 else ""
             raise ConfigError(
-                f"optimisation.micro_batch: {optimisation.micro_batch} does not divide an update's "
+                f"optimization.micro_batch: {optimization.micro_batch} does not divide an update's "
                 f"{update} pictures{each}"
             )
         if not sampling.trained_steps or not all(0 <= i < sampling.steps - 1 for i in sampling.trained_steps):
@@ -206,28 +206,28 @@ class Config:
                 "loss.kl_coef: needs an adapter (model.lora_rank > 0): without it the reference is the model"
             )
         half = {"float16": "fp16", "bfloat16": "bf16"}
-        if self.model.frozen_dtype in half and optimisation.mixed_precision != half[self.model.frozen_dtype]:
+        if self.model.frozen_dtype in half and optimization.mixed_precision != half[self.model.frozen_dtype]:
             raise ConfigError(
-                f"model.frozen_dtype: {self.model.frozen_dtype} needs optimisation.mixed_precision "
-                f"{half[self.model.frozen_dtype]}, got {optimisation.mixed_precision}"
+                f"model.frozen_dtype: {self.model.frozen_dtype} needs optimization.mixed_precision "
+                f"{half[self.model.frozen_dtype]}, got {optimization.mixed_precision}"
             )
         if sampling.merge_adapter and self.model.frozen_dtype != "float32":
             raise ConfigError(
                 f"sampling.merge_adapter: needs model.frozen_dtype float32, got {self.model.frozen_dtype}"
             )
-        if not 0 <= optimisation.ema_decay < 1 or optimisation.ema_every < 1:
+        if not 0 <= optimization.ema_decay < 1 or optimization.ema_every < 1:
             raise ConfigError(
-                f"optimisation.ema_decay, ema_every: got {optimisation.ema_decay}, {optimisation.ema_every}, "
+                f"optimization.ema_decay, ema_every: got {optimization.ema_decay}, {optimization.ema_every}, "
                 "expected 0 <= decay < 1 and at least 1"
             )
-        if optimisation.adam_epsilon <= 0:
-            raise ConfigError(f"optimisation.adam_epsilon: got {optimisation.adam_epsilon}, expected above 0")
-        if optimisation.update_norm is not None and optimisation.update_norm < 0:
-            raise ConfigError(f"optimisation.update_norm: got {optimisation.update_norm}, expected at least 0 or none")
+        if optimization.adam_epsilon <= 0:
+            raise ConfigError(f"optimization.adam_epsilon: got {optimization.adam_epsilon}, expected above 0")
+        if optimization.update_norm is not None and optimization.update_norm < 0:
+            raise ConfigError(f"optimization.update_norm: got {optimization.update_norm}, expected at least 0 or none")
         if self.run.evaluate_every and not self.run.held_out:
             raise ConfigError("run.evaluate_every: needs run.held_out, the number of prompts that are scored")
-        if self.loss.normalise_rewards and self.loss.advantage == "location":
-            raise ConfigError("loss.normalise_rewards: not with loss.advantage 'location'; weigh the maps instead")
+        if self.loss.normalize_rewards and self.loss.advantage == "location":
+            raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
 
@@ -267,7 +267,7 @@ def shapes() -> Config:
             merge_adapter=True,
         ),
         loss=Loss(clip_range=2e-3, global_std=True),
-        optimisation=Optimisation(iterations=240, learning_rate=7e-5, ema_decay=0.98, ema_every=1),
+        optimization=Optimization(iterations=240, learning_rate=7e-5, ema_decay=0.98, ema_every=1),
         run=Run(out=Path("runs/shapes"), held_out=512, grid_every=60),
     )
 
@@ -287,7 +287,7 @@ def sd35m(task: str, fast: bool = False) -> Config:
             text_cache=1024,  # 205 x 4096 numbers each: 1.7 GB in half precision
         ),
         loss=Loss(kl_coef=0.01 if task == "pickscore" else 0.04, global_std=True),
-        optimisation=Optimisation(
+        optimization=Optimization(
             # Flow-GRPO sets 100000 and is stopped by hand.
             iterations=5000,
             # train_batch_size; 48 x 24 pictures in 2 updates: up to 64 processes with whole micro batches.

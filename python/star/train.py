@@ -15,26 +15,28 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from star import card, checkpoint, files, rewards
 from star import config as configuration
-from star.advantage import advantages_of
+from star import files, rewards
 from star.config import Config
-from star.distributed import LostProcess, Share, Termination, lost, make_accelerator, on_main
-from star.metrics import by_category, of_weights, peak_memory
 from star.objective import allocation_weights, captured_steps, temporal_weights, uniform_rows
-from star.pipeline import load_pipeline
-from star.policy import Policy
-from star.prompts import Prompt, draw_prompts
+from star.reports import card
+from star.reports.metrics import by_category, of_weights, peak_memory
+from star.reports.tracking import Tracker, timed
 from star.rewards.worker import RewardWorker, Ticket
-from star.rollout import PromptEncoder, Rollout, decode, draw_window, make_steps, sample
-from star.tracking import Tracker, timed
+from star.training import checkpoint
+from star.training.advantage import advantages_of
+from star.training.distributed import LostProcess, Share, Termination, lost, make_accelerator, on_main
+from star.training.pipeline import load_pipeline
+from star.training.policy import Policy
+from star.training.prompts import Prompt, draw_prompts
+from star.training.rollout import PromptEncoder, Rollout, decode, draw_window, make_steps, sample
 from star_kernels import policy_loss
 
 log = logging.getLogger("star")
 
 
 class Trainer:
-    """A run: the policy, its optimiser and where it stands."""
+    """A run: the policy, its optimizer and where it stands."""
 
     def __init__(self, config: Config) -> None:
         config.check()
@@ -42,7 +44,7 @@ class Trainer:
         draw_prompts(config, 0)
         self.accelerator = make_accelerator(config)
         config.check(self.accelerator.num_processes)
-        device, sampling, updates = self.accelerator.device, config.sampling, config.optimisation.updates_per_iteration
+        device, sampling, updates = self.accelerator.device, config.sampling, config.optimization.updates_per_iteration
         self.reward = rewards.load(config.run.reward, config.run.reward_models, device)
         self.worker = RewardWorker(self.reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = load_pipeline(config.model.path, device, getattr(torch, config.model.frozen_dtype))
@@ -55,10 +57,10 @@ class Trainer:
         factor = self.pipeline.vae_scale_factor
         self.size = (config.model.height // factor, config.model.width // factor)
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
-        # Neighbours are of different prompts, so that every chunk sees every prompt.
+        # Neighbors are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration
         self.share = Share(self.accelerator, images, updates)
-        self.chunk = config.optimisation.micro_batch or len(self.share.rows) // updates
+        self.chunk = config.optimization.micro_batch or len(self.share.rows) // updates
         self.iteration = 0
         self.told = False
         if config.run.resume:
@@ -104,7 +106,7 @@ class Trainer:
                 log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
                 self.told = True  # the count is in the metrics of every iteration
         if config.run.grid_every and self.iteration % config.run.grid_every == 0:
-            from star import report  # matplotlib is slow to import and only needed for pictures
+            from star.reports import figures as report  # matplotlib is slow to import and only needed for pictures
 
             path = config.run.out / "grids" / f"{self.iteration:06d}.png"
             on_main(self.accelerator, lambda: report.rollout_grid(self.pipeline, rollout, weights, own.reward, path))
@@ -133,7 +135,7 @@ class Trainer:
             if captured is None
             else captured,
             layers=sampling.layers,
-            normalise=sampling.normalise,
+            normalize=sampling.normalize,
             rows=self.share.rows,
             stored_on_cpu=sampling.rollout_device == "cpu",
             merged=self.policy.merged if sampling.merge_adapter else nullcontext,
@@ -172,10 +174,10 @@ class Trainer:
     def update(
         self, rollout: Rollout, advantages: Tensor, weights: Tensor | None, step_weights: Tensor | None
     ) -> dict[str, float]:
-        """Optimiser steps over the rollout; each sees its own pictures at every trained step."""
+        """Optimizer steps over the rollout; each sees its own pictures at every trained step."""
         loss_config, transformer = self.config.loss, self.policy.transformer
         chunks, trained = torch.arange(len(rollout.groups)).split(self.chunk), len(rollout.steps.trained)
-        per_update = len(chunks) // self.config.optimisation.updates_per_iteration
+        per_update = len(chunks) // self.config.optimization.updates_per_iteration
         seen, skipped, norms, moves = defaultdict(list), 0, [], []
         for number, rows in enumerate(chunks):
             for k in range(trained):
@@ -264,7 +266,8 @@ def train(config: Config) -> dict[str, float]:
 
 
 def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
-    from star import curve, report  # matplotlib is slow to import and only needed for pictures
+    from star.reports import figures as report  # matplotlib is slow to import and only needed for pictures
+    from star.training import curve
 
     config, accelerator, policy = trainer.config, trainer.accelerator, trainer.policy
     main, out, begin = accelerator.is_main_process, config.run.out, time.perf_counter()
@@ -272,7 +275,7 @@ def run(trainer: Trainer, termination: Termination) -> dict[str, float]:
     # Every process takes part, because the weights may be sharded over them; the main one writes.
     with trainer.encode.on_device():
         before = report.held_out(trainer.pipeline, config, "before", known=trainer.iteration > 0, write=main)
-    total, every = config.optimisation.iterations, config.run.evaluate_every
+    total, every = config.optimization.iterations, config.run.evaluate_every
     if every and trainer.iteration == 0:
         with trainer.encode.on_device():
             curve.score(trainer.pipeline, config, 0, write=main)

@@ -155,8 +155,8 @@ def another(groups: Tensor | None, batch: int, generator: torch.Generator | None
     return source
 
 
-def neighbour_correlation(fields: Tensor) -> Tensor:
-    """(B,) correlation of neighbours in each field (B, rows, columns): how smooth it is. NaN for a constant one."""
+def neighbor_correlation(fields: Tensor) -> Tensor:
+    """(B,) correlation of neighbors in each field (B, rows, columns): how smooth it is. NaN for a constant one."""
     x = fields - fields.mean((1, 2), keepdim=True)
     products = (x[:, :, 1:] * x[:, :, :-1]).sum((1, 2)) + (x[:, 1:] * x[:, :-1]).sum((1, 2))
     rows, columns = fields.shape[1:]
@@ -166,7 +166,7 @@ def neighbour_correlation(fields: Tensor) -> Tensor:
 def random_like(weights: Tensor, generator: torch.Generator | None, draws: int = 4, halvings: int = 8) -> Tensor:
     """Random fields with exactly the values of `weights` (B, rows, columns), as smooth as they are, placed elsewhere.
 
-    Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbours
+    Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbors
     correlate as in its weights; of all that was tried the nearest one is kept. Samples with the very same weights, like
     a group's that part after the step, get the same field: else these would even out over the group and those not.
     """
@@ -176,7 +176,7 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     )
     alike = first[which].cpu()
     rows, columns = weights.shape[1:]
-    values, target = weights.flatten(1).sort(1).values, neighbour_correlation(weights)
+    values, target = weights.flatten(1).sort(1).values, neighbor_correlation(weights)
     best, error = weights.clone(), torch.full_like(target, torch.inf)
     # Filtered on twice the size, then cut: noise that is periodic in its own frame would be less smooth across it.
     size = (2 * rows, 2 * columns)
@@ -190,7 +190,7 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
             smooth = torch.fft.irfft2(noise * torch.exp(-frequency * width[:, None, None] ** 2), s=size)
             rank = smooth[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True).argsort(1)
             field = values.gather(1, rank).view_as(weights)
-            found = neighbour_correlation(field)
+            found = neighbor_correlation(field)
             distance = (found - target).abs()
             closer = distance < error
             best, error = torch.where(closer[:, None, None], field, best), torch.where(closer, distance, error)

@@ -27,7 +27,7 @@ class Scores:
 
     reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, in pixels, where
     the picture shows what was asked for, if the reward knows. reward_map: (B, H, W), in pixels, what each place of the
-    picture earned, on the scale of `reward`, if the reward localises. terms: (B,) by name, what a weighted sum is of.
+    picture earned, on the scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of.
     """
 
     reward: Tensor
@@ -150,7 +150,7 @@ class Weighted:
         )
 
     def _map(self, found: dict[str, Scores]) -> Tensor | None:
-        """A reward that does not localise earned the same everywhere."""
+        """A reward that does not localize earned the same everywhere."""
         if all(scores.reward_map is None for scores in found.values()):
             return None
         return sum(
@@ -210,7 +210,7 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
         return Remote(path, name)
     match name:
         case "shapes":
-            from star.rewards.shapes import shapes_reward
+            from star.shapes.reward import shapes_reward
 
             return shapes_reward
         case "jpeg_compressibility" | "jpeg_incompressibility":

@@ -24,7 +24,7 @@ BATCH = 32
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
-    """CLIP's: shorter side to `size` (bicubic), centre crop, its mean and deviation. images: (B, 3, H, W) in 0..1."""
+    """CLIP's: shorter side to `size` (bicubic), center crop, its mean and deviation. images: (B, 3, H, W) in 0..1."""
     images = (images.float() * 255).round().clamp(0, 255) / 255  # as the 8 bits of a file
     height, width = images.shape[-2:]
     short = min(height, width)

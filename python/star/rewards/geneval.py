@@ -1,8 +1,8 @@
-"""GenEval (Ghosh et al. 2023): are the objects there that the prompt asks for, in number, colour and place?
+"""GenEval (Ghosh et al. 2023): are the objects there that the prompt asks for, in number, color and place?
 
 The rules are those of the benchmark's evaluate_images.py and, for partial credit, of Flow-GRPO's reward server
 (yifan123/reward-server, gen_eval.py), as pure functions of detections. The objects come from Mask2Former trained on
-COCO instances, the colours from CLIP, both transformers': no mmdet, no server. The metadata of a prompt is one line of
+COCO instances, the colors from CLIP, both transformers': no mmdet, no server. The metadata of a prompt is one line of
 GenEval's evaluation_metadata.jsonl: "tag", and "include" and "exclude" lists of {"class", "count", "color",
 "position": [relation, index of an earlier entry]}.
 """
@@ -41,7 +41,7 @@ OBJECTS = tuple(
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # confidence above which a detection counts
 MAX_OBJECTS = 16  # of a class
 MAX_OVERLAP = 1.0  # intersection over union from which the less confident of a class goes; 1: never, as published
-POSITION_THRESHOLD = 0.1  # share of both sizes by which centres must differ
+POSITION_THRESHOLD = 0.1  # share of both sizes by which centers must differ
 BACKGROUND = 0x99 / 255  # gray around a cut-out object
 DETECTIONS = 100  # per picture
 
@@ -58,7 +58,7 @@ class Detection:
 
 Groups = dict[str, list[Detection]]
 ColorsOf = Callable[[list[Detection]], list[str]]
-"""The colour of each of some objects of one class."""
+"""The color of each of some objects of one class."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _suppress(group: list[Detection], max_overlap: float) -> list[Detection]:
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """In which of RELATIONS box a lies to box b: the direction between their centres, less a share of their sizes."""
+    """In which of RELATIONS box a lies to box b: the direction between their centers, less a share of their sizes."""
     (ax, ay), (bx, by) = (((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in (a, b))
     offset = np.array([ax - bx, ay - by])
     sizes = np.array([abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])])
@@ -139,7 +139,7 @@ def judge(groups: Groups, metadata: Mapping[str, Any], colors_of: ColorsOf) -> V
 
 
 def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, list[str]]:
-    """At least as many of each as asked for; colours and places of the most confident ones; nothing excluded."""
+    """At least as many of each as asked for; colors and places of the most confident ones; nothing excluded."""
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []
     for entry in metadata["include"]:
@@ -163,7 +163,7 @@ def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
 
 
 def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, float]:
-    """Exactly as many of each as asked for; the mean credit of numbers, colours and places. Nothing is excluded.
+    """Exactly as many of each as asked for; the mean credit of numbers, colors and places. Nothing is excluded.
 
     As the reward server has it: a place that is wrong adds a 0 and a 1 to that mean, one that is right a 1.
     """
@@ -227,7 +227,7 @@ class Detector:
         self.names = OBJECTS if len(labels) == len(OBJECTS) else tuple(labels[i] for i in range(len(labels)))
 
     def prepare(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Resized with the shorter side to `short` and at most `long`, normalised, padded with 0 to a MULTIPLE."""
+        """Resized with the shorter side to `short` and at most `long`, normalized, padded with 0 to a MULTIPLE."""
         height, width = images.shape[-2:]
         scale = min(self.short / min(height, width), self.long / max(height, width))
         size = (int(height * scale + 0.5), int(width * scale + 0.5))
@@ -279,14 +279,14 @@ def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 
 class ColorClassifier:
-    """Which of COLORS an object has: CLIP on the object cut out over gray, against sentences with each colour."""
+    """Which of COLORS an object has: CLIP on the object cut out over gray, against sentences with each color."""
 
     def __init__(self, clip: CLIP) -> None:
         self.clip = clip
         self.sentences: dict[str, Tensor] = {}
 
     def classes(self, name: str) -> Tensor:
-        """(10, D): of each colour the mean over TEMPLATES."""
+        """(10, D): of each color the mean over TEMPLATES."""
         if name not in self.sentences:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             mean = self.clip.texts(texts).view(len(COLORS), len(TEMPLATES), -1).mean(1)

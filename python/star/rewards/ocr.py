@@ -21,20 +21,20 @@ def target(prompt: str) -> str:
     """The text between the first pair of double quotes, without spaces, in lower case. Raises ValueError if none."""
     for opening, closing in (('"', '"'), ("“", "”")):
         _, found, rest = prompt.partition(opening)
-        text = normalise(rest.partition(closing)[0]) if found else ""
+        text = normalize(rest.partition(closing)[0]) if found else ""
         if text:
             return text
     raise ValueError(f"reward: 'ocr' found no text in double quotes in the prompt {prompt!r}")
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     return text.replace(" ", "").lower()
 
 
 def edit_reward(read: str, wanted: str) -> float:
     """1 - edit distance / length of the text that is wanted, in 0..1; 1 if it is anywhere in what was read.
 
-    Both normalised. A picture full of other text is worth no less than an empty one.
+    Both normalized. A picture full of other text is worth no less than an empty one.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -74,9 +74,9 @@ class OCR:
         rewards, masks = [], np.zeros(pictures.shape[:3], np.float32)
         for picture, prompt, mask in zip(pictures, prompts, masks, strict=True):
             wanted, lines = target(prompt), self.read(picture)
-            rewards.append(edit_reward(normalise("".join(text for text, _ in lines)), wanted))
+            rewards.append(edit_reward(normalize("".join(text for text, _ in lines)), wanted))
             for text, box in lines:
-                similarity = self.similarity(normalise(text), wanted) / 100
+                similarity = self.similarity(normalize(text), wanted) / 100
                 if similarity >= MATCH:
                     canvas = Image.new("1", mask.shape[::-1])
                     ImageDraw.Draw(canvas).polygon([tuple(point) for point in box.tolist()], fill=1)

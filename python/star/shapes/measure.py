@@ -1,4 +1,4 @@
-"""What a model reaches on the shapes world: held-out scores by category, and how well its attention localises."""
+"""What a model reaches on the shapes world: held-out scores by category, and how well its attention localizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from star.shapes.scenes import CATEGORIES, SIZE, parse_scene, prompts, render
 from star.shapes.verifier import verify
 
 STEPS = 4  # the demo's sampling: four Euler steps, no guidance
-DEFAULT_LAYERS = (2, 3)  # by localisation, see `star maps --world`
+DEFAULT_LAYERS = (2, 3)  # by localization, see `star maps --world`
 OBJECT_SHARE = 0.4  # coverage from which an image token counts as the object's
 
 
@@ -82,11 +82,11 @@ def auc(values: np.ndarray, inside: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Localisation:
+class Localization:
     """How well one layer's maps find the true objects at one noise level.
 
     auc: of each concept's map against its own object. auc_any: of the mean map against all objects.
-    mass_ratio: share of a map's mass on its object over the object's share of the area (1: no localisation).
+    mass_ratio: share of a map's mass on its object over the object's share of the area (1: no localization).
     """
 
     layer: int
@@ -97,9 +97,9 @@ class Localisation:
 
 
 @torch.no_grad()
-def localisation(
+def localization(
     pipeline: StableDiffusion3Pipeline, levels: Sequence[float] = (0.5,), n: int = 128, seed: int = 0
-) -> list[Localisation]:
+) -> list[Localization]:
     """Maps of held-out two-object scenes, rendered, encoded and noised to each level t, against the true masks."""
     texts = prompts(n, seed, "heldout", ("color_attribution", "position"))
     drawn = [render(parse_scene(text), random.Random(f"{seed}/{i}")) for i, text in enumerate(texts)]
@@ -125,7 +125,7 @@ def localisation(
             pairs = [(relative[b, g], inside[b, g]) for b in range(n) for g in range(2) if inside[b, g].any()]
             whole = [(relative[b].mean(0), inside[b].any(0)) for b in range(n)]
             found.append(
-                Localisation(
+                Localization(
                     layer,
                     t,
                     auc=float(np.mean([auc(*pair) for pair in pairs])),
@@ -137,7 +137,7 @@ def localisation(
 
 
 def report(pipeline: StableDiffusion3Pipeline, n: int = 512, seed: int = 0) -> None:
-    """Print scores by category on n held-out prompts, and localisation by layer and noise level."""
+    """Print scores by category on n held-out prompts, and localization by layer and noise level."""
     console = Console()
     texts = prompts(n, seed, "heldout", distinct=True)
     scores = score(sample(pipeline, texts, seed), texts)
@@ -146,13 +146,13 @@ def report(pipeline: StableDiffusion3Pipeline, n: int = 512, seed: int = 0) -> N
         strict, soft, number = scores.mean(category)
         table.add_row(category or "all", str(number), f"{strict:.3f}", f"{soft:.3f}")
     console.print(table)
-    print_localisation(pipeline)
+    print_localization(pipeline)
 
 
-def print_localisation(pipeline: StableDiffusion3Pipeline) -> None:
+def print_localization(pipeline: StableDiffusion3Pipeline) -> None:
     """Print AUC and mass over area of every layer's maps at several noise levels."""
-    table = Table("t", "layer", "AUC", "AUC any object", "mass over area", title="localisation of concept maps")
-    for entry in localisation(pipeline, (0.95, 0.85, 0.7, 0.5, 0.3)):
+    table = Table("t", "layer", "AUC", "AUC any object", "mass over area", title="localization of concept maps")
+    for entry in localization(pipeline, (0.95, 0.85, 0.7, 0.5, 0.3)):
         cells = (f"{entry.auc:.3f}", f"{entry.auc_any:.3f}", f"{entry.mass_ratio:.2f}")
         table.add_row(f"{entry.t}", str(entry.layer), *cells)
     Console().print(table)

@@ -80,7 +80,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """The denoiser with adaLN-zero initialisation (Peebles & Xie 2023), which diffusers leaves to its caller."""
+    """The denoiser with adaLN-zero initialization (Peebles & Xie 2023), which diffusers leaves to its caller."""
     transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=PATCH,

@@ -44,13 +44,13 @@ WORDS = (
 )
 HELD_OUT_SHARE = 0.2
 SUPERSAMPLING = 3
-RADIUS = (3.9, 4.8)  # pixels; with JITTER, neighbours in adjacent cells never touch
+RADIUS = (3.9, 4.8)  # pixels; with JITTER, neighbors in adjacent cells never touch
 JITTER = 0.6
 
 
 @dataclass(frozen=True)
 class Things:
-    """`count` objects of one shape; `color` None means any colour."""
+    """`count` objects of one shape; `color` None means any color."""
 
     color: str | None
     shape: str
@@ -102,14 +102,14 @@ class Scene:
 def all_scenes() -> dict[str, tuple[Scene, ...]]:
     """Every scene a prompt can ask for, by category."""
     plain = [Things(None, shape) for shape in SHAPES]
-    coloured = [Things(color, shape) for color in COLORS for shape in SHAPES]
-    pairs = [(a, b) for a in coloured for b in coloured if a != b]
-    scenes = [Scene((things,)) for things in plain + coloured]
+    colored = [Things(color, shape) for color in COLORS for shape in SHAPES]
+    pairs = [(a, b) for a in colored for b in colored if a != b]
+    scenes = [Scene((things,)) for things in plain + colored]
     scenes += [Scene((a, b)) for a in plain for b in plain if a != b]
-    scenes += [Scene((Things(t.color, t.shape, count),)) for t in coloured for count in COUNTS.values()]
+    scenes += [Scene((Things(t.color, t.shape, count),)) for t in colored for count in COUNTS.values()]
     scenes += [Scene(pair) for pair in pairs]
     scenes += [Scene(pair, relation) for pair in pairs for relation in RELATIONS]
-    scenes += [Scene(things, None, b) for b in BACKGROUNDS for things in [(), *((t,) for t in coloured)]]
+    scenes += [Scene(things, None, b) for b in BACKGROUNDS for things in [(), *((t,) for t in colored)]]
     return {category: tuple(s for s in scenes if s.category == category) for category in CATEGORIES}
 
 
@@ -210,7 +210,7 @@ def _cells(scene: Scene, rng: random.Random) -> list[tuple[int, int]]:
 
 
 def render(scene: Scene, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene; what the prompt leaves open (places, sizes, free colours, background) is drawn from rng.
+    """Draw a scene; what the prompt leaves open (places, sizes, free colors, background) is drawn from rng.
 
     Returns (image (SIZE, SIZE, 3) float32 in 0..1, masks (objects, SIZE, SIZE) float32 coverage in 0..1).
     """

@@ -1,6 +1,6 @@
 """Decides from the pixels alone whether a picture shows what its prompt asks for, and where.
 
-Objects are found by colour segmentation (the backgrounds are gray, so chroma tells object from ground) and named by
+Objects are found by color segmentation (the backgrounds are gray, so chroma tells object from ground) and named by
 matching templates of every shape. Strict: everything right and nothing besides, as in GenEval. Soft: partial credit.
 """
 
@@ -20,7 +20,7 @@ FOREGROUND = 0.45  # coverage from which a pixel belongs to an object
 SMALLEST = 8  # pixels; smaller specks are no objects
 COLOR_CREDIT = 0.4
 EXTRA_PENALTY = 0.8
-RELATION_MARGIN = 4.0  # pixels by which centres must differ
+RELATION_MARGIN = 4.0  # pixels by which centers must differ
 
 _COLOR_NAMES = list(COLORS)
 _SHAPE_NAMES = list(SHAPES)
@@ -112,7 +112,7 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
 
 
 def _credit(detection: Detection, things: Things) -> float:
-    """What one detection is worth for one required object, 0..1: the colour, if asked for, and the shape."""
+    """What one detection is worth for one required object, 0..1: the color, if asked for, and the shape."""
     score = detection.shape_scores[_SHAPE_NAMES.index(things.shape)]
     right = detection.shape == things.shape and score >= MATCH
     shape = 1.0 if right else 0.5 * float(np.clip((score - 0.3) / 0.6, 0, 1))

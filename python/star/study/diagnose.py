@@ -18,23 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from star import curve, files, report
-from star.advantage import group_advantages
+from star import files
 from star.config import Config
 from star.objective import another, captured_steps
-from star.pipeline import load_pipeline
-from star.prompts import draw_prompts
+from star.reports import figures as report
 from star.rewards import load as load_reward
-from star.rewards.shapes import judged
-from star.rollout import Rollout, decode
 from star.shapes import scenes
 from star.shapes.measure import OBJECT_SHARE, auc, sample
+from star.shapes.reward import judged
 from star.shapes.scenes import Scene, parse_scene
 from star.shapes.verifier import Verdict, verify
+from star.study.gradient_signal import compared
 from star.study.page import Table, number
-from star.study.signal import compared
 from star.study.spec import Study, folder
 from star.train import Trainer
+from star.training import curve
+from star.training.advantage import group_advantages
+from star.training.pipeline import load_pipeline
+from star.training.prompts import draw_prompts
+from star.training.rollout import Rollout, decode
 from star_kernels import allocate, policy_loss
 
 BATCHES = 96
@@ -108,7 +110,7 @@ def variance_shares(pictures: list[dict[str, float]], groups: np.ndarray) -> dic
     return {name: float(table[:, i] @ reward / total) for i, name in enumerate(names)} if total else {}
 
 
-def localisation(maps: Tensor, verdicts: list[Verdict], grid: tuple[int, int]) -> list[list[tuple[float, float]]]:
+def localization(maps: Tensor, verdicts: list[Verdict], grid: tuple[int, int]) -> list[list[tuple[float, float]]]:
     """For each step the (AUC, mass over area) of every concept's map against its object in the finished picture.
 
     maps: (T, B, G, N). An object that was not found, or fills the picture, is left out.
@@ -192,7 +194,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     config = arms[study.baselines[0]]
     config = dataclasses.replace(
         config,
-        optimisation=dataclasses.replace(config.optimisation, updates_per_iteration=1),
+        optimization=dataclasses.replace(config.optimization, updates_per_iteration=1),
         run=dataclasses.replace(config.run, out=out / "diagnosis", overwrite=True),
     )
     trainer = Trainer(config)
@@ -216,7 +218,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
             rewards, rollout.groups, global_std=config.loss.global_std, eps=config.loss.advantage_eps
         ).float()
 
-        for look, more in zip(looks, localisation(rollout.maps, verdicts, rollout.grid), strict=True):
+        for look, more in zip(looks, localization(rollout.maps, verdicts, rollout.grid), strict=True):
             look += more
         for verdict, scene, group in zip(verdicts, wanted, rollout.groups.tolist(), strict=True):
             for category in (scene.category, "all"):
@@ -255,7 +257,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         "object_area": area,
         "gradients": compared({name: np.stack(g) for name, g in found.items()}, "all"),
         "variance": {c: variance_shares(pictures[c], np.array(groups[c])) for c in pictures},
-        "localisation": [dict(zip(names, np.mean(look, 0).tolist(), strict=True)) if look else {} for look in looks],
+        "localization": [dict(zip(names, np.mean(look, 0).tolist(), strict=True)) if look else {} for look in looks],
         "concentration": {arm: mean_over(found) for arm, found in maps.items()},
         "makeup": {arm: mean_over(found) for arm, found in made.items()},
         "trained_seeds": {arm: len(found) for arm, found in made.items() if arm != "untrained"},
@@ -304,7 +306,7 @@ def tables(measured: dict) -> list[Table]:
         "where each concept's map looks: its own object in the finished picture",
         ["", *columns],
         [
-            [label, *(number(step.get(key), 2) for step in measured["localisation"])]
+            [label, *(number(step.get(key), 2) for step in measured["localization"])]
             for label, key in (("AUC", "auc"), ("mass over area", "mass_over_area"))
         ],
     )

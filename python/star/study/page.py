@@ -16,14 +16,14 @@ import numpy as np
 
 from star import config as configuration
 from star import files
-from star.study import statistics
+from star.study import intervals
+from star.study.intervals import SUMMARIES, Difference, Estimate
 from star.study.results import METRICS, Results
 from star.study.spec import Study
-from star.study.statistics import SUMMARIES, Difference, Estimate
 
 METRIC = "soft"  # of the curves; the tables have both
 LABELS = {
-    "final": f"at the end (mean of the last {statistics.LAST} scorings)",
+    "final": f"at the end (mean of the last {intervals.LAST} scorings)",
     "area": "mean over the run (area under the curve)",
 }
 
@@ -62,10 +62,10 @@ def score_tables(results: Results) -> list[Table]:
             for arm in results.arms:
                 cells = []
                 for category in names:
-                    values = statistics.summarise(results.of(metric, arm, category), results.iterations, summary)
+                    values = intervals.summarize(results.of(metric, arm, category), results.iterations, summary)
                     whole = category is None
                     cells.append(
-                        _interval(statistics.interval(values, results.prompts)) if whole else number(values.mean())
+                        _interval(intervals.interval(values, results.prompts)) if whole else number(values.mean())
                     )
                 rows.append([arm, str(len(values)), *cells])
             columns = ["arm", "seeds", *((name or "all").replace("_", " ") for name in names)]
@@ -83,7 +83,7 @@ def _difference(found: Difference | None) -> list[str]:
 def difference_table(results: Results, other: str) -> Table:
     rows = []
     for arm in results.arms:
-        steps = statistics.iterations_to_reach(results, arm, other)
+        steps = intervals.iterations_to_reach(results, arm, other)
         reached = "never" if steps is None else number(steps, 0)
         if arm == other:
             rows.append([arm, *["-"] * 6, reached])
@@ -91,7 +91,7 @@ def difference_table(results: Results, other: str) -> Table:
         cells = [arm]
         for metric in METRICS:
             for summary in SUMMARIES:
-                found = _difference(statistics.difference(results, arm, other, metric, summary))
+                found = _difference(intervals.difference(results, arm, other, metric, summary))
                 cells += found if (metric, summary) == (METRIC, "final") else found[:1]
         rows.append([*cells, reached])
     heads = [f"{metric}, {summary}" for metric in METRICS for summary in SUMMARIES]
@@ -106,7 +106,7 @@ def category_differences(results: Results, other: str) -> Table | None:
     rows = []
     for arm in results.arms:
         if arm != other:
-            found = [statistics.difference(results, arm, other, METRIC, "final", name) for name in names]
+            found = [intervals.difference(results, arm, other, METRIC, "final", name) for name in names]
             rows.append([arm, *(_difference(one)[0] for one in found)])
     return Table(f"{METRIC} score at the end less {other}, by category", ["arm", *names], rows)
 
@@ -138,7 +138,7 @@ def tables(study: Study, results: Results) -> list[Table]:
 def curve_bands(results: Results, arm: str) -> np.ndarray:
     """(3, E): mean, lower and upper end at each iteration."""
     scores = results.of(METRIC, arm)
-    found = [statistics.interval(scores[:, e], results.prompts) for e in range(len(results.iterations))]
+    found = [intervals.interval(scores[:, e], results.prompts) for e in range(len(results.iterations))]
     return np.array([(one.mean, one.low, one.high) for one in found]).T
 
 
@@ -153,21 +153,21 @@ def picture(study: Study, results: Results, path: Path) -> None:
     panels = upper.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     bands = {name: curve_bands(results, name) for name in results.arms}
     for arm, axes in zip(arms, panels.flat, strict=False):
-        for name, colour in dict(((baseline, "0.45"), (arm, "tab:blue"))).items():
+        for name, color in dict(((baseline, "0.45"), (arm, "tab:blue"))).items():
             if name not in results.arms:
                 continue
             mean, low, high = bands[name]
-            axes.plot(results.iterations, mean, color=colour, linewidth=1.8)
-            axes.fill_between(results.iterations, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(results.iterations, mean, color=color, linewidth=1.8)
+            axes.fill_between(results.iterations, low, high, color=color, alpha=0.2, linewidth=0)
         axes.set_title(arm, fontsize=9, color="tab:blue")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(arms) :]:
         axes.axis("off")
     upper.supylabel(f"held-out {METRIC} score", fontsize=9)
-    upper.suptitle(f"gray: {baseline}; bands: {statistics.CONFIDENCE:.0%} over seeds and prompts", fontsize=9)
+    upper.suptitle(f"gray: {baseline}; bands: {intervals.CONFIDENCE:.0%} over seeds and prompts", fontsize=9)
     axes = lower.subplots()
     for y, arm in enumerate(arms):
-        found = None if baseline not in results.arms else statistics.difference(results, arm, baseline)
+        found = None if baseline not in results.arms else intervals.difference(results, arm, baseline)
         if found is not None:
             estimate = found.estimate
             axes.plot([estimate.low, estimate.high], [y, y], color="tab:blue", linewidth=2)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from star import curve, files, tracking
+from star import files
 from star.config import ConfigError
+from star.reports import tracking
 from star.study import runs
 from star.study.spec import Study
+from star.training import curve
 
 METRICS = ("soft", "strict")
 # Of metrics.jsonl, what tells the arms apart besides their scores.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from star import config as configuration
 from star.config import Config, ConfigError
-from star.distributed import Termination
+from star.training.distributed import Termination
 
 POLL = 0.1  # seconds
 
@@ -24,7 +24,7 @@ POLL = 0.1  # seconds
 def finished(config: Config) -> bool:
     """Whether a run has reached its end."""
     path = config.run.out / "summary.json"
-    return path.exists() and json.loads(path.read_text())["iterations"] >= config.optimisation.iterations
+    return path.exists() and json.loads(path.read_text())["iterations"] >= config.optimization.iterations
 
 
 def check_unchanged(config: Config) -> None:
@@ -33,14 +33,14 @@ def check_unchanged(config: Config) -> None:
     if not path.exists():
         return
     earlier = configuration.load(path)
-    if earlier.optimisation.iterations > config.optimisation.iterations:
+    if earlier.optimization.iterations > config.optimization.iterations:
         raise ConfigError(
-            f"iterations: got {config.optimisation.iterations}, {config.run.out} was started with "
-            f"{earlier.optimisation.iterations}; they can only grow"
+            f"iterations: got {config.optimization.iterations}, {config.run.out} was started with "
+            f"{earlier.optimization.iterations}; they can only grow"
         )
-    optimisation = dataclasses.replace(earlier.optimisation, iterations=config.optimisation.iterations)
+    optimization = dataclasses.replace(earlier.optimization, iterations=config.optimization.iterations)
     run = dataclasses.replace(earlier.run, out=config.run.out, resume=config.run.resume)
-    earlier = dataclasses.replace(earlier, optimisation=optimisation, run=run)
+    earlier = dataclasses.replace(earlier, optimization=optimization, run=run)
     if earlier != config:
         before, now = configuration.to_dict(earlier), configuration.to_dict(config)
         name, key = next((n, k) for n in now for k in now[n] if now[n][k] != before[n][k])

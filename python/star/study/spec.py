@@ -64,13 +64,13 @@ def _allocation(strategy: str, **options: Any) -> dict[str, Any]:
 
 def shapes() -> Study:
     """The embedded world. The first five arms decide the question; the others say which choice matters."""
-    half_rate = {"optimisation": {"learning_rate": 1.75e-5}}
+    half_rate = {"optimization": {"learning_rate": 1.75e-5}}
     return Study(
         changes={
             # Checkpoints and scores at the same iterations; the norm of the updates is measured, not changed. The
             # learning rate is the one at which the scalar arm does best; see docs/evidence.md.
             "run": {"evaluate_every": 30, "save_every": 30, "keep_checkpoints": 1, "held_out": 512, "pictures": False},
-            "optimisation": {"update_norm": 0.0, "learning_rate": 3.5e-5},
+            "optimization": {"update_norm": 0.0, "learning_rate": 3.5e-5},
         },
         arms={
             "uniform": _allocation("uniform"),
@@ -90,7 +90,7 @@ def shapes() -> Study:
             "uniform_credit": _allocation("uniform") | {"loss": {"advantage": "location"}},
             "attention_credit": _allocation("attention") | {"loss": {"advantage": "location"}},
             # The others are blind for an object that nobody asked for, though it costs reward.
-            "oracle_every_object": _allocation("oracle") | {"run": {"reward": "star.study.rewards:every_object"}},
+            "oracle_every_object": _allocation("oracle") | {"run": {"reward": "star.shapes.reward:every_object"}},
             # The scalar arm's best learning rate need not be the others'.
             "uniform_half_rate": _allocation("uniform") | half_rate,
             "attention_half_rate": _allocation("attention") | half_rate,
@@ -108,12 +108,12 @@ def _some_of_shapes(*arms: str) -> Study:
 
 
 def global_attribute() -> Study:
-    """Prompts that name nothing but the background: there is no place to favour, so the arms should agree."""
+    """Prompts that name nothing but the background: there is no place to favor, so the arms should agree."""
     study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1")
     study.prompts = tuple(f"a {background} background" for background in ("black", "gray", "white"))
     study.changes["sampling"] = {"prompts_per_iteration": 3, "images_per_prompt": 32}
     study.changes["run"] |= {"held_out": 192}
-    study.changes["optimisation"] |= {"iterations": 120}
+    study.changes["optimization"] |= {"iterations": 120}
     study.baselines = ("uniform",)
     return study
 
@@ -121,8 +121,8 @@ def global_attribute() -> Study:
 def noise() -> Study:
     """Rewards that are noise: there is nothing to learn, and the scores fall by the harm that each arm's steps do."""
     study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
-    study.changes["run"] |= {"reward": "star.study.rewards:noise"}
-    study.changes["optimisation"] |= {"iterations": 120}
+    study.changes["run"] |= {"reward": "star.shapes.reward:noise"}
+    study.changes["optimization"] |= {"iterations": 120}
     study.baselines = ("uniform",)
     return study
 
@@ -131,7 +131,7 @@ def plain() -> Study:
     """Plain gradients with momentum instead of AdamW's steps, all of one norm: what weights gain in them is kept."""
     study = _some_of_shapes("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
     # Half the norm of AdamW's updates: the one at which the scalar arm does best; see docs/evidence.md.
-    study.changes["optimisation"] |= {"adam_epsilon": 1.0, "weight_decay": 0.0, "update_norm": 0.0093}
+    study.changes["optimization"] |= {"adam_epsilon": 1.0, "weight_decay": 0.0, "update_norm": 0.0093}
     study.baselines = ("uniform", "shuffled")
     return study
 
@@ -144,7 +144,7 @@ def large_batch() -> Study:
     study.changes["sampling"] = {"prompts_per_iteration": 64}
     study.changes["run"] |= {"evaluate_every": 10, "save_every": 10}
     # The scalar arm's best learning rate here; the moving average forgets over as large a part of the run.
-    study.changes["optimisation"] |= {"iterations": 60, "learning_rate": 7e-5, "ema_decay": 0.95}
+    study.changes["optimization"] |= {"iterations": 60, "learning_rate": 7e-5, "ema_decay": 0.95}
     return study
 
 

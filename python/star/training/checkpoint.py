@@ -1,0 +1,151 @@
+"""Checkpoints that are either whole or absent, and the adapter in diffusers' format.
+
+A checkpoint is a folder `checkpoints/iteration-000050` with `state.pt` (everything the run needs to go on with the same
+bits) and `meta.json` (what it is, and a checksum). It is written beside its place and then renamed into it; older ones
+go only after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft.utils import get_peft_model_state_dict
+
+from star import config as configuration
+from star.config import Config, ConfigError
+from star.files import sync
+from star.training.distributed import full_tensor
+
+FORMAT = "star-checkpoint-2"
+EARLIER = "to go on from an earlier one, delete it"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; its message is one line for the user."""
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(run: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state after `iteration` iterations, then delete all but the last `keep` checkpoints.
+
+    Raises CheckpointError if it cannot be written, on a full disk for one; what was there before is then untouched.
+    """
+    folder = run / "checkpoints"
+    writing, place = folder / f".writing-{iteration:06d}", folder / f"iteration-{iteration:06d}"
+    replaced = folder / f".writing-{iteration:06d}-replaced"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".writing-*"):
+            shutil.rmtree(left_over)
+        writing.mkdir()
+        torch.save(state, writing / "state.pt")
+        meta = {"format": FORMAT, "iteration": iteration, "sha256": _checksum(writing / "state.pt")}
+        (writing / "meta.json").write_text(json.dumps(meta))
+        for file in writing.iterdir():
+            sync(file)
+        sync(writing)
+        # Deleting takes a moment, in which a crash would leave half a checkpoint in this place.
+        if place.exists():
+            place.rename(replaced)
+        writing.rename(place)
+        sync(folder)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError without its cause. The space is needed back.
+        shutil.rmtree(writing, ignore_errors=True)
+        kept = checkpoints(run)
+        last = f"the last one is {kept[-1]}" if kept else "there is none before it"
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"checkpoint: {place} cannot be written ({reason}); {last}") from error
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return place
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("iteration-*"))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read and verify a checkpoint. Raises CheckpointError if it is damaged or something else."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise CheckpointError(f"checkpoint: {path} is not a {FORMAT}")
+        if _checksum(path / "state.pt") != meta["sha256"]:
+            raise CheckpointError(f"checkpoint: {path} is damaged (its checksum differs); {EARLIER}")
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({error}); {EARLIER}") from error
+
+
+def prepare_folder(config: Config) -> None:
+    """Make the run's folder, with its configuration; never touch what is in it unless told to."""
+    out = config.run.out
+    if config.run.overwrite and out.exists() and any(out.iterdir()):
+        # A slip in --out must not cost anyone a folder that is no run.
+        if not (out / "config.yaml").is_file():
+            raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
+        shutil.rmtree(out)
+    if not config.run.resume and out.exists() and any(out.iterdir()):
+        raise ConfigError(f"run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it")
+    if config.run.resume and not (out / "config.yaml").is_file():
+        raise ConfigError(f"run.resume: {out} has no checkpoint, it is no run of star")
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.run.resume:
+        configuration.save(config, out / "config.yaml")
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global generators, which a reward may use, as torch.load takes them without pickle."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
+    """Write the adapter to `out/lora`, so that StableDiffusion3Pipeline.load_lora_weights gives the trained policy, or
+    without an adapter the whole pipeline to `out/model`. All processes take part; only the main one writes."""
+    transformer = pipeline.transformer
+    if getattr(transformer, "peft_config", None):
+        layers = {name: full_tensor(x, main) for name, x in get_peft_model_state_dict(transformer).items()}
+        if main:
+            StableDiffusion3Pipeline.save_lora_weights(
+                out / "lora",
+                transformer_lora_layers={name: x.contiguous() for name, x in layers.items()},
+                # Without it the loader takes alpha = rank and applies the adapter with another strength.
+                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+            )
+        return
+    weights = {name: full_tensor(x, main) for name, x in transformer.state_dict().items()}
+    if main:
+        with torch.device("meta"):
+            whole = SD3Transformer2DModel.from_config(transformer.config)
+        whole.load_state_dict(weights, assign=True)
+        StableDiffusion3Pipeline(**{**pipeline.components, "transformer": whole}).save_pretrained(out / "model")

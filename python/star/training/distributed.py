@@ -1,0 +1,167 @@
+"""Several processes as one: who makes which pictures, what is gathered, and how all of them end together."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from star.config import Config
+from star.rewards import Scores
+
+# How a metric of every process becomes one; the mean where nothing is said.
+REDUCTIONS = {
+    "ratio_min": Tensor.amin,
+    "ratio_max": Tensor.amax,
+    "weights_uniform": Tensor.sum,
+    "reward_failed": Tensor.sum,
+    "memory_gib": Tensor.amax,
+}
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run is gone; the message is one line for the user."""
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The process group is that of `accelerate launch`; without it there is one process."""
+    return Accelerator(
+        mixed_precision=config.optimization.mixed_precision,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes)),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # they are constants
+                gradient_as_bucket_view=True,
+                # The text stream of SD3's last block has no gradient; adapters are never there.
+                find_unused_parameters=config.model.lora_rank == 0,
+            ),
+        ],
+    )
+
+
+class Share:
+    """Which of an iteration's pictures this process makes: an equal, contiguous part of each update.
+
+    The micro batches are those of a single process, and a group may be spread over processes: rewards are gathered
+    before its statistics are taken. rows: (b,) int64 places among the iteration's pictures.
+    """
+
+    def __init__(self, accelerator: Accelerator, pictures: int, updates: int) -> None:
+        self.accelerator = accelerator
+        parts = torch.arange(pictures).view(updates, accelerator.num_processes, -1)
+        self.rows = parts[:, accelerator.process_index].flatten()
+        self.order = parts.transpose(0, 1).flatten()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(b, ...) of this process -> (B, ...) of all of them, each row in its place."""
+        if self.accelerator.num_processes == 1:
+            return x
+        gathered = self.accelerator.gather(x.to(self.accelerator.device).contiguous()).to(x.device)
+        return torch.empty_like(gathered).index_copy_(0, self.order.to(x.device), gathered)
+
+    def gather_scores(self, scores: Scores) -> Scores:
+        """The same of what a reward said. Masks stay with the process whose pictures they are of."""
+        if self.accelerator.num_processes == 1:
+            return scores
+        # Where the reward failed for every picture of a process, it said less than elsewhere.
+        shape = None if scores.reward_map is None else tuple(scores.reward_map.shape[1:])
+        said = gather_object([(list(scores.details), list(scores.terms), shape)])
+        nothing = torch.full_like(scores.reward, torch.nan)
+
+        def columns(values: dict[str, Tensor], which: int) -> dict[str, Tensor]:
+            names = dict.fromkeys(name for one in said for name in one[which])
+            return {name: self.gather(values.get(name, nothing)) for name in names}
+
+        shape = next((one[2] for one in said if one[2] is not None), None)
+        reward_map = scores.reward_map
+        if shape is not None and reward_map is None:
+            reward_map = nothing.view(-1, 1, 1).expand(-1, *shape)
+        return Scores(
+            self.gather(scores.reward),
+            columns(scores.details, 0),
+            reward_map=None if reward_map is None else self.gather(reward_map),
+            terms=columns(scores.terms, 1),
+        )
+
+    def reduce(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of all processes in one; phases take as long as the slowest process."""
+        if self.accelerator.num_processes == 1:
+            return metrics
+        everyone = gather_object([metrics])
+
+        def one(name: str) -> float:
+            values = torch.tensor([own[name] for own in everyone if name in own], dtype=torch.float64)
+            return REDUCTIONS.get(name, Tensor.amax if name.startswith("seconds/") else Tensor.mean)(values).item()
+
+        return {name: one(name) for name in dict.fromkeys(name for own in everyone for name in own)}
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], object]) -> None:
+    """Run something on the first process only. If it fails there, the others end too, without a word of their own."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except Exception as caught:
+            error = caught
+    failed = [error is not None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(failed)
+    if error is not None:
+        raise error
+    if failed[0]:
+        raise SystemExit(1)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error is a collective's: the backends raise it where another process has ended."""
+    words = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
+
+
+class Termination:
+    """Remembers a SIGTERM, in a `with` block, instead of dying of it. Only a main thread can hear one."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> Termination:
+        self.listening = threading.current_thread() is threading.main_thread()
+        if self.listening:
+            self.previous = signal.signal(signal.SIGTERM, self.handle)
+        return self
+
+    def handle(self, number: int, frame: object) -> None:
+        self.received = True
+
+    def __exit__(self, *error: object) -> None:
+        if self.listening:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop: all of them stop after the same iteration."""
+        if accelerator.num_processes == 1:
+            return self.received
+        return bool(accelerator.gather(torch.tensor([self.received], device=accelerator.device)).any())
+
+
+def full_tensor(x: Tensor, keep: bool = True) -> Tensor | None:
+    """A possibly sharded tensor whole and on the CPU. A collective; keep=False takes part and returns None."""
+    x = x.detach()
+    whole = x.full_tensor() if isinstance(x, DTensor) else x
+    return whole.cpu() if keep else None
+
+
+def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the device of a parameter, and sharded as it is."""
+    x = x.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements)

@@ -1,0 +1,169 @@
+"""The policy: the trained transformer with its optimizer, and the moving average of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import EMAModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from star.config import Config, ConfigError
+from star.training.distributed import full_tensor, shard_like
+from star.training.pipeline import make_trainable
+
+
+class Policy:
+    """transformer: as accelerate wraps it for this run; pipeline.transformer is the bare one.
+
+    parameters: what is trained, by name. updates: optimizer steps so far, skipped ones included.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, config: Config, accelerator: Accelerator) -> None:
+        self.accelerator, self.bare, self.config = accelerator, pipeline.transformer, config.optimization
+        trained = make_trainable(pipeline, config)
+        optimizer = torch.optim.AdamW(
+            trained,
+            self.config.learning_rate,
+            betas=tuple(self.config.betas),
+            eps=self.config.adam_epsilon,
+            weight_decay=self.config.weight_decay,
+        )
+        self.transformer, self.optimizer = accelerator.prepare(pipeline.transformer, optimizer)
+        self.parameters = {n: p for n, p in self.bare.named_parameters() if p.requires_grad}
+        if config.sampling.merge_adapter and any(isinstance(p, DTensor) for p in self.parameters.values()):
+            raise ConfigError("sampling.merge_adapter: not with weights that are sharded over processes (FSDP)")
+        self.updates = 0
+        self.ema = None
+        if self.config.ema_decay:
+            self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay)
+
+    def step(self) -> tuple[float, bool, float | None]:
+        """Clip the gradients, update and forget them. Returns their norm, whether the update was skipped because it was
+        not finite, and, where update_norm is set, the norm of the update before it was rescaled."""
+        norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), self.config.max_grad_norm)
+        norm = float(full_tensor(norm))
+        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        measured, moved = self.config.update_norm is not None, None
+        before = [p.detach().clone() for p in self.parameters.values()] if measured else []
+        # A gradient scaler skips the step itself, and must see it to lower its scale.
+        if not skipped or self.accelerator.scaler is not None:
+            self.optimizer.step()
+            skipped = skipped or self.optimizer.step_was_skipped
+        self.optimizer.zero_grad()
+        if measured:
+            moved = self.rescale(before, self.config.update_norm)
+        self.updates += 1
+        if self.ema is not None and self.updates % self.config.ema_every == 0:
+            # Flow-GRPO's warm-up counts updates, not averages: min(decay, (1 + n) / (10 + n)).
+            self.ema.optimization_step = self.updates - 1
+            self.ema.step(self.parameters.values())
+        return norm, skipped, moved
+
+    @torch.no_grad()
+    def rescale(self, before: list[Tensor], norm: float) -> float:
+        """Give the way from `before` to the weights this norm (0: leave it) in place. Returns what it was."""
+        way = [p - old for p, old in zip(self.parameters.values(), before, strict=True)]
+        length = float(full_tensor(torch.nn.utils.get_total_norm(way)))
+        if norm and length:
+            for parameter, old, step in zip(self.parameters.values(), before, way, strict=True):
+                parameter.copy_(old + step * (norm / length))
+        return length
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the transformer has the averaged weights, if an average is kept."""
+        if self.ema is None:
+            yield
+            return
+        trained = [p.detach().clone() for p in self.parameters.values()]
+        self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.parameters.values(), trained, strict=True):
+                parameter.data.copy_(value)
+
+    @contextmanager
+    def reference(self) -> Iterator[torch.nn.Module]:
+        """The model without its adapter, and without gradients."""
+        self.bare.disable_adapters()
+        try:
+            with torch.no_grad():
+                yield self.accelerator.unwrap_model(self.transformer)
+        finally:
+            self.bare.enable_adapters()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it the adapter is part of the weights: the same function to rounding, without the adapter's products.
+
+        The plain weights are set aside, not computed back, so that nothing of them is lost.
+        """
+        layers = [m for m in self.bare.modules() if isinstance(m, BaseTunerLayer)]
+        if not layers:
+            yield
+            return
+        plain = [layer.get_base_layer().weight.data for layer in layers]
+        try:
+            with torch.no_grad():
+                for layer, weight in zip(layers, plain, strict=True):
+                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+            with self.reference():
+                yield
+        finally:
+            for layer, weight in zip(layers, plain, strict=True):
+                layer.get_base_layer().weight.data = weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the policy that the next update depends on, whole tensors on the CPU whatever the number of
+        processes. A collective; complete on the first process only."""
+        keep = self.accelerator.is_main_process
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            i: {name: full_tensor(x, keep) if isinstance(x, Tensor) else x for name, x in values.items()}
+            for i, values in optimizer["state"].items()
+        }
+        ema = None
+        if self.ema is not None:
+            ema = self.ema.state_dict() | {"shadow_params": [full_tensor(x, keep) for x in self.ema.shadow_params]}
+        return {
+            "parameters": {name: full_tensor(p, keep) for name, p in self.parameters.items()},
+            "optimizer": {"state": moments, "param_groups": optimizer["param_groups"]},
+            "ema": ema,
+            "updates": self.updates,
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+        }
+
+    def fits(self, state: dict[str, Any]) -> bool:
+        """Whether a state is of this model and adapter."""
+        saved = state["parameters"]
+        return saved.keys() == self.parameters.keys() and all(
+            saved[name].shape == parameter.shape for name, parameter in self.parameters.items()
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = list(self.parameters.values())
+        for name, parameter in self.parameters.items():
+            parameter.copy_(shard_like(state["parameters"][name], parameter))
+        moments = {
+            # Adam's moments have the parameter's shape; its step count is a scalar.
+            i: {name: shard_like(x, own[i]) if x.shape == own[i].shape else x for name, x in values.items()}
+            for i, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        if self.ema is not None and state["ema"] is None:
+            self.ema = EMAModel(own, decay=self.config.ema_decay)  # an average that begins now
+        elif self.ema is not None:
+            average = [shard_like(x, p) for x, p in zip(state["ema"]["shadow_params"], own, strict=True)]
+            self.ema.load_state_dict({**state["ema"], "shadow_params": average})
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]

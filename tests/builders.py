@@ -1,0 +1,262 @@
+"""What tests are built from: small models with the true structure, small runs, formulas written a second time. Nothing
+is downloaded."""
+
+import math
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from star import config as configuration
+
+EPS = torch.finfo(torch.float32).eps
+HEADS, TEXT, GRID = 2, 6, (3, 5)  # a grid that is not square shows rows and columns that are mixed up
+
+
+def small_transformer(layers=3, dual=(0,), qk_norm="rms_norm", head_dim=16) -> SD3Transformer2DModel:
+    """SD3.5-like: dual attention in the first block, the last block without text output."""
+    torch.manual_seed(1)
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=head_dim,
+        num_attention_heads=HEADS,
+        joint_attention_dim=24,
+        caption_projection_dim=HEADS * head_dim,
+        pooled_projection_dim=20,
+        pos_embed_max_size=8,
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
+    )
+    with torch.no_grad():  # sharper attention than fresh weights have, so that maps differ visibly
+        for block in model.transformer_blocks:
+            block.attn.to_q.weight *= 3
+            block.attn.add_k_proj.weight *= 3
+    return model.eval()
+
+
+def small_inputs(batch=2, grid=GRID) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return dict(
+        hidden_states=torch.randn(batch, 4, 2 * grid[0], 2 * grid[1], generator=generator),
+        encoder_hidden_states=torch.randn(batch, TEXT, 24, generator=generator),
+        pooled_projections=torch.randn(batch, 20, generator=generator),
+        timestep=torch.full((batch,), 500.0),
+    )
+
+
+def small_flux() -> FluxTransformer2DModel:
+    """Two double-stream blocks and two single-stream blocks."""
+    torch.manual_seed(1)
+    model = FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=HEADS,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 6, 6),
+    )
+    with torch.no_grad():
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.attn.norm_q.weight *= 3
+    return model.eval()
+
+
+def flux_inputs(batch=2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+    return dict(
+        hidden_states=torch.randn(batch, GRID[0] * GRID[1], 8, generator=generator),
+        encoder_hidden_states=torch.randn(batch, TEXT, 24, generator=generator),
+        pooled_projections=torch.randn(batch, 20, generator=generator),
+        timestep=torch.full((batch,), 0.5),
+        img_ids=places.float(),
+        txt_ids=torch.zeros(TEXT, 3),
+    )
+
+
+CLIP_LENGTH = 77
+
+
+def clip_tokenizer(corpus, length=CLIP_LENGTH, vocabulary=60) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding with end-of-word marks and lower-casing, begin and end tokens, like CLIP's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[(s, tokenizer.token_to_id(s)) for s in special]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=length, pad_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+
+
+def t5_tokenizer(corpus, vocabulary=50) -> PreTrainedTokenizerFast:
+    """Unigram with a mark for spaces and an end token, like T5's."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def small_sd35(corpus) -> StableDiffusion3Pipeline:
+    """SD3.5-medium's structure: two CLIP encoders of different widths and T5, dual attention in the first blocks, an
+    autoencoder with 16 channels that is 8 times smaller; 77 CLIP tokens."""
+    torch.manual_seed(3)
+    tokenizer = clip_tokenizer(corpus, vocabulary=120)
+
+    def clip(width):
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                projection_dim=width,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).eval()
+
+    tokenizer_3 = t5_tokenizer(corpus, vocabulary=100)
+    t5 = T5Config(vocab_size=len(tokenizer_3), d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=2,
+                  feed_forward_proj="gated-gelu")  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=16,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    ).eval()
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=36,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    ).eval()
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clip(16),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(20),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(t5).eval(),
+        tokenizer_3=tokenizer_3,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_run(out, **changes):
+    """The shapes preset with the fewest pictures; changes as in YAML."""
+    config = configuration.preset("shapes")
+    base = {
+        "model": {"lora_rank": 16, "lora_alpha": 32},
+        "sampling": {
+            **{"prompts_per_iteration": 3, "images_per_prompt": 2},
+            **{"steps": 4, "trained_steps": [1, 2], "noise_level": 0.7},
+        },
+        "optimization": {"iterations": 2, "learning_rate": 1e-2, "ema_decay": 0.0},
+        "run": {"out": str(out), "held_out": 0, "pictures": False, "save_every": 1},
+    }
+    for section, values in changes.items():
+        base.setdefault(section, {}).update(values)
+    return configuration.update(config, base)
+
+
+WORDS = "a red blue circle square and ring".split()
+
+
+def word_tokenizer(folder, start, end, pad):
+    """One token a word; between `start` and `end` as CLIP's and BERT's have them."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([pad, "[UNK]", *WORDS, start, end]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(token, vocabulary[token]) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def scheduler(steps=10, shift=3.0):
+    result = FlowMatchEulerDiscreteScheduler(shift=shift)
+    result.set_timesteps(steps)
+    return result
+
+
+def random_weights(shape, dtype=torch.float32):
+    """Not negative, mean 1 over each sample."""
+    w = torch.rand(shape, dtype=dtype) + 0.05
+    return w / w.flatten(1).mean(1).view(-1, *(1,) * (w.ndim - 1))
+
+
+def step_by_formula(sigma, sigma_next, sigma_max, v, x, noise_level, sde_type, prev_sample):
+    """Flow-GRPO's step from its paper's formulas, in the type of v. sigma, sigma_next: (B,)."""
+    sigma, sigma_next = (s.to(v.dtype).view(-1, *(1,) * (v.ndim - 1)) for s in (sigma, sigma_next))
+    dt = sigma_next - sigma
+    if sde_type == "cps":
+        std = sigma_next * math.sin(noise_level * math.pi / 2)
+        x0, x1 = x - sigma * v, x + (1 - sigma) * v
+        mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).sqrt() * x1
+        return -(prev_sample - mean).square().flatten(1).mean(1), mean, std
+    std = noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
+    mean = x + (v + std**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt
+    spread = std * (-dt).sqrt()
+    log_density = torch.distributions.Normal(mean, spread.expand_as(mean)).log_prob(prev_sample)
+    return log_density.flatten(1).mean(1), mean, std
+
+
+def clipped(log_prob, old_log_prob, advantages, clip, adv_clip=5.0):
+    """The clipped surrogate that Flow-GRPO, DanceGRPO, MixGRPO, DDPO write for one ratio per sample."""
+    r, a = (log_prob - old_log_prob).exp(), advantages.clamp(-adv_clip, adv_clip)
+    return torch.stack([-a * r, -a * r.clamp(1 - clip, 1 + clip)]).amax(0).mean()

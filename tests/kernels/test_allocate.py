@@ -1,0 +1,188 @@
+"""allocate: every implementation against its formulas in float64, its exact cases, its checks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import devices
+import star_kernels as sk
+
+each_implementation = devices.each_implementation("allocate")
+EPS = torch.finfo(torch.float32).eps
+
+
+def by_hand(maps, rows, columns, combine="mean", smooth=0.0, sharpen=1.0, cap=4.0, mix=0.5, patch=2):
+    """Weights (rows * patch, columns * patch) of one sample (G, N) in float64."""
+    relative = torch.stack([m / m.mean() for m in maps.double() if m.mean() > 0])
+    field = (relative.mean(0) if combine == "mean" else relative.max(0).values).view(rows, columns)
+    if smooth > 0:  # as a convolution, divided by what it makes of a field of ones
+        distance = torch.arange(-math.ceil(3 * smooth), math.ceil(3 * smooth) + 1, dtype=torch.float64)
+        tap = torch.exp(-0.5 * (distance / smooth) ** 2)
+        kernel = torch.outer(tap, tap)[None, None]
+        blur = lambda x: F.conv2d(x[None, None], kernel, padding=len(tap) // 2)[0, 0]
+        field = blur(field) / blur(torch.ones_like(field))
+    field = field**sharpen
+    weights = (1 - mix) + mix * (field / field.mean()).clamp(max=cap)
+    return torch.kron(weights / weights.mean(), torch.ones(patch, patch, dtype=torch.float64))
+
+
+@each_implementation
+@example(1, 1, 1, "contiguous", torch.float32, "mean", 0.0, 1.0, 4.0, 0.5, 2, False)
+@example(16, 9, 2, "strided", torch.bfloat16, "max", 2.5, 3.0, 1.5, 1.0, 3, True)
+@given(
+    rows=st.integers(1, 17),
+    columns=st.integers(1, 17),
+    concepts=st.integers(1, 4),
+    layout=st.sampled_from(["contiguous", "transposed", "expanded", "strided", "cut"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    combine=st.sampled_from(["mean", "max"]),
+    smooth=st.sampled_from([0.0, 0.3, 1.0, 2.5, 30.0]),
+    sharpen=st.sampled_from([0.5, 1.0, 2.0, 3.3]),
+    cap=st.sampled_from([0.5, 1.5, 4.0, 1e9]),
+    mix=st.sampled_from([0.0, 0.5, 1.0]),
+    patch=st.integers(1, 3),
+    missing=st.booleans(),
+)
+def test_value(impl, rows, columns, concepts, layout, dtype, combine, smooth, sharpen, cap, mix, patch, missing):
+    torch.manual_seed(rows * 100 + columns)
+    tokens = rows * columns
+    shapes = {
+        "transposed": (concepts, 2, tokens),
+        "strided": (2, concepts, 2 * tokens),
+        "cut": (2, concepts, tokens + 3),
+    }
+    maps = (torch.rand(shapes.get(layout, (2, concepts, tokens)), dtype=torch.float64) + 0.01).to(dtype)
+    if layout == "transposed":
+        maps = maps.transpose(0, 1)
+    elif layout == "expanded":
+        maps = maps[:1].expand(2, -1, -1)
+    elif layout == "strided":
+        maps = maps[..., ::2]
+    elif layout == "cut":  # rows that start at odd addresses
+        maps = maps[..., 3:]
+    if missing and concepts > 1:  # a concept that is not there is left out
+        maps = maps.clone()
+        maps[0, -1] = 0
+    options = dict(combine=combine, smooth=smooth, sharpen=sharpen, cap=cap, mix=mix, patch=patch)
+    weights = sk.allocate(maps, (rows, columns), **options, impl=impl)
+    expected = torch.stack([by_hand(m, rows, columns, **options) for m in maps])
+    assert weights.shape == (2, rows * patch, columns * patch) and weights.is_contiguous()
+    assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Every term is positive: each sum adds a rounding for every term at most, a power multiplies what it finds.
+    terms = 10 + concepts + tokens**0.5 + (2 * (rows + columns) if smooth else 0)
+    tolerance = torch.finfo(weights.dtype).eps * terms * max(sharpen, 1)
+    torch.testing.assert_close(weights.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights.mean((1, 2)), torch.ones(2, dtype=weights.dtype), rtol=0, atol=tolerance)
+
+
+@each_implementation
+def test_smoothing_keeps_constants_and_spreads_a_point(impl):
+    point = torch.zeros(1, 1, 15 * 17)
+    point[0, 0, 7 * 17 + 8] = 1
+    out = sk.allocate(point, (15, 17), smooth=1.0, cap=1e9, mix=1.0, patch=1, impl=impl)[0]
+    distance = torch.tensor([math.exp(-0.5 * d * d) for d in range(4)])
+    torch.testing.assert_close(out[7, 8:12] / out[7, 8], distance, rtol=20 * EPS, atol=0)
+    torch.testing.assert_close(out[7:11, 8] / out[7, 8], distance, rtol=20 * EPS, atol=0)
+    assert out[7, 12] == 0 and out[11, 8] == 0  # beyond three standard deviations
+    flat = sk.allocate(torch.ones(1, 1, 63), (7, 9), smooth=2.0, patch=1, impl=impl)
+    torch.testing.assert_close(flat, torch.ones(1, 7, 9), rtol=0, atol=32 * EPS)
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["no concept", "all zero", "nan", "inf", "-inf", "negative"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_information_the_weights_are_exactly_one(impl, kind, dtype):
+    maps = torch.rand(2, 3, 12).to(dtype)
+    if kind == "no concept":
+        maps = maps[:, :0]
+    elif kind == "all zero":
+        maps[0] = 0
+    else:
+        maps[0, 1, 5] = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "negative": -1.0}[kind]
+    out = sk.allocate(maps, (3, 4), smooth=1.0, sharpen=0.5, impl=impl)
+    assert torch.equal(out[0], torch.ones(6, 8))
+    assert out.isfinite().all()
+    assert kind == "no concept" or not torch.equal(out[1], torch.ones(6, 8))
+
+
+@each_implementation
+def test_uniform_means_one(impl):
+    maps = torch.rand(2, 3, 35)
+    assert torch.equal(sk.allocate(maps, (5, 7), mix=0.0, impl=impl), torch.ones(2, 10, 14))
+    flat = sk.allocate(torch.full((2, 1, 35), 0.37), (5, 7), mix=0.3, cap=2.0, impl=impl)
+    torch.testing.assert_close(flat, torch.ones(2, 10, 14), rtol=0, atol=4 * EPS)
+
+
+@each_implementation
+def test_the_scale_of_a_map_does_not_matter(impl):
+    """Neither a model whose attention is spread thin nor a layer's factor changes an allocation: the same bits."""
+    maps = torch.rand(2, 3, 35)
+    factor = torch.tensor([2.0**-60, 1.0, 2.0**40])[:, None]
+    assert torch.equal(sk.allocate(maps * factor, (5, 7), impl=impl), sk.allocate(maps, (5, 7), impl=impl))
+
+
+@each_implementation
+def test_a_map_whose_sum_overflows_is_like_any_other(impl):
+    maps = torch.rand(1, 3, 35) + 0.1
+    huge = maps * torch.tensor([1.0, 2.0**127, 1.0])[:, None]
+    assert huge.isfinite().all() and huge[0, 1].sum().isinf()
+    assert torch.equal(sk.allocate(huge, (5, 7), impl=impl), sk.allocate(maps, (5, 7), impl=impl))
+
+
+@each_implementation
+@pytest.mark.parametrize("sharpen", [60.0, 1e4])
+def test_strong_sharpening_keeps_the_peak_and_does_not_overflow(impl, sharpen):
+    maps = torch.zeros(1, 1, 1024)
+    maps[0, 0, 77] = 1.0
+    maps[0, 0, 78] = 0.5
+    weights = sk.allocate(maps, (32, 32), sharpen=sharpen, cap=100.0, mix=0.5, patch=1, impl=impl).flatten()
+    assert weights.argmax() == 77 and weights.isfinite().all()
+    expected = (0.5 + 0.5 * 100) / (0.5 + 0.5 * 100 / 1024)
+    assert weights[77].item() == pytest.approx(expected, rel=1e-5)
+
+
+@each_implementation
+def test_no_gradient_flows_and_an_empty_batch_is_empty(impl):
+    maps = torch.rand(2, 3, 12, requires_grad=True)
+    assert not sk.allocate(maps, (3, 4), impl=impl).requires_grad
+    assert sk.allocate(maps[:0], (3, 4), impl=impl).shape == (0, 6, 8)
+
+
+def test_native_bits_depend_on_neither_threads_nor_batch(at_thread_counts):
+    maps = torch.rand(7, 3, 33 * 65)
+    first, *others = at_thread_counts(lambda: sk.allocate(maps, (33, 65), smooth=1.2, sharpen=1.5, impl="native"))
+    assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(sk.allocate(maps[3:4], (33, 65), smooth=1.2, sharpen=1.5, impl="native"), first[3:4])
+
+
+@each_implementation
+def test_opcheck(impl):
+    op = getattr(torch.ops.star, f"allocate_{impl}").default
+    torch.library.opcheck(op, (torch.rand(2, 3, 12), 3, 4, "mean", 1.0, 1.0, 4.0, 0.5, 2))
+    torch.library.opcheck(op, (torch.rand(2, 12, 3).bfloat16().mT, 3, 4, "max", 0.0, 2.0, 4.0, 0.5, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(maps=torch.rand(1, 12)), ValueError, r"maps: got shape \(1, 12\), expected \(B, G, N\)"),
+        (dict(maps=torch.ones(1, 1, 12, dtype=torch.int64)), TypeError, "maps: got torch.int64, expected a floating"),
+        (dict(grid=(3, 5)), ValueError, r"grid: got \(3, 5\), expected .* = 12"),
+        (dict(grid=(-3, -4)), ValueError, r"grid: got \(-3, -4\), expected .* = 12"),
+        (dict(mix=2), ValueError, "mix: got 2, expected a number between"),
+        (dict(cap=0), ValueError, "cap: got 0, expected a number > 0"),
+        (dict(sharpen=0.0), ValueError, "sharpen: got 0.0, expected a number > 0"),
+        (dict(smooth=-1.0), ValueError, "smooth: got -1.0, expected a number >= 0"),
+        (dict(patch=0), ValueError, "patch: got 0, expected a number >= 1"),
+        (dict(combine="sum"), ValueError, "combine: got 'sum'"),
+        (dict(impl="triton"), ValueError, "impl: got 'triton', expected 'auto' or one of"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(change, error, words):
+    with pytest.raises(error, match=words) as caught:
+        sk.allocate(**{"maps": torch.rand(1, 1, 12), "grid": (3, 4), **change})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,567 @@
+"""Capture on diffusers' SD3 transformer: right maps, and a model that computes what it computed before."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import star.capture
+from builders import GRID, HEADS, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
+from star.capture import allocated, capture, record
+from star.concepts import ConceptTokens
+from star.objective import Allocation
+from star_kernels import allocate
+
+N = GRID[0] * GRID[1]
+
+
+def concepts(*groups: list[int], batch=2) -> ConceptTokens:
+    """The same concepts in every row, each a list of text tokens with equal weights."""
+    slots = max(map(len, groups))
+    index = torch.tensor([group + [-1] * (slots - len(group)) for group in groups])
+    weight = (index >= 0) / torch.tensor([[len(group)] for group in groups])
+    return ConceptTokens(index.expand(batch, -1, -1), weight.float().expand(batch, -1, -1))
+
+
+TOKENS = concepts([1], [2, 4])
+
+
+class RecordingProcessor(JointAttnProcessor2_0):
+    """The plain processor; it materializes its probabilities in float64 beside."""
+
+    probabilities: Tensor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        def heads(linear, norm, states):
+            out = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return (out if norm is None else norm(out)).double()
+
+        image, text = hidden_states, encoder_hidden_states
+        query = heads(attn.to_q, attn.norm_q, image)
+        keys = [heads(attn.to_k, attn.norm_k, image), heads(attn.add_k_proj, attn.norm_added_k, text)]
+        scores = query @ torch.cat(keys, 2).transpose(-1, -2) / query.shape[-1] ** 0.5
+        self.probabilities = torch.softmax(scores, -1).mean(1)  # (B, N, N + T)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+def materialized(model, inputs) -> list[Tensor]:
+    """Each block's head-mean probabilities, image queries to all keys."""
+    before = [block.attn.processor for block in model.transformer_blocks]
+    for block in model.transformer_blocks:
+        block.attn.processor = RecordingProcessor()
+    with torch.no_grad():
+        model(**inputs)
+    found = [block.attn.processor.probabilities for block in model.transformer_blocks]
+    for block, processor in zip(model.transformer_blocks, before, strict=True):
+        block.attn.processor = processor
+    return found
+
+
+@pytest.mark.parametrize("lse", [True, False])
+@pytest.mark.parametrize("qk_norm", ["rms_norm", None])
+def test_maps_are_the_materialized_attention(lse, qk_norm):
+    model, inputs = small_transformer(qk_norm=qk_norm), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID, lse=lse) as maps:
+        model(**inputs)
+    for layer, probabilities in enumerate(materialized(model, inputs)):
+        text = probabilities[..., N:]
+        expected = torch.stack([text[..., 1], (text[..., 2] + text[..., 4]) / 2], 1)
+        torch.testing.assert_close(maps.layers()[layer].double(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(maps.read(), maps.layers().mean(0))
+
+
+def test_mass_over_all_keys_is_one():
+    model, inputs = small_transformer(), small_inputs()
+    # Negative text positions would be padding, so all keys are asked for of the operator through a text-only check:
+    # image keys and text keys together make 1.
+    image = [p[..., :N].sum(-1) for p in materialized(model, inputs)]
+    with torch.no_grad(), capture(model, concepts(list(range(TEXT))), grid=GRID) as maps:
+        model(**inputs)
+    for layer in range(3):
+        total = maps.layers()[layer, :, 0].double() * TEXT + image[layer]
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
+
+
+def every_block(model):
+    return [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+
+
+@pytest.mark.parametrize("mode", ["eager", "autocast", "gradient", "math"])
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_the_output_keeps_its_bits(build, make, mode):
+    model, inputs = build(), make()
+    every = list(range(len(every_block(model))))
+
+    def forward():
+        backends = [SDPBackend.MATH] if mode == "math" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), sdpa_kernel(backends):
+            return model(**inputs, return_dict=False)[0]
+
+    with torch.set_grad_enabled(mode == "gradient"):
+        plain = forward()
+        with capture(model, TOKENS, grid=GRID, layers=every) as maps:
+            captured = forward()
+    assert torch.equal(plain, captured)
+    assert maps.read().isfinite().all() and maps.read().amin() > 0 and not maps.read().requires_grad
+    if mode == "gradient":
+        parameters = list(model.parameters())
+        for a, b in zip(
+            torch.autograd.grad(plain.sum(), parameters, allow_unused=True),
+            torch.autograd.grad(captured.sum(), parameters, allow_unused=True),
+            strict=True,
+        ):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_projections_are_not_held_over_the_attention(build, make, monkeypatch):
+    """They would raise the peak of memory above that of diffusers' own processors."""
+    model, inputs = build(), make()
+    projections = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    made, seen, attend = [], [], star.capture.attention_with_lse
+
+    def attention_with_lse(query, key, value):
+        seen.append([storage.expired() for storage in made])
+        made.clear()
+        return attend(query, key, value)
+
+    def keep(module, args, output):
+        made.append(StorageWeakRef(output.untyped_storage()))
+
+    monkeypatch.setattr(star.capture, "attention_with_lse", attention_with_lse)
+    for block in model.transformer_blocks:
+        for name in projections:
+            getattr(block.attn, name).register_forward_hook(keep)
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID):
+        model(**inputs)
+    assert seen == [[True] * len(projections)] * len(model.transformer_blocks)
+
+
+def test_rows_and_columns_of_a_grid_that_is_not_square():
+    """An image that differs in one token only changes the map most at that token's place."""
+    model, inputs = small_transformer(layers=1, dual=()), small_inputs(1)
+    tokens = concepts([1], batch=1)
+    changed = {**inputs, "hidden_states": inputs["hidden_states"].clone()}
+    row, column = 2, 3
+    changed["hidden_states"][0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 2.0
+    fields = []
+    for arguments in (inputs, changed):
+        with torch.no_grad(), capture(model, tokens, grid=GRID) as maps:
+            model(**arguments)
+        fields.append(maps.read()[0, 0].view(GRID))
+    place = int((fields[1] - fields[0]).abs().argmax())
+    assert divmod(place, GRID[1]) == (row, column)
+
+
+def test_the_unconditional_half_is_never_read():
+    model, inputs = small_transformer(), small_inputs(2)
+    tokens = concepts([1], [2, 4], batch=1)
+    with torch.no_grad(), capture(model, tokens, grid=GRID, rows=slice(1, 2)) as maps:
+        model(**inputs)
+        expected = maps.read()
+        poisoned = {name: value.clone() for name, value in inputs.items()}
+        poisoned["hidden_states"][0] = torch.nan
+        poisoned["encoder_hidden_states"][0] = torch.nan
+        model(**poisoned)
+        assert torch.equal(maps.read(), expected)
+
+
+def test_record_keeps_the_maps_of_every_pass():
+    model = small_transformer()
+    inputs = [small_inputs() | dict(timestep=torch.full((2,), t)) for t in (900.0, 500.0, 100.0)]
+    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as passes:
+        for arguments in inputs:
+            model(**arguments)
+    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3
+    for arguments, maps in zip(inputs, passes, strict=True):
+        with torch.no_grad(), capture(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as one:
+            model(**arguments)
+        assert torch.equal(one.read(), maps)
+    assert not torch.equal(passes[0], passes[2])
+    assert not model._forward_hooks
+
+
+def test_record_of_a_module_that_is_not_called_says_so():
+    model = small_transformer()
+    with (
+        pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"),
+        record(model, TOKENS, grid=GRID),
+    ):
+        model.forward(**small_inputs())
+    with pytest.raises(KeyError), record(model, TOKENS, grid=GRID):
+        raise KeyError
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("build", ["sd3", "flux"])
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_allocated_keeps_the_output_and_weights_its_gradient(build, return_dict):
+    model, inputs = (small_transformer(), small_inputs(4)) if build == "sd3" else (small_flux(), flux_inputs(4))
+    rows = slice(2, 4)  # as if the first half were unconditional
+    run = lambda: model(**inputs, return_dict=return_dict)[0]
+    outside = torch.randn_like(run().detach())
+    with capture(model, TOKENS, grid=GRID, rows=rows) as maps:
+        expected = run()
+    weights = allocate(maps.read(), GRID, patch=2 if build == "sd3" else 1).repeat(2, 1, 1)
+    factor = weights[:, None] if build == "sd3" else weights.flatten(1)[..., None]
+    with allocated(model, TOKENS, grid=GRID, rows=rows):
+        output = run()
+    assert torch.equal(output, expected)
+    parameters = [p for n, p in model.named_parameters() if n.endswith(("to_q.weight", "proj_out.weight"))]
+    gradient = lambda out, outside: torch.autograd.grad((out * outside).sum(), parameters, retain_graph=True)
+    got, plain = gradient(output, outside), gradient(expected, outside)
+    for a, b in zip(got, gradient(expected, outside * factor), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    assert not any(torch.allclose(a, b, rtol=1e-2) for a, b in zip(got, plain, strict=True))
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("first_pass", [False, True])
+def test_allocated_over_two_passes_of_guidance(first_pass):
+    model, conditional = small_transformer(), small_inputs()
+    unconditional = conditional | dict(encoder_hidden_states=torch.zeros_like(conditional["encoder_hidden_states"]))
+    found = []
+    for inputs in (conditional, unconditional):
+        with capture(model, TOKENS, grid=GRID) as maps:
+            model(**inputs)
+        found.append(allocate(maps.read(), GRID)[:, None])
+    with allocated(model, TOKENS, grid=GRID, first_pass=first_pass):
+        outputs = [model(**inputs)[0] for inputs in (conditional, unconditional)]
+    factor = [found[0], found[0 if first_pass else 1]]
+    for output, inputs, w in zip(outputs, (conditional, unconditional), factor, strict=True):
+        weight = model.proj_out.weight
+        (got,), (expected,) = (torch.autograd.grad(x, weight) for x in (output.sum(), (model(**inputs)[0] * w).sum()))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_allocated_as_a_decorator_in_no_grad_and_with_other_strategies():
+    model, inputs = small_transformer(), small_inputs()
+    plain = model(**inputs)[0]
+    decorated = allocated(model, TOKENS, grid=GRID)(lambda: model(**inputs)[0])
+    assert torch.equal(decorated(), plain)
+    with torch.no_grad(), allocated(model, TOKENS, grid=GRID) as maps:
+        assert not model(**inputs)[0].requires_grad
+    assert maps.read().shape == (2, 2, N)
+    for strategy in ("shuffled", "oracle", "uniform"):
+        refused = allocated(model, TOKENS, grid=GRID, allocation=Allocation(strategy=strategy))
+        with pytest.raises(ValueError, match=f"allocation: got strategy '{strategy}'"), refused:
+            pass
+
+
+def test_only_joint_attention_of_the_chosen_blocks_is_touched_and_all_is_restored():
+    model, inputs = small_transformer(), small_inputs()
+    before = [p for b in model.transformer_blocks for p in (b.attn.processor, b.attn2 and b.attn2.processor)]
+    with pytest.raises(KeyError), capture(model, TOKENS, grid=GRID, layers=[0, 2]):
+        kinds = [type(block.attn.processor).__name__ for block in model.transformer_blocks]
+        assert kinds == ["CapturingJointAttnProcessor", "JointAttnProcessor2_0", "CapturingJointAttnProcessor"]
+        assert type(model.transformer_blocks[0].attn2.processor) is JointAttnProcessor2_0
+        model(**inputs)
+        raise KeyError
+    after = [p for b in model.transformer_blocks for p in (b.attn.processor, b.attn2 and b.attn2.processor)]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def test_gradient_checkpointing_gives_the_same_maps_and_gradients_and_takes_maps_once(monkeypatch):
+    taken = []
+    import star.capture
+
+    original = star.capture.attention_maps
+    monkeypatch.setattr(star.capture, "attention_maps", lambda *a, **k: taken.append(1) or original(*a, **k))
+    results = []
+    for checkpointing in (False, True):
+        model, inputs = small_transformer(), small_inputs()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        taken.clear()
+        with capture(model, TOKENS, grid=GRID) as maps:
+            out = model(**inputs, return_dict=False)[0]
+            first = maps.read()
+            # A newer forward pass must not be overwritten by the recomputation of the older one.
+            with torch.no_grad():
+                model(**{**inputs, "timestep": inputs["timestep"] / 2})
+            newer = maps.read()
+            out.square().sum().backward()
+            assert torch.equal(maps.read(), newer) and not torch.equal(first, newer)
+        assert len(taken) == 6
+        results.append((first, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_backward_pass_outside_the_context_gives_the_gradients_of_no_capture(kind, checkpointing):
+    """A checkpointed block is then computed again by diffusers' own processor, which must save the same tensors."""
+    results = []
+    for captured in (False, True):
+        model, inputs = (small_transformer(), small_inputs()) if kind == "sd3" else (small_flux(), flux_inputs())
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        layers = range(len(model.transformer_blocks) + len(getattr(model, "single_transformer_blocks", ())))
+        with capture(model, TOKENS, grid=GRID, layers=layers) if captured else nullcontext() as maps:
+            out = model(**inputs, return_dict=False)[0]
+        out.square().sum().backward()
+        assert not captured or bool((maps.slots > 0).any((1, 2, 3)).all())
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_adapters_are_part_of_the_policy_that_is_read():
+    model, inputs = small_transformer(), small_inputs()
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["attn.to_q", "attn.add_k_proj"]))
+
+    def read():
+        with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+            model(**inputs)
+        return maps.read()
+
+    on = read()
+    model.disable_adapters()
+    off = read()
+    model.enable_adapters()
+    # PEFT's own wrapper around the same kind of model.
+    wrapped = get_peft_model(small_transformer(), LoraConfig(r=4, target_modules=["attn.to_q"]))
+    with torch.no_grad(), capture(wrapped, TOKENS, grid=GRID) as maps:
+        wrapped(**inputs)
+    torch.testing.assert_close(maps.read(), off)  # a new adapter changes nothing
+    assert not torch.equal(on, off) and torch.equal(read(), on)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models(whole):
+    model, inputs = small_transformer(layers=2), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        expected = model(**inputs, return_dict=False)[0]
+        read = maps.read()
+        maps.slots.zero_()
+        torch._dynamo.reset()
+        if whole:
+            got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, return_dict=False)[0]
+        else:
+            for block in model.transformer_blocks:
+                block.compile(backend="aot_eager", fullgraph=True)
+            got = model(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(maps.read(), read)
+
+
+def test_a_compiled_model_with_checkpointing_keeps_newer_maps():
+    model, inputs = small_transformer(layers=2), small_inputs()
+    model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with capture(compiled, TOKENS, grid=GRID) as maps:
+        out = compiled(**inputs, return_dict=False)[0]
+        first = maps.read()
+        maps.slots.zero_()
+        out.sum().backward()
+        assert (maps.slots == 0).all()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as plain:
+        model(**inputs)
+    torch.testing.assert_close(first, plain.read())
+
+
+class FluxRecorder:
+    """Keeps the queries and keys of FLUX's attention, after norms and rotary embedding."""
+
+    def __init__(self, monkeypatch):
+        import diffusers.models.transformers.transformer_flux as flux
+
+        self.calls, original = [], flux.dispatch_attention_fn
+
+        def dispatch(query, key, value, **options):
+            self.calls.append((query.double(), key.double()))
+            return original(query, key, value, **options)
+
+        monkeypatch.setattr(flux, "dispatch_attention_fn", dispatch)
+
+
+@pytest.mark.parametrize("lse", [True, False])
+def test_flux_maps_are_the_materialized_attention(monkeypatch, lse):
+    model, inputs = small_flux(), flux_inputs()
+    recorder = FluxRecorder(monkeypatch)
+    with torch.no_grad():
+        model(**inputs)
+        calls = list(recorder.calls)
+        with capture(model, TOKENS, grid=GRID, layers=range(4), lse=lse) as maps:
+            model(**inputs)
+    assert len(calls) == 4 and len(recorder.calls) == 4
+    for layer, (query, key) in enumerate(calls):
+        scores = torch.einsum("bihd,bjhd->bhij", query[:, TEXT:], key) / query.shape[-1] ** 0.5
+        text = torch.softmax(scores, -1).mean(1)[..., :TEXT]
+        expected = torch.stack([text[..., 1], (text[..., 2] + text[..., 4]) / 2], 1)
+        torch.testing.assert_close(maps.layers()[layer].double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_flux_takes_double_stream_blocks_by_default_and_refuses_other_attention():
+    model, inputs = small_flux(), flux_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        model(**inputs)
+    assert len(maps.layers()) == 2
+    with (
+        torch.no_grad(),
+        capture(model, concepts([TEXT]), grid=GRID),
+        pytest.raises(ValueError, match=f"tokens: point at text token {TEXT}, the model runs {TEXT}"),
+    ):
+        model(**inputs)
+    with model_backend(model, "flex"), pytest.raises(TypeError, match="block 0 runs attention backend flex"):
+        capture(model, TOKENS, grid=GRID).__enter__()
+    model.fuse_qkv_projections()
+    with pytest.raises(TypeError, match="block 0 has fused projections"):
+        capture(model, TOKENS, grid=GRID).__enter__()
+
+
+@contextmanager
+def model_backend(model, name):
+    for block in every_block(model):
+        block.attn.processor._attention_backend = name
+    yield
+    for block in every_block(model):
+        block.attn.processor._attention_backend = None
+
+
+def test_open_slices_of_rows():
+    model, inputs = small_transformer(), small_inputs(2)
+    tokens = concepts([1], batch=1)
+    found = []
+    for rows in (slice(1, 2), slice(1, None), slice(-1, None), [1]):
+        with torch.no_grad(), capture(model, tokens, grid=GRID, rows=rows) as maps:
+            model(**inputs)
+        found.append(maps.read())
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_gathered_rows_and_rows_that_are_not_there():
+    model, inputs = small_transformer(), small_inputs(3)
+    found = []
+    for rows in ([0, 1, 2], [2, 0]):
+        tokens = concepts([1], batch=len(rows))
+        with torch.no_grad(), capture(model, tokens, grid=GRID, rows=rows) as maps:
+            model(**inputs)
+        found.append(maps.read())
+    assert torch.equal(found[0][[2, 0]], found[1])
+    with (
+        torch.no_grad(),
+        capture(model, TOKENS, grid=GRID, rows=slice(2, 4)) as maps,
+        pytest.raises(ValueError, match="tokens: have 2 rows, the model runs 1 of those asked for"),
+    ):
+        model(**inputs)
+
+
+def test_normalizations():
+    model, inputs = small_transformer(), small_inputs()
+
+    def layers(normalize):
+        with torch.no_grad(), capture(model, TOKENS, grid=GRID, normalize=normalize) as maps:
+            model(**inputs)
+        return maps.layers()
+
+    raw, content, shares = (layers(name) for name in ("raw", "content", "concepts"))
+    mass = raw * torch.tensor([1.0, 2.0])[:, None]  # weights are 1 / (number of tokens): back to mass
+    torch.testing.assert_close(content * mass.sum(2, keepdim=True), raw)
+    torch.testing.assert_close(shares, raw / raw.sum(2, keepdim=True))
+
+
+def test_layers_and_their_weights():
+    model, inputs = small_transformer(), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as every:
+        model(**inputs)
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID, layers=[2, 0], layer_weights=[0.25, 0.75]) as some:
+        model(**inputs)
+    torch.testing.assert_close(some.read(), 0.25 * every.layers()[2] + 0.75 * every.layers()[0])
+
+
+def test_head_weights():
+    model, inputs = small_transformer(), small_inputs()
+    single = []
+    for head in range(HEADS):
+        weight = torch.zeros(HEADS)
+        weight[head] = 1.0
+        with torch.no_grad(), capture(model, TOKENS, grid=GRID, head_weight=weight) as maps:
+            model(**inputs)
+        single.append(maps.read())
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        model(**inputs)
+    torch.testing.assert_close(sum(single) / HEADS, maps.read())
+    assert not torch.allclose(single[0], single[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(layers=[3]), ValueError, r"layers: got \[3\], expected distinct blocks in 0..2"),
+        (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
+        (dict(rows=[0]), ValueError, "rows: got 1, expected one for each of the 2 rows"),
+        (dict(normalize="minmax"), ValueError, "normalize: got 'minmax'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(change, error, words):
+    with pytest.raises(error, match=words), capture(small_transformer(), TOKENS, **{"grid": GRID, **change}):
+        pass
+
+
+def test_refusals_name_the_reason():
+    with pytest.raises(TypeError, match="transformer: got AutoencoderKL, expected an SD3Transformer2DModel"):
+        capture(AutoencoderKL(), TOKENS, grid=GRID).__enter__()
+    model = small_transformer()
+    model.transformer_blocks[1].attn.processor = FusedJointAttnProcessor2_0()
+    with pytest.raises(TypeError, match=r"block 1 has a FusedJointAttnProcessor2_0.*unfuse"):
+        capture(model, TOKENS, grid=GRID).__enter__()
+    model = small_transformer()
+    with (
+        capture(model, TOKENS, grid=GRID),
+        pytest.raises(TypeError, match="block 0 has a CapturingJointAttnProcessor"),
+        capture(model, TOKENS, grid=GRID),
+    ):
+        pass
+    with (
+        torch.no_grad(),
+        capture(model, TOKENS, grid=(4, 4)),
+        pytest.raises(ValueError, match=r"grid: \(4, 4\) has 16 tokens, the model runs 15"),
+    ):
+        model(**small_inputs())
+
+
+def distributed_rank(rank: int, folder: str) -> None:
+    """One of two processes: half of the batch under DistributedDataParallel, then with sharded parameters."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    half = {name: value[rank : rank + 1] for name, value in small_inputs(2).items()}
+    tokens = concepts([1], [2, 4], batch=1)
+    saved = {}
+    for kind in ("ddp", "fsdp"):
+        # The text stream of the last block has no gradient, which DDP would wait for.
+        model = small_transformer(layers=2)
+        model.enable_gradient_checkpointing()
+        if kind == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for block in model.transformer_blocks:
+                fully_shard(block, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        with capture(wrapped, tokens, grid=GRID) as maps:
+            wrapped(**half, return_dict=False)[0].square().mean().backward()
+        gradient = model.transformer_blocks[0].attn.to_q.weight.grad
+        saved[kind] = (maps.read(), gradient.full_tensor() if kind == "fsdp" else gradient)
+    torch.save(saved, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(distributed_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model, inputs = small_transformer(layers=2), small_inputs(2)
+    with capture(model, TOKENS, grid=GRID) as maps:
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+    gradient = model.transformer_blocks[0].attn.to_q.weight.grad
+    for kind in ("ddp", "fsdp"):
+        torch.testing.assert_close(torch.cat([rank[kind][0] for rank in ranks]), maps.read())
+        for rank in ranks:
+            torch.testing.assert_close(rank[kind][1], gradient)

@@ -1,0 +1,158 @@
+"""Prompts to concepts to token positions, with tokenizers that split words as CLIP's and T5's do."""
+
+import pytest
+import torch
+
+from builders import clip_tokenizer, t5_tokenizer
+from star.concepts import Concept, locate, parse
+
+CORPUS = ["a photo of a red bench left of two green cats", 'a sign that says "Hello World"', "a dog", "the blue bear"]
+
+
+def texts(prompt):
+    return [concept.text for concept in parse(prompt)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a photo of a bench", ["bench"]),
+        ("a photo of a red bench left of two green cats", ["red bench", "green cats"]),
+        ("a photo of a brown giraffe and a white stop sign", ["brown giraffe", "white stop sign"]),
+        ("a photo of three toothbrushes", ["toothbrushes"]),
+        ("a red circle on a white background", ["red circle", "white background"]),
+        ("a dog above a cow", ["dog", "cow"]),
+        ("a dog to the right of the cow", ["dog", "cow"]),
+        ("a running dog chasing a ball in the park, highly detailed, 4k", ["running dog", "ball", "park"]),
+        ("a person's hat", ["person's hat"]),
+        ("two dogs' bowls next to the cats' toys", ["dogs' bowls", "cats' toys"]),
+        ("portrait of an old man with a long white beard, oil painting", ["old man", "long white beard"]),
+        (
+            "a cute corgi wearing sunglasses, sitting on the beach, studio lighting",
+            ["cute corgi", "sunglasses", "beach"],
+        ),
+        (
+            "a well-lit room, a woman with her left hand on a swimming pool",
+            ["well-lit room", "woman", "left hand", "swimming pool"],
+        ),
+        ("", []),
+        ("the, of and", []),
+    ],
+)
+def test_noun_spans(prompt, expected):
+    assert texts(prompt) == expected
+
+
+# Objects of COCO's and GenEval's lists whose names are more than one plain noun.
+NAMES = (
+    "bench,traffic light,fire hydrant,stop sign,parking meter,bear,sports ball,baseball bat,tennis racket,wine glass,"
+    "hot dog,potted plant,dining table,tv,computer mouse,tv remote,cell phone,teddy bear,hair drier,scissors,orange"
+).split(",")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_of_geneval(name):
+    other = NAMES[NAMES.index(name) - 1]
+    assert texts(f"a photo of a {name}") == [name]
+    assert texts(f"a photo of four {name}s") == [f"{name}s"]
+    assert texts(f"a photo of a blue {name} and an orange {other}") == [f"blue {name}", f"orange {other}"]
+    for relation in ("and", "left of", "right of", "above", "below"):
+        assert texts(f"a photo of a {name} {relation} a {other}") == [name, other]
+
+
+@pytest.mark.parametrize("quotes", ['""', "“”", "''", "‘’"])
+def test_quoted_text_is_one_concept(quotes):
+    prompt = f"a sign that says {quotes[0]}Hello World{quotes[1]} on a wall"
+    assert [(c.text, c.kind) for c in parse(prompt)] == [
+        ("sign", "object"),
+        ("Hello World", "text"),
+        ("wall", "object"),
+    ]
+
+
+def test_apostrophes_are_no_quotes():
+    assert texts("a cat's toy and a dog's bone") == ["cat's toy", "dog's bone"]
+
+
+def test_spans_are_places_in_the_prompt():
+    prompt = 'a photo of a red bench, "and so on", left of two green cats'
+    for concept in parse(prompt):
+        assert prompt[concept.start : concept.end] == concept.text
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return clip_tokenizer(CORPUS, length=40)
+
+
+@pytest.fixture(scope="module")
+def t5():
+    return t5_tokenizer(CORPUS)
+
+
+def spelled(tokenizer, prompt, positions, length):
+    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+    tokens = tokenizer.convert_ids_to_tokens([ids[i] for i in positions])
+    return "".join(tokens).replace("</w>", " ").replace("▁", " ").strip()
+
+
+def test_tokens_spell_their_concept_in_both_parts(clip, t5):
+    prompts = ["a photo of a red bench left of two green cats", 'a sign that says "Hello World"']
+    concepts = [parse(p) for p in prompts]
+    found = locate(prompts, concepts, clip, t5, max_sequence_length=64)
+    assert found.index.shape[:2] == (2, 2) and found.index.shape == found.weight.shape
+    for b, prompt in enumerate(prompts):
+        for g, concept in enumerate(concepts[b]):
+            index, weight = found.index[b, g], found.weight[b, g]
+            in_clip, in_t5 = index[(index >= 0) & (index < 40)], index[index >= 40] - 40
+            assert spelled(clip, prompt, in_clip.tolist(), 40) == concept.text.lower()
+            assert spelled(t5, prompt, in_t5.tolist(), 64).replace(" ", "") == concept.text.replace(" ", "")
+            assert weight[(index >= 0) & (index < 40)].sum().item() == pytest.approx(0.5)
+            assert weight.sum().item() == pytest.approx(1)
+            assert (weight[index < 0] == 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "low", "high"), [("clip", 1, 40), ("t5", 40, 104)])
+def test_one_part_alone(clip, t5, tokens, low, high):
+    prompt = CORPUS[0]
+    found = locate([prompt], [parse(prompt)], clip, t5, max_sequence_length=64, tokens=tokens)
+    used = found.index[found.index >= 0]
+    assert used.min() >= low and used.max() < high
+    torch.testing.assert_close(found.weight.sum(-1), torch.ones(1, 2))
+
+
+def test_without_a_clip_part_positions_begin_at_zero(clip, t5):
+    prompt = CORPUS[0]
+    beside = locate([prompt], [parse(prompt)], clip, t5, max_sequence_length=64, tokens="t5")
+    alone = locate([prompt], [parse(prompt)], None, t5, max_sequence_length=64)
+    assert torch.equal(alone.index, torch.where(beside.index < 0, -1, beside.index - 40))
+    assert torch.equal(alone.weight, beside.weight)
+
+
+def test_no_begin_end_or_padding(clip):
+    prompt = "a dog"
+    whole = Concept(prompt, 0, len(prompt), "object")
+    found = locate([prompt], [[whole]], clip)
+    ids = clip(prompt, padding="max_length", max_length=40).input_ids
+    picked = {ids[i] for i in found.index[found.index >= 0].tolist()}
+    assert picked.isdisjoint(clip.all_special_ids)
+
+
+def test_what_is_cut_off_and_what_has_no_concept_is_empty(clip):
+    long = "a dog " * 30 + "the blue bear"
+    concepts = parse(long)
+    found = locate([long, "of and"], [concepts[-1:], []], clip)
+    assert (found.index == -1).all() and (found.weight == 0).all()
+
+
+def test_errors_name_the_argument(clip):
+    with pytest.raises(TypeError, match="prompt: got int"):
+        parse(3)
+    with pytest.raises(ValueError, match="concepts: got 0 lists, expected one for each of 1 prompts"):
+        locate(["a dog"], [], clip)
+    with pytest.raises(ValueError, match="tokens: got 'all'"):
+        locate(["a dog"], [[]], clip, tokens="all")
+    with pytest.raises(ValueError, match="'t5' needs t5_tokenizer"):
+        locate(["a dog"], [[]], clip, tokens="t5")
+    with pytest.raises(ValueError, match="got None for both"):
+        locate(["a dog"], [[]], None)

@@ -1,0 +1,214 @@
+"""Advantages and the allocation strategies."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from star.objective import (
+    STRATEGIES,
+    TEMPORAL,
+    Allocation,
+    allocation_weights,
+    another,
+    captured_steps,
+    inverted,
+    neighbor_correlation,
+    random_like,
+    temporal_weights,
+    uniform_rows,
+)
+from star.training.advantage import group_advantages
+
+GRID = (3, 5)
+MAPS = torch.rand(6, 2, 15, generator=torch.Generator().manual_seed(3)) + 0.05
+GROUPS = torch.arange(6) % 2
+
+
+def weights(strategy, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    masks = (MAPS[:, 0] > 0.5).float()
+    allocation = Allocation(strategy=strategy, **options)
+    return allocation_weights(allocation, MAPS, GRID, groups=GROUPS, masks=masks, generator=generator)
+
+
+def test_advantages_by_hand():
+    rewards, groups = torch.tensor([1.0, 5.0, 3.0, 5.0, 0.3, 0.3]), torch.tensor([7, 2, 7, 2, 9, 9])
+    got = group_advantages(rewards, groups)
+    torch.testing.assert_close(got, torch.tensor([-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]) / 1.0001)
+    assert got[1] == got[4] == 0
+    whole = group_advantages(rewards, groups, global_std=True)
+    torch.testing.assert_close(whole[0], -1 / (rewards.std(correction=0) + 1e-4))
+
+
+def test_advantage_errors():
+    with pytest.raises(ValueError, match=r"groups: got shape \(2,\) for rewards \(3,\)"):
+        group_advantages(torch.ones(3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"groups: got torch.float32, expected int64"):
+        group_advantages(torch.ones(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "uniform"])
+def test_weights_have_mean_one_and_repeat_over_patches(strategy):
+    w = weights(strategy)
+    assert w.shape == (6, 6, 10)
+    torch.testing.assert_close(w.mean((1, 2)), torch.ones(6), rtol=1e-5, atol=0)
+    assert torch.equal(w[:, ::2, ::2], w[:, 1::2, 1::2])
+
+
+def test_uniform_needs_no_weights():
+    assert weights("uniform") is None
+
+
+def test_controls_keep_the_values_and_move_them():
+    attention = weights("attention")
+    shuffled, random = weights("shuffled"), weights("random")
+    source = [int((attention == row).flatten(1).all(1).nonzero()) for row in shuffled]
+    assert sorted(source) == list(range(6))
+    assert all(GROUPS[i] != GROUPS[j] for i, j in enumerate(source))
+    assert torch.equal(random.flatten(1).sort(1).values, attention.flatten(1).sort(1).values)
+    assert not torch.equal(random, attention)
+    assert torch.equal(random, weights("random")) and not torch.equal(random, weights("random", seed=1))
+
+
+def autocorrelation(x, shift):
+    """Over all fields (B, rows, columns): correlation of places `shift` apart along a row or a column."""
+    x = x - x.mean((1, 2), keepdim=True)
+    pairs = torch.cat([(x[:, :, shift:] * x[:, :, :-shift]).flatten(), (x[:, shift:] * x[:, :-shift]).flatten()])
+    return (pairs.mean() / x.square().mean()).item()
+
+
+def blobs(batch, rows, columns, width):
+    """Weights as attention makes them: a bump or two on a low ground."""
+    generator = torch.Generator().manual_seed(1)
+    y, x = torch.arange(rows)[:, None], torch.arange(columns)
+    fields = torch.full((batch, rows, columns), 0.3)
+    for _ in range(2):
+        center = torch.rand(batch, 2, generator=generator) * torch.tensor([rows, columns])
+        distance = (y - center[:, :1, None]) ** 2 + (x - center[:, 1:, None]) ** 2
+        fields += torch.exp(-distance / (2 * width**2))
+    return fields / fields.mean((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize("width", [0.8, 1.5, 2.5])
+def test_random_fields_have_the_values_and_the_smoothness_of_the_weights(width):
+    own = blobs(64, 9, 9, width)
+    fields = random_like(own, torch.Generator().manual_seed(0))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+    # Sample by sample for neighbors, which is what was searched for ...
+    error = (neighbor_correlation(fields) - neighbor_correlation(own)).abs()
+    assert error.mean() < 0.01 and error.max() < 0.15
+    # ... and on the whole further away, where scattered values have no correlation left.
+    scattered = own.flatten(1)[:, torch.randperm(81)].view_as(own)
+    assert autocorrelation(fields, 1) == pytest.approx(autocorrelation(own, 1), abs=0.02)
+    for shift in (2, 3):
+        assert autocorrelation(fields, shift) == pytest.approx(autocorrelation(own, shift), abs=0.2)
+    assert abs(autocorrelation(scattered, 1)) < 0.1 < autocorrelation(own, 1) - 0.5
+    # Nothing is left of where they were.
+    centered, placed = own - 1, fields - 1
+    similarity = (centered * placed).mean((1, 2)) / centered.square().mean((1, 2))
+    assert similarity.mean().abs() < 4 * similarity.std() / 64**0.5
+
+
+def test_neighbor_correlation_by_hand():
+    # Rows of +1 and -1: neighbors in a row agree (12 pairs), in a column they differ (12 pairs).
+    stripes = torch.tensor([[1.0], [-1.0]]).repeat(2, 4)
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)
+    got = neighbor_correlation(torch.stack([stripes, checks, torch.ones(4, 4)]))
+    assert got[:2].tolist() == [0.0, -1.0] and got[2].isnan()
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 7), seed=st.integers(0, 99))
+def test_random_fields_of_any_size_keep_the_values(rows, columns, seed):
+    own = torch.rand(3, rows, columns, generator=torch.Generator().manual_seed(seed))
+    own[1] = 1.0  # a sample without a usable map stays uniform
+    fields = random_like(own, torch.Generator().manual_seed(seed))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+
+
+def test_random_fields_are_shared_where_the_weights_are():
+    """The pictures of a prompt that part after the trained step have one map between them."""
+    own = blobs(4, 9, 9, 1.0)[[2, 0, 2, 1, 0, 2]]
+    fields = random_like(own, torch.Generator().manual_seed(0))
+    alike = (fields.flatten(1)[:, None] == fields.flatten(1)[None]).all(2)
+    assert torch.equal(alike, (own.flatten(1)[:, None] == own.flatten(1)[None]).all(2))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+
+
+def test_inverted_has_the_same_values_low_where_attention_is_high():
+    own, reverse = (weights(s)[:, ::2, ::2].flatten(1) for s in ("attention", "inverted"))
+    assert torch.equal(own.sort(1).values, reverse.sort(1).values)
+    assert torch.equal(own.argsort(1), reverse.argsort(1).flip(1))
+    assert inverted(torch.tensor([[[3.0, 0.5, 0.5], [0.0, 1.0, 1.0]]])).flatten()[[0, 3]].tolist() == [0.0, 3.0]
+    assert torch.equal(inverted(torch.ones(2, 3, 3)), torch.ones(2, 3, 3))
+
+
+def test_final_step_wants_the_last_maps_for_all_steps():
+    assert [captured_steps(s, (1, 2), 8) for s in STRATEGIES] == [(1, 2), (), (1, 2), (1, 2), (1, 2), (7,), ()]
+    assert torch.equal(weights("final_step"), weights("attention"))
+
+
+def test_oracle_follows_the_masks():
+    w = weights("oracle", mix=1.0)[:, ::2, ::2].flatten(1)
+    inside = MAPS[:, 0] > 0.5
+    assert (w[~inside] == 0).all() and (w[inside] > 0).all()
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_another_is_a_permutation_that_avoids_its_group_where_it_can(sizes, seed):
+    groups = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
+    batch = len(groups)
+    source = another(groups, batch, torch.Generator().manual_seed(seed))
+    assert sorted(source.tolist()) == list(range(batch))
+    if max(sizes) * 2 <= batch:
+        assert (groups[source] != groups).all()
+    elif batch > 1 and len(sizes) == 1:
+        assert (source != torch.arange(batch)).all()
+
+
+def test_rows_without_information_are_counted():
+    maps = MAPS.clone()
+    maps[1], maps[4, 0, 0] = 0, torch.nan
+    w = allocation_weights(Allocation(), maps, GRID)
+    assert uniform_rows(w) == 2
+    assert torch.equal(w[[1, 4]], torch.ones(2, 6, 10))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="strategy: got 'best'"):
+        allocation_weights(Allocation(strategy="best"), MAPS, GRID)
+    with pytest.raises(ValueError, match="masks: needed by strategy 'oracle'"):
+        allocation_weights(Allocation(strategy="oracle"), MAPS, GRID)
+    with pytest.raises(ValueError, match="maps: needed by strategy 'attention'"):
+        allocation_weights(Allocation(), None, GRID)
+
+
+def test_temporal_weights_by_hand():
+    noise = torch.tensor([0.6, 0.3, 0.3])[:, None].expand(3, 2)
+    flat_and_half = torch.tensor([[1.0, 1.0], [0.0, 2.0]])  # mean squares 1 and 2
+    spatial = torch.stack([flat_and_half, flat_and_half[[1, 0]], flat_and_half[[0, 0]]])[:, :, None]
+    assert temporal_weights("none", noise, spatial) is None
+    got = temporal_weights("noise_level", noise, None)
+    torch.testing.assert_close(got, torch.tensor([[1.5, 1.5], [0.75, 0.75], [0.75, 0.75]]))
+    got = temporal_weights("concentration", noise, spatial)
+    torch.testing.assert_close(got, torch.tensor([[0.75, 1.5], [1.5, 0.75], [0.75, 0.75]]))
+
+
+@pytest.mark.parametrize("temporal", [t for t in TEMPORAL if t != "none"])
+@given(steps=st.integers(1, 12), batch=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_temporal_weights_have_mean_one_over_the_steps(temporal, steps, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(steps, batch, generator=generator) + 1e-3
+    spatial = torch.rand(steps, batch, 4, 6, generator=generator)
+    spatial /= spatial.mean((2, 3), keepdim=True)
+    got = temporal_weights(temporal, noise, spatial)
+    assert got.dtype == torch.float32 and got.shape == (steps, batch) and (got > 0).all()
+    # One rounding to float32 for each of the weights, of which none exceeds their sum, `steps`.
+    torch.testing.assert_close(got.double().mean(0), torch.ones(batch).double(), rtol=0, atol=steps * 2**-24)
+
+
+def test_temporal_errors():
+    with pytest.raises(ValueError, match="temporal: got 'late', expected one of"):
+        temporal_weights("late", torch.ones(2, 1), None)
+    with pytest.raises(ValueError, match="weights: needed by temporal 'concentration'"):
+        temporal_weights("concentration", torch.ones(2, 1), None)

@@ -1,0 +1,148 @@
+"""What a run shows: metrics with a meaning, grids, trackers, and the page that compares runs."""
+
+import base64
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from builders import small_run
+from star import config as configuration
+from star import train as training
+from star.cli import main
+from star.config import ConfigError
+from star.reports import page, tracking
+from star.reports.metrics import MEANING, by_category, meaning, of_weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs, one without allocation."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, strategy in (("star", "attention"), ("uniform", "uniform")):
+        run = {"grid_every": 2, "held_out": 8, "pictures": True}
+        changes = {"allocation": {"strategy": strategy}, "optimization": {"update_norm": 0.0}}
+        training.train(small_run(folder / name, run=run, **changes))
+    return folder
+
+
+def test_every_metric_is_documented_once(runs):
+    documented = Path(__file__).parents[2].joinpath("docs/training.md").read_text()
+    assert re.findall(r"^\| `([^`]+)` \| (.+) \|$", documented.split("The metrics:")[1], re.M) == list(MEANING.items())
+    logged = set(tracking.read(runs / "star")[0]) - {"iteration"}
+    assert not [name for name in logged if not meaning(name)]
+    # Nothing is documented that no run logs. This run's reward has one term, and details.
+    missing = {name for name in MEANING if not name.endswith("*") and name not in logged}
+    assert missing == set()
+    assert any(name.startswith("reward/") for name in logged)
+
+
+def test_rewards_by_category_leave_out_what_failed():
+    rewards = torch.tensor([1.0, math.nan, 3.0, 5.0, math.nan])
+    found = by_category(rewards, ["a", "a", "b", "b", "c"])
+    assert found["reward/a"] == 1 and found["reward/b"] == 4 and math.isnan(found["reward/c"])
+    assert by_category(rewards, [None] * 5) == {}
+
+
+def test_what_weights_look_like():
+    weights = torch.zeros(1, 2, 4, 4)
+    weights[:, :, :2, :2] = 4  # all on a quarter
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :4, :4] = 1  # just there
+    masks[1, 4:, 4:] = 1  # somewhere else
+    found = of_weights(weights, masks)
+    assert found == {"weights_max": 4, "weights_concentration": 4, "weights_on_object": 2}
+    flat = of_weights(torch.ones(3, 2, 4, 4), masks)
+    assert flat == {"weights_max": 1, "weights_concentration": 1, "weights_on_object": 1}
+    assert "weights_on_object" not in of_weights(weights, torch.zeros(2, 8, 8))
+
+
+def test_grids_show_pictures_and_weights(runs):
+    star, uniform = (Image.open(runs / name / "grids/000002.png") for name in ("star", "uniform"))
+    # Two trained steps: two more rows.
+    assert star.width == uniform.width and star.height > 2 * uniform.height
+    assert np.asarray(star.convert("RGB")).std() > 30
+
+
+def test_tensorboard_has_every_metric(runs):
+    events = EventAccumulator(str(runs / "star/tensorboard"))
+    events.Reload()
+    lines = tracking.read(runs / "star")
+    assert set(events.Tags()["scalars"]) == set().union(*lines) - {"iteration"}
+    assert [e.value for e in events.Scalars("reward")] == pytest.approx([line["reward"] for line in lines])
+
+
+def test_a_tracker_whose_package_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"run\.trackers: 'wandb' needs wandb"):
+        training.train(small_run(tmp_path / "run", run={"trackers": ["wandb"]}))
+
+
+def test_wandb_gets_the_configuration_and_the_metrics(tmp_path, monkeypatch):
+    """Against a stand-in with wandb's calls."""
+
+    class Wandb:
+        def __init__(self):
+            self.config, self.logged = {}, []
+
+        def init(self, **options):
+            self.options = options
+            return self
+
+        def log(self, values, step=None, **options):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    wandb = Wandb()
+    wandb.config = type("Config", (dict,), {"update": lambda self, values, **o: dict.update(self, values)})()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    training.train(small_run(tmp_path / "run", run={"trackers": ["wandb"]}))
+    assert wandb.options["project"] == "star" and wandb.options["id"] == "run" and wandb.finished
+    assert wandb.config["optimization"]["iterations"] == 2
+    assert [step for step, _ in wandb.logged] == [0, 1] and "reward" in wandb.logged[0][1]
+
+
+def test_the_page_holds_everything_and_needs_nothing(runs, capsys):
+    assert main(["report", str(runs / "star"), str(runs / "uniform"), "--out", str(runs / "compare.html")]) == 0
+    text = (runs / "compare.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
+    assert len(images) == 2 * 3 + 2 and all(Image.open(io.BytesIO(image)).width > 100 for image in images)
+    summary = json.loads((runs / "star/summary.json").read_text())
+    assert f"{summary['soft_before']:.4f} → {summary['soft_after']:.4f}" in text
+    assert "<code>allocation.strategy</code></td><td>attention</td><td>uniform</td>" in text
+    assert "run.out</code>" not in text  # where a run is, is no difference
+    for name in ("reward", "weights_on_object", "seconds/update"):
+        assert f"<code>{name}</code> {meaning(name)}" in text.replace("&#39;", "'")
+
+
+def test_the_page_of_a_run_that_is_going(tmp_path):
+    run = tmp_path / "<b>run"
+    run.mkdir()
+    configuration.save(configuration.preset("shapes"), run / "config.yaml")
+    page.write([run], run / "report.html")
+    text = (run / "report.html").read_text()
+    assert "No iteration has been finished yet" in text and "<b>run" not in text.replace("&lt;b&gt;run", "")
+    (run / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "reward": 0.5}) + "\n" + '{"iterat')
+    page.write([run], run / "report.html")
+    assert text.count("data:image/svg") == 0 and (run / "report.html").read_text().count("data:image/svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere"], "runs: nowhere is no run"), (["a", "b"], "out: needed for several runs")],
+)
+def test_what_is_wrong_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 1
+    assert message in capsys.readouterr().err

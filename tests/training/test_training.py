@@ -1,0 +1,406 @@
+"""The training loop: exact where it must be exact, and what it leaves on disk."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from builders import small_run
+from star import config as configuration
+from star import train as training
+from star.config import ConfigError
+from star.objective import STRATEGIES
+from star.reports.metrics import meaning
+from star.rewards import RewardError, Scores
+from star.shapes import measure
+from star.shapes.model import load_pipeline
+from star.train import Trainer
+from star.training import checkpoint
+
+
+def losses(trainer, iterations):
+    return [trainer.step()["loss"] for _ in range(iterations)]
+
+
+def test_on_policy_ratio_is_exactly_one_and_the_policy_then_moves(tmp_path):
+    trainer = Trainer(small_run(tmp_path / "a", optimization={"learning_rate": 1e-2, "updates_per_iteration": 2}))
+    metrics = trainer.step()
+    assert metrics["ratio_first"] == 1.0
+    assert metrics["ratio_min"] < 1.0 or metrics["ratio_max"] > 1.0
+    one = Trainer(small_run(tmp_path / "b", optimization={"updates_per_iteration": 1})).step()
+    assert one["ratio_min"] == one["ratio_max"] == 1.0 and one["approx_kl"] == 0
+
+
+def test_same_seed_same_losses_bit_for_bit_and_a_resumed_run_continues_with_them(tmp_path):
+    whole = losses(Trainer(small_run(tmp_path / "a")), 3)
+    assert losses(Trainer(small_run(tmp_path / "b")), 3) == whole
+    other = Trainer(small_run(tmp_path / "c", run={"seed": 1}))
+    assert losses(other, 1) != whole[:1]
+
+    stopped = Trainer(small_run(tmp_path / "d"))
+    assert losses(stopped, 1) == whole[:1]
+    stopped.save()
+    resumed = Trainer(small_run(tmp_path / "d", run={"resume": True}))
+    assert resumed.iteration == 1
+    assert losses(resumed, 2) == whole[1:]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains(tmp_path, strategy):
+    metrics = Trainer(small_run(tmp_path, allocation={"strategy": strategy})).step()
+    assert metrics["grad_norm"] > 0 and metrics["nonfinite"] == 0
+    assert ("weights_max" in metrics) == (strategy != "uniform")
+
+
+@pytest.mark.parametrize("temporal", ["noise_level", "concentration"])
+def test_temporal_weights_reach_the_loss(tmp_path, temporal):
+    """They change the gradient, not the policy that is sampled; one trained step leaves them nothing to share out."""
+    plain = Trainer(small_run(tmp_path / "a")).step()
+    weighted = Trainer(small_run(tmp_path / "b", allocation={"temporal": temporal})).step()
+    assert weighted["reward"] == plain["reward"] and weighted["grad_norm"] != plain["grad_norm"]
+    one = {"trained_steps": [1]}
+    plain = Trainer(small_run(tmp_path / "c", sampling=one)).step()
+    weighted = Trainer(small_run(tmp_path / "d", sampling=one, allocation={"temporal": temporal})).step()
+    assert weighted["loss"] == plain["loss"] and weighted["grad_norm"] == plain["grad_norm"]
+
+
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+def test_every_ratio_trains(tmp_path, ratio):
+    metrics = Trainer(small_run(tmp_path, loss={"ratio": ratio, "guard": ratio == "token", "kl_coef": 0.01})).step()
+    assert metrics["grad_norm"] > 0 and metrics["nonfinite"] == 0
+    assert metrics["kl"] > 0
+
+
+def test_strategies_differ_only_in_the_weights(tmp_path):
+    """Mix 0 makes any strategy uniform: the same losses as the scalar one, to rounding."""
+    scalar = losses(Trainer(small_run(tmp_path / "a", allocation={"strategy": "uniform"})), 1)
+    mixed = losses(Trainer(small_run(tmp_path / "b", allocation={"strategy": "attention", "mix": 0.0})), 1)
+    assert mixed == pytest.approx(scalar, rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path):
+    plain = losses(Trainer(small_run(tmp_path / "a")), 2)
+    assert losses(Trainer(small_run(tmp_path / "b", model={"gradient_checkpointing": True})), 2) == plain
+
+
+def test_micro_batches_add_up_to_the_update(tmp_path):
+    whole = Trainer(small_run(tmp_path / "a", optimization={"updates_per_iteration": 1})).step()
+    cut = Trainer(small_run(tmp_path / "b", optimization={"updates_per_iteration": 1, "micro_batch": 3})).step()
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+    assert cut["ratio_min"] == cut["ratio_max"] == 1.0
+
+
+def test_a_merged_adapter_is_the_same_model_and_is_taken_out_again_without_a_trace(tmp_path):
+    trainer = Trainer(small_run(tmp_path, sampling={"merge_adapter": False}))
+    trainer.step()
+    transformer = trainer.policy.bare
+    inputs = torch.randn(2, 4, 18, 18), torch.randn(2, 12, 128), torch.randn(2, 128), torch.tensor([500.0, 100.0])
+    weights = {name: p.clone() for name, p in transformer.named_parameters()}
+    with torch.no_grad():
+        expected = transformer(*inputs, return_dict=False)[0]
+        with trainer.policy.reference():
+            base = transformer(*inputs, return_dict=False)[0]
+        with pytest.raises(KeyboardInterrupt), trainer.policy.merged():
+            merged = transformer(*inputs, return_dict=False)[0]
+            raise KeyboardInterrupt
+        again = transformer(*inputs, return_dict=False)[0]
+    torch.testing.assert_close(merged, expected)
+    assert (base - expected).abs().max() > 100 * (merged - expected).abs().max()
+    assert torch.equal(again, expected)
+    assert all(torch.equal(p, weights[name]) for name, p in transformer.named_parameters())
+
+
+def test_merging_the_adapter_changes_the_pictures_by_rounding_only(tmp_path):
+    def after_two(out, merge):
+        trainer = Trainer(small_run(out, sampling={"merge_adapter": merge}))
+        trainer.step()
+        generator = torch.Generator().manual_seed(0)
+        return trainer.step(), trainer.rollout(["red circle", "two blue squares", "green ring"], generator).latents
+
+    (merged, latents), (plain, expected) = (after_two(tmp_path / str(merge), merge) for merge in (True, False))
+    assert merged["ratio_first"] == plain["ratio_first"] == 1.0
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_full_fine_tuning_leaves_a_pipeline(tmp_path):
+    config = small_run(tmp_path / "run", model={"lora_rank": 0}, optimization={"learning_rate": 1e-4, "iterations": 1})
+    assert training.train(config)["iterations"] == 1
+    trained, base = (training.load_pipeline(p).transformer for p in (str(tmp_path / "run/model"), "shapes"))
+    assert not torch.equal(trained.proj_out.weight, base.proj_out.weight)
+
+
+def darkness(images, prompts, metadata):
+    return Scores(-images.mean((1, 2, 3)))
+
+
+def test_what_is_easily_learned_is_learned(tmp_path):
+    """Advantages, latents and gradients belong together, with the right sign: pictures get darker, prompt by prompt."""
+    sampling = {"prompts_per_iteration": 2, "images_per_prompt": 8, "steps": 8}
+    trainer = Trainer(
+        small_run(
+            tmp_path, sampling=sampling, optimization={"learning_rate": 1e-3}, run={"reward": "test_training:darkness"}
+        )
+    )
+    rewards = []
+    for _ in range(4):
+        trainer.iteration = 0  # the same prompts and noise again: only the policy changes
+        rewards.append(trainer.step()["reward"])
+    assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.05
+
+
+def test_a_control_keeps_its_source_over_the_steps(tmp_path):
+    trainer = Trainer(small_run(tmp_path, allocation={"strategy": "shuffled"}, sampling={"images_per_prompt": 4}))
+    rollout = trainer.rollout(
+        [p.text for p in training.draw_prompts(trainer.config, 0)], torch.Generator().manual_seed(0)
+    )
+    shuffled = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
+    trainer.config = small_run(tmp_path, sampling={"images_per_prompt": 4})
+    own = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
+    # At the second trained step the samples have parted, and each has weights of its own.
+    source = [int((own[1] == w).flatten(1).all(1).nonzero()[0]) for w in shuffled[1]]
+    assert torch.equal(shuffled[0], own[0][source])
+
+
+def test_final_step_gives_every_trained_step_the_weights_of_the_last_one(tmp_path):
+    trainer = Trainer(small_run(tmp_path, allocation={"strategy": "final_step"}))
+    rollout = trainer.rollout(
+        [p.text for p in training.draw_prompts(trainer.config, 0)], torch.Generator().manual_seed(0)
+    )
+    assert len(rollout.maps) == 1
+    got = trainer.weights(rollout, None, torch.Generator())
+    assert torch.equal(got[0], got[1])
+    # There the pictures of a prompt have parted: each has weights of its own.
+    assert len(torch.unique(got[0], dim=0)) == len(rollout.groups)
+
+
+def odd_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("of and\na red circle\n\ntwo blue rings\n")
+    return str(path)
+
+
+def brightness(images, prompts, metadata):
+    return Scores(images.mean((1, 2, 3)))
+
+
+def test_prompts_from_a_file_a_reward_by_name_and_a_prompt_without_concept(tmp_path, caplog):
+    config = small_run(
+        tmp_path / "run", sampling={"prompts": odd_prompts(tmp_path)}, run={"reward": "test_training:brightness"}
+    )
+    trainer = Trainer(config)
+    metrics = [trainer.step(), trainer.step()]
+    # Two pictures of "of and" at two trained steps have weights of exactly 1; told once, counted always.
+    assert [m["weights_uniform"] for m in metrics] == [4.0, 4.0]
+    assert [r.message for r in caplog.records] == ["4 samples had no usable map; their weights are 1"]
+
+
+def nan_reward(images, prompts, metadata):
+    scores = images.mean((1, 2, 3))
+    scores[1] = torch.nan
+    return scores
+
+
+def broken_reward(images, prompts, metadata):
+    raise KeyError("color")
+
+
+def test_a_chunk_is_scored_while_the_next_one_is_sampled(tmp_path, monkeypatch):
+    trainer = Trainer(small_run(tmp_path, optimization={"updates_per_iteration": 2}, sampling={"shared_noise": False}))
+    scoring, passes = threading.Event(), []
+    reward = trainer.worker.reward
+
+    def scored(*arguments):
+        scoring.set()
+        return reward(*arguments)
+
+    def before(module, arguments):
+        passes.append(scoring.wait(60) if len(passes) == trainer.config.sampling.steps else None)
+
+    monkeypatch.setattr(trainer.worker, "reward", scored)
+    handle = trainer.policy.bare.register_forward_pre_hook(before)
+    trainer.step()
+    handle.remove()
+    # The first pass of the second chunk went on because the first chunk's scores had been begun.
+    assert passes[trainer.config.sampling.steps] is True
+
+
+def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog):
+    run = {"reward": "test_training:nan_reward"}
+    trainer = Trainer(small_run(tmp_path / "a", run=run))
+    metrics = trainer.step()
+    assert metrics["reward_failed"] == 2 and np.isfinite(metrics["reward"]) and metrics["updates_skipped"] == 0
+    assert metrics["grad_norm"] > 0 and metrics["advantage_zero"] >= 2 / 6
+    first = training.draw_prompts(trainer.config, 0)[1].text  # neighbors are of different prompts
+    assert caplog.records[0].message == f"reward: got nan for the prompt {first!r}"
+    with pytest.raises(RewardError, match=f"reward: got nan for the prompt '{first}'"):
+        Trainer(small_run(tmp_path / "b", run={**run, "reward_strict": True})).step()
+
+
+def test_a_reward_that_always_fails_ends_the_run(tmp_path):
+    trainer = Trainer(small_run(tmp_path, run={"reward": "test_training:broken_reward"}))
+    with pytest.raises(
+        RewardError, match=r"reward: KeyError \('color'\) for the prompt 'a.*; it failed for every picture"
+    ):
+        trainer.step()
+
+
+@pytest.mark.parametrize("loss", [{}, {"advantage": "location"}, {"normalize_rewards": True}])
+def test_an_iteration_whose_rewards_all_fail_teaches_nothing(tmp_path, loss):
+    trainer = Trainer(small_run(tmp_path, loss=loss))
+    trainer.step()
+    trainer.worker.reward = broken_reward
+    metrics = trainer.step()
+    assert metrics["reward_failed"] == 6 and np.isnan(metrics["reward"])
+    assert metrics["advantage_zero"] == 1 and metrics["grad_norm"] == 0
+
+
+def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
+    trainer = Trainer(small_run(tmp_path))
+    before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
+    monkeypatch.setattr(training, "advantages_of", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
+    metrics = trainer.step()
+    assert metrics["updates_skipped"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.transformer.parameters(), strict=True))
+
+
+def test_a_run_leaves_everything_and_the_adapter_loads_in_plain_diffusers(tmp_path):
+    out = tmp_path / "run"
+    summary = training.train(small_run(out, run={"held_out": 12, "pictures": True}))
+    keys = {
+        "soft_before",
+        "soft_after",
+        "soft_standard_error",
+        "strict_before",
+        "strict_after",
+        "iterations",
+        "seconds",
+    }
+    assert set(summary) == keys == set(json.loads((out / "summary.json").read_text()))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1] and lines[0]["ratio_first"] == 1.0
+    for name in ("reward_curve.png", "before_after.png", "allocation.png"):
+        assert (out / name).stat().st_size > 5000
+    assert list((out / "tensorboard").iterdir()) and (out / "config.yaml").exists()
+    assert [name for name in lines[0] if name != "iteration" and not meaning(name)] == []
+
+    texts = ["a red circle left of a blue square", "two green rings"]
+    plain = load_pipeline()
+    base = measure.sample(plain, texts, 1)
+    plain.load_lora_weights(str(out / "lora"))
+    loaded = measure.sample(plain, texts, 1)
+    resumed = Trainer(dataclasses.replace(small_run(out, run={"resume": True})))
+    trained = measure.sample(resumed.pipeline, texts, 1)
+    torch.testing.assert_close(torch.from_numpy(loaded), torch.from_numpy(trained), rtol=0, atol=1e-5)
+    assert abs(loaded - base).max() > 1e-3
+
+
+def test_checkpoints_are_kept_and_old_ones_go(tmp_path):
+    for i in range(5):
+        checkpoint.save(tmp_path, i, {"x": torch.tensor(i)}, keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["iteration-000003", "iteration-000004"]
+    assert checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])["x"] == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no meta", "foreign"])
+def test_a_damaged_checkpoint_is_refused_and_stays(tmp_path, damage):
+    place = checkpoint.save(tmp_path, 1, {"x": torch.arange(1000)}, keep=2)
+    state = place / "state.pt"
+    data = state.read_bytes()
+    if damage == "cut":
+        state.write_bytes(data[:-100])
+    elif damage == "flipped":
+        state.write_bytes(data[:500] + bytes([data[500] ^ 1]) + data[501:])
+    elif damage == "no meta":
+        (place / "meta.json").unlink()
+    else:
+        (place / "meta.json").write_text('{"format": "something else"}')
+    before = sorted((p.name, p.read_bytes()) for p in place.iterdir())
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"checkpoint: .* (damaged|cannot be read|is not a star-checkpoint)"
+    ):
+        checkpoint.load(place)
+    assert sorted((p.name, p.read_bytes()) for p in place.iterdir()) == before
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    trainer = Trainer(small_run(tmp_path))
+    trainer.save()
+    with pytest.raises(checkpoint.CheckpointError, match="is of another model or adapter"):
+        Trainer(small_run(tmp_path, model={"lora_rank": 4}, run={"resume": True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampling": {"trained_steps": [3]}}, r"sampling.trained_steps: got \(3,\), expected some of 0..2"),
+        (
+            {"sampling": {"images_per_prompt": 1, "prompts_per_iteration": 2}},
+            "sampling.images_per_prompt: got 1, a group needs at least 2",
+        ),
+        ({"optimization": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 pictures"),
+        ({"optimization": {"adam_epsilon": 0.0}}, "optimization.adam_epsilon: got 0.0, expected above 0"),
+        (
+            {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bf16"}},
+            "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",
+        ),
+        ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),
+        ({"model": {"lora_rank": 0}, "loss": {"kl_coef": 0.1}}, "loss.kl_coef: needs an adapter"),
+        ({"run": {"reward": "beauty"}}, "reward: unknown 'beauty'"),
+        ({"model": {"path": "/nowhere"}}, "model.path: '/nowhere' is no pipeline"),
+    ],
+)
+def test_what_cannot_run_is_one_clear_line(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        Trainer(small_run(tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("smapling: {}", "smapling: unknown key, expected one of"),
+        ("sampling: {step: 3}", "sampling.step: unknown key"),
+        ("sampling: {steps: many}", "sampling.steps: got 'many', expected int"),
+        ("allocation: {strategy: best}", "allocation.strategy: got 'best', expected one of"),
+        ("sampling: 3", "sampling: got 3, expected keys and values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_config_file_is_one_clear_line(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        configuration.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_configurations_survive_yaml(tmp_path):
+    config = configuration.preset("shapes")
+    configuration.save(config, tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_scores_before_are_never_measured_after(tmp_path):
+    training.train(small_run(tmp_path, optimization={"iterations": 1}))
+    with pytest.raises(ConfigError, match=r"run.held_out: the run was started without it"):
+        training.train(small_run(tmp_path, run={"resume": True, "held_out": 4}))
+    np.savez(tmp_path / "held_out_before.npz", strict=np.zeros(5), soft=np.zeros(5), images=np.zeros((5, 1, 1, 3)))
+    with pytest.raises(ConfigError, match=r"run.held_out: got 4, the run was started with 5"):
+        training.train(small_run(tmp_path, run={"resume": True, "held_out": 4}))
+
+
+def test_overwrite_deletes_runs_only(tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    with pytest.raises(ConfigError, match=r"run.overwrite: .* is no run of star"):
+        Trainer(small_run(tmp_path, run={"overwrite": True}))
+    assert precious.read_text() == "mine"
+
+
+def test_a_prompt_file_without_enough_distinct_prompts_is_one_clear_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\na red circle\n")
+    with pytest.raises(ConfigError, match=r"sampling.prompts: .* has 1 distinct prompts, an iteration needs 3"):
+        Trainer(small_run(tmp_path / "run", sampling={"prompts": str(path)}))

@@ -1,0 +1,99 @@
+"""What the CUDA kernels need on GPUs that are not here, read from their machine code with the tools in Triton."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import triton
+
+from occupancy import PROCESSORS, occupancy
+
+ROOT = Path(__file__).resolve().parents[2]
+WARPS = 8  # of a block, in every launch
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def build(folder: Path) -> Path:
+    """star_kernels._cuda for every GPU of a release, as `STAR_CUDA=1 pip install .` builds it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", folder / "temp", "--build-lib", folder]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment | {"STAR_BUILD": "none", "STAR_CUDA": "1"}, capture_output=True, text=True
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"the CUDA kernels do not build:\n{result.stdout[-4000:]}{result.stderr[-4000:]}")
+    (library,) = (folder / "star_kernels").glob("_cuda*.so")
+    return library
+
+
+def read(*options: str, library: Path) -> str:
+    return subprocess.run([CUOBJDUMP, *options, library], capture_output=True, text=True, check=True).stdout
+
+
+def plain(name: str) -> str:
+    """policy_loss_ratios<float, float, float, 4> from a mangled name."""
+    name = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"\(.*|^void |\w+::", "", name)
+
+
+def kernels(library: Path) -> list[dict]:
+    """Of each kernel and architecture: registers, bytes of stack, local and shared memory, global accesses by width."""
+    found: dict[tuple[str, str], dict] = {}
+    architecture = ""
+    for line in read("--dump-resource-usage", library=library).splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function (\w+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            sizes = dict(zip(("registers", "stack", "shared", "local"), map(int, match.groups()), strict=True))
+            found[architecture, name] = {"architecture": architecture, **sizes}
+    code: dict[tuple[str, str], list[str]] = {}
+    for line in read("-sass", library=library).splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            code[architecture, match[1]] = lines = []
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            lines.append(line)
+    names = {name: plain(name) for _, name in found}
+    for (architecture, name), kernel in found.items():
+        text = "\n".join(code[architecture, name])
+        accesses = re.findall(r"\b(LDG|STG)((?:\.\w+)*)", text)
+        kernel["kernel"] = names[name]
+        kernel["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", text))
+        kernel["atomics"] = len(re.findall(r"\b(?:ATOM\w*|RED)\b", text))
+        kernel["loads_16"] = sum(kind == "LDG" and ".128" in how for kind, how in accesses)
+        kernel["stores_16"] = sum(kind == "STG" and ".128" in how for kind, how in accesses)
+        kernel["accesses_2"] = sum(".U16" in how or ".U8" in how for _, how in accesses)
+        kernel["occupancy"] = occupancy(architecture, kernel["registers"], kernel["shared"], WARPS)
+    return list(found.values())
+
+
+def is_wide(kernel: dict) -> bool:
+    """Whether it is the form for latents that can be read 16 bytes at a time."""
+    return re.search(r", (2|4|8)>", kernel["kernel"]) is not None
+
+
+def problems(kernel: dict) -> list[str]:
+    """What is wrong with a kernel's machine code."""
+    found = []
+    if kernel["stack"] or kernel["local"] or kernel["spills"]:
+        found.append("spills or has local memory")
+    if kernel["atomics"]:
+        found.append("has atomics")
+    # What a block may have without asking for more.
+    if kernel["shared"] > min(48 * 1024, PROCESSORS[kernel["architecture"]].block_shared):
+        found.append("needs more shared memory than a block has")
+    if not kernel["occupancy"]:
+        found.append("does not fit a processor")
+    # Every tensor of latents is read and written 16 bytes at a time; only what there is one of per sample is not.
+    if is_wide(kernel) and (kernel["accesses_2"] or kernel["loads_16"] < 4):
+        found.append("reads latents in small accesses")
+    if is_wide(kernel) and "ratios" not in kernel["kernel"] and kernel["stores_16"] < 2:
+        found.append("writes latents in small accesses")
+    return found
