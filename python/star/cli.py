@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 if TYPE_CHECKING:
     from star.training.task import Task
 
+log = logging.getLogger("star")
 Values = TypeVar("Values")
 
 USAGE = """usage: star COMMAND [--help]
@@ -133,11 +134,38 @@ def read_config(arguments: list[str], prog: str):
     base = preset(known.preset) if known.preset else Config()
     if known.config:
         base = configuration.load(known.config, base)
+    rest = renamed_options(rest)
     for flag in ("resume", "overwrite"):
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
     return tyro.cli(Config, default=base, args=rest, prog=prog)
+
+
+def renamed_options(arguments: list[str]) -> list[str]:
+    """Options of version 0.1 under their names of now; one line tells which."""
+    from star.config import OLD_KEYS, OLD_SECTIONS
+
+    def dashed(name: str) -> str:
+        return name.replace("_", "-")
+
+    names = {dashed(old): dashed(new) for old, new in OLD_KEYS.items()}
+    names |= {f"{section}.no-{key}": f"{place}.no-{entry}" for section, key, place, entry in (
+        (*old.split("."), *new.split(".")) for old, new in names.items())}  # fmt: skip
+    found, told = [], {}
+    for argument in arguments:
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            option = dashed(option)
+            section, dot, key = option.partition(".")
+            new = names.get(option) or f"{OLD_SECTIONS.get(section, section)}{dot}{key}"
+            if new != option:
+                told[f"--{option}"] = f"--{new}"
+                argument = f"--{new}{equals}{value}"
+        found.append(argument)
+    if told:
+        log.warning("options: %s", ", ".join(f"{old} is now {new}" for old, new in told.items()))
+    return found
 
 
 def train(arguments: list[str]) -> None:
@@ -153,9 +181,11 @@ def train(arguments: list[str]) -> None:
     if int(os.environ.get("RANK", 0)):
         return  # the first process speaks for all
     if summary.get("stopped"):
-        print(f"stopped after {summary['iterations']} iterations by SIGTERM; --resume continues {config.run.out}")
+        count, out = summary["iterations"], config.run.out
+        print(f"stopped by {summary['stopped']} after {count} iterations; --resume continues {out}")
         return
-    title = f"{summary['iterations']} iterations in {summary['seconds']:.0f} s"
+    count = summary["iterations"]
+    title = f"{count} iteration{'s' if count != 1 else ''} in {summary['seconds']:.0f} s"
     console = Console()
     if summary["held_out"]:
         table = Table("held-out", "before", "after", "difference", title=title, caption="± one standard error, paired")
@@ -380,11 +410,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"star: {error.name} is missing; pip install 'star-kernels[train]'", file=sys.stderr)
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        print("star: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         # What a user can cause is raised as one of these with one clear line; STAR_DEBUG shows where.
         if os.environ.get("STAR_DEBUG"):
             raise
-        print(f"star: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        print(f"star: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def timed(seconds: dict[str, float], phase: str):
     seconds[f"seconds/{phase}"] += time.perf_counter() - begin
 
 
+def run_id(run: Path) -> str:
+    """A name that this run alone has, for services that many runs report to; it goes with the run's folder."""
+    path = run / "run_id"
+    if not path.exists():
+        files.replace_text(path, uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
 def board(name: str, config: Config, start: int) -> GeneralTracker:
     """An experiment tracker that goes on at an iteration. Raises ConfigError if its package is missing."""
     run = config.run.out
@@ -30,9 +39,9 @@ def board(name: str, config: Config, start: int) -> GeneralTracker:
             tracker = TensorBoardTracker("tensorboard", run, purge_step=start)
         elif name == "wandb":
             # The same id continues the same run; what a killed run left behind stays there.
-            tracker = WandBTracker("star", name=run.name, id=run.name, resume="allow", dir=str(run))
+            tracker = WandBTracker("star", name=run.name, id=run_id(run), resume="allow", dir=str(run))
         else:
-            tracker = TrackioTracker("star", name=run.name, resume="allow")
+            tracker = TrackioTracker("star", name=f"{run.name}-{run_id(run)}", resume="allow")
         tracker.start()
     except ImportError as error:
         raise ConfigError(f"run.trackers: {name!r} needs {error.name}; pip install {error.name}") from error
