@@ -66,6 +66,8 @@ def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]
             reason = "Triton is not installed (pip install 'star-kernels[triton]')"
         elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
+        elif device not in ("cpu", "cuda"):
+            reason = f"the Triton kernels run on NVIDIA and AMD GPUs, not on {device} tensors"
         # In the interpreter it is for tests: never the automatic choice.
         if device == "cpu":
             return reasons | {"reference": None, "triton": reason}
@@ -135,7 +137,8 @@ def attention_maps(
     Args:
         query: (B, H, N, D) queries of the image tokens, any strides, any floating type.
         key: (B, H, S, D) all keys of the joint sequence, any strides.
-        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot.
+        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot. Any other number outside [0, S)
+            raises on the CPU; on a GPU, where looking would wait, and in a compiled graph its concept's map is NaN.
         concept_weight: (B, G, K), default 1 for every used slot.
         lse: (B, H, N) natural log-sum-exp over all S keys, scale included, as attention kernels return it; also with
             N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.

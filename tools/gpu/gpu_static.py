@@ -27,8 +27,8 @@ measured on an H200 is in [docs/gpu-measured.md](gpu-measured.md).
 ## Triton kernels
 
 As `attention_maps` launches them: {warps_half} warps for half precision, {warps_single} for float32, {block_n} queries
-a program. Matrix: instructions of the matrix units in the code. Vectors: global accesses of 16 bytes. Occupancy: share
-of a processor's warps that registers and shared memory leave room for. Triton {triton}.
+a program: predicted, not tuned on a GPU. Matrix: instructions of the matrix units in the code. Vectors: global accesses
+of 16 bytes. Occupancy: share of a processor's warps that registers and shared memory leave room for. Triton {triton}.
 
 {triton_table}
 
@@ -119,9 +119,9 @@ def main() -> int:
         return bool(wrong)
     layer_goal, iteration_goal = model.LAYER_GOAL, model.ITERATION_GOAL
     text = TEXT.format(
-        warps_half=kernels.warps(2),
-        warps_single=kernels.warps(4),
-        block_n=kernels.BLOCK_N,
+        warps_half=kernels.blocks_of("", 2).warps,
+        warps_single=kernels.blocks_of("", 4).warps,
+        block_n=kernels.blocks_of("", 2).queries,
         triton=triton_offline.triton.__version__,
         triton_table=triton_table(builds),
         threads=model.THREADS,

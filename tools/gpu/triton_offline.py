@@ -16,7 +16,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from occupancy import PROCESSORS, occupancy
 from star_kernels.triton import attention_maps as kernels
@@ -32,7 +33,7 @@ MATRIX_INSTRUCTIONS = r"\bHMMA\.|\bHGMMA\.|\bUTC\w*MMA|v_mfma"
 VECTORS = r"\b(?:LDG|LDGSTS|STG)(?:\.\w+)*\.128|(?:global|buffer)_(?:load|store)_dwordx4"
 ALIGNED = {
     *("query", "key", "index", "weight", "lse", "head_weight", "partial", "maps"),
-    *("query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "queries", "elements"),
+    *("query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "elements"),
 }
 SIZES = {"bf16": 2, "fp32": 4}  # bytes of an element
 # kernel, type of query and key, channels of a head, columns: what SD3 (64) and FLUX (128) launch
@@ -49,13 +50,13 @@ CASES = (
 )
 
 
-def source(kernel, dtype: str, precision: str, width: int, columns: int) -> ASTSource:
+def source(kernel, dtype: str, precision: str, width: int, columns: int, queries: int) -> ASTSource:
     """What a launch on contiguous heads would compile: unit strides constant, other addresses divisible by 16."""
-    constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": kernels.BLOCK_N}
+    constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": queries}
     constants["BLOCK_D"] = kernels.block_width(width, SIZES[dtype], precision)
     if kernel is kernels.maps_kernel:
         constants |= {"lse_n": 1, "LOG2": kernels.LOG2_E, "BLOCK_C": kernels.block_columns(columns)}
-        constants |= {"HEADS_PER_GROUP": 3, "HEAD_GROUPS": 8, "head_weight": None}
+        constants |= {"HEADS": 38, "CHUNK": 5, "ALONE": True, "BLOCK_G": kernels.MOST_CONCEPTS, "head_weight": None}
     elif kernel is kernels.lse_kernel:
         constants |= {"LN2": 1 / kernels.LOG2_E, "BLOCK_S": kernels.BLOCK_S}
     else:
@@ -100,13 +101,28 @@ def builds() -> Iterator[dict]:
     for name, target in TARGETS.items():
         for kernel, dtype, width, columns in CASES:
             precision = kernels.dot_precision(SIZES[dtype], hip=target.backend == "hip")
-            warps = kernels.warps(SIZES[dtype]) if width else 1
-            compiled = triton.compile(
-                source(kernel, dtype, precision, width, columns), target=target, options={"num_warps": warps}
-            )
+            blocks = kernels.blocks_of(name, SIZES[dtype])
+            options = {"num_warps": blocks.warps, "num_stages": blocks.stages} if width else {"num_warps": 1}
+            built = source(kernel, dtype, precision, width, columns, blocks.queries)
+            compiled, warps = triton.compile(built, target=target, options=options), options["num_warps"]
             case = {"kernel": kernel.fn.__name__, "target": name, "dtype": dtype, "width": width, "columns": columns}
             build = case | {"warps": warps} | resources(compiled)
             yield build | {"occupancy": occupancy(name, build["registers"], build["shared"], warps)}
+
+
+class Recorder:
+    """Stands for a kernel, starts nothing and keeps what each launch would compile."""
+
+    def __init__(self, kernel, target: str = "sm_90"):
+        self.binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target]))
+        self.variants = set()
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options) -> None:
+        _, specialization, options = self.binder(*args, **options)
+        self.variants.add(f"{specialization} {options}")
 
 
 def problems(build: dict) -> list[str]:
