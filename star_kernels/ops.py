@@ -6,6 +6,7 @@ The schemas exist before anything optional is imported, so that torch.compile se
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,10 +35,13 @@ def fake_policy_loss(velocity, sample, prev_sample, *_) -> tuple[Tensor, Tensor,
     return loss, velocity.new_empty((10,), dtype=torch.float32), velocity.new_empty(velocity.shape)
 
 
-def attention_maps_triton(*args, out: Tensor | None = None) -> Tensor:
-    from star_kernels.triton.attention_maps import launch  # not before it runs: star_kernels needs torch alone
+def triton_launcher(operator: str) -> Callable:
+    """`launch` of star_kernels.triton.OPERATOR, not imported before it runs: star_kernels needs torch alone."""
 
-    return launch(*args, out=out)
+    def launch(*arguments, **options):
+        return importlib.import_module(f"star_kernels.triton.{operator}").launch(*arguments, **options)
+
+    return launch
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ ATTENTION_MAPS = Operator(
     fake=fake_attention_maps,
     reference=reference.attention_maps,
     native=("cpu",),
-    triton=attention_maps_triton,
+    triton=triton_launcher("attention_maps"),
 )
 
 ALLOCATE = Operator(
@@ -92,6 +96,7 @@ ALLOCATE = Operator(
     fake=fake_allocate,
     reference=reference.allocate,
     native=("cpu", "cuda"),
+    triton=triton_launcher("allocate"),
 )
 
 GAUSSIAN_STEP = Operator(
@@ -100,6 +105,7 @@ GAUSSIAN_STEP = Operator(
     fake=fake_gaussian_step,
     reference=reference.gaussian_step,
     native=("cpu", "cuda"),
+    triton=triton_launcher("gaussian_step"),
 )
 
 POLICY_LOSS = Operator(

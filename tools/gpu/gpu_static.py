@@ -26,9 +26,9 @@ measured on an H200 is in [docs/gpu-measured.md](gpu-measured.md).
 
 ## Triton kernels
 
-As `attention_maps` launches them: {warps_half} warps for half precision, {warps_single} for float32, {block_n} queries
-a program: predicted, not tuned on a GPU. Matrix: instructions of the matrix units in the code. Vectors: global accesses
-of 16 bytes. Occupancy: share of a processor's warps that registers and shared memory leave room for. Triton {triton}.
+As the operators launch them, `attention_maps` with {block_n} queries a program: predicted, not tuned on a GPU. Matrix:
+instructions of the matrix units in the code. Vectors: global accesses of 16 bytes. Occupancy: share of a processor's
+warps that registers and shared memory leave room for. Triton {triton}.
 
 {triton_table}
 
@@ -81,12 +81,11 @@ def rows(titles: str, cells: list[tuple]) -> str:
 def triton_table(builds: list[dict]) -> str:
     numbers = ("registers", "stack", "local", "shared", "matrix", "vectors")
     cells = [
-        (f"`{b['kernel']}`", b["dtype"], b["width"] or "", b["columns"] or "", b["target"], *(b[n] for n in numbers),
-         f"{b['occupancy']:.0%}")
+        (f"`{b['kernel']}`", b["about"], b["target"], b["warps"], *(b[n] for n in numbers), f"{b['occupancy']:.0%}")
         for b in builds
-    ]  # fmt: skip
-    titles = "kernel | type | width | columns | target | registers | stack | spills | shared | matrix | vectors"
-    return rows(f"{titles} | occupancy", cells)
+    ]
+    titles = "kernel | case | target | warps | registers | stack | spills | shared | matrix | vectors | occupancy"
+    return rows(titles, cells)
 
 
 def cuda_table(found: list[dict], is_wide: Callable[[dict], bool]) -> str:
@@ -119,8 +118,6 @@ def main() -> int:
         return bool(wrong)
     layer_goal, iteration_goal = model.LAYER_GOAL, model.ITERATION_GOAL
     text = TEXT.format(
-        warps_half=kernels.blocks_of("", 2).warps,
-        warps_single=kernels.blocks_of("", 4).warps,
         block_n=kernels.blocks_of("", 2).queries,
         triton=triton_offline.triton.__version__,
         triton_table=triton_table(builds),
