@@ -3,6 +3,7 @@
 // policy_loss makes the mean again that gaussian_step stored, and only with the same bits is the ratio exactly 1.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define STAR_HD __host__ __device__ __forceinline__
@@ -88,6 +89,57 @@ STAR_HD Surrogate<T> clipped_surrogate(T log_ratio, T advantage, T clip_low, T c
   // A NaN advantage must reach the loss, which a comparison would hide.
   const T value = plain != plain ? plain : (plain > bounded ? plain : bounded);
   return {log_ratio, excess, value, gate || plain != plain ? plain : T(0)};
+}
+
+// NaN wins, as in torch.min and torch.max.
+template <typename T>
+STAR_HD T smaller(T x, T y) {
+  return x != x || x < y ? x : y;
+}
+
+template <typename T>
+STAR_HD T larger(T x, T y) {
+  return x != x || x > y ? x : y;
+}
+
+// The share of a sample's locations, those of highest weight, whose part in the gradient is a statistic.
+constexpr double TOP_SHARE = 0.1;
+constexpr int STATISTICS = 10;
+
+// Sums over one sample or several. A unit is what the clip acts on: a sample, or a location.
+struct PolicyLossSums {
+  double loss, square, low, high, excess, smallest, largest, kl, top, total, nonfinite, units;
+};
+
+STAR_HD PolicyLossSums no_sums() {
+  PolicyLossSums sums{};
+  sums.smallest = INFINITY, sums.largest = -INFINITY;
+  return sums;
+}
+
+STAR_HD void add(PolicyLossSums& all, const PolicyLossSums& one) {
+  all.loss += one.loss, all.square += one.square, all.low += one.low, all.high += one.high, all.excess += one.excess;
+  all.smallest = smaller(all.smallest, one.smallest), all.largest = larger(all.largest, one.largest);
+  all.kl += one.kl, all.top += one.top, all.total += one.total, all.nonfinite += one.nonfinite, all.units += one.units;
+}
+
+// The loss and the statistics, in the order of api.Statistics, from the sums over a batch.
+template <typename T>
+STAR_HD void finish_statistics(const PolicyLossSums& all, int64_t batch, int64_t locations, double kl_coef, T* loss,
+                               float* statistics) {
+  const double kl = all.kl / double(batch);
+  *loss = T(all.loss / double(batch * locations) + kl_coef * kl);
+  const double values[STATISTICS] = {0.5 * all.square / all.units,
+                                     (all.low + all.high) / all.units,
+                                     all.low / all.units,
+                                     all.high / all.units,
+                                     1 + all.excess / all.units,
+                                     1 + all.smallest,
+                                     1 + all.largest,
+                                     kl,
+                                     all.total == 0 ? 0.0 : all.top / all.total,
+                                     all.nonfinite};
+  for (int k = 0; k < STATISTICS; k++) statistics[k] = float(values[k]);
 }
 
 // Allocation, in the order in which it is done. A map is usable if every mass is.

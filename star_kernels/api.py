@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from star_kernels import native, ops
+from star_kernels import native
 from star_kernels.autograd import PolicyLoss as PolicyLossFunction
+from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS, POLICY_LOSS
 from star_kernels.reference import compute_dtype
 from star_kernels.transition import Transition, channel_dim
 
@@ -50,22 +51,22 @@ class PolicyLoss(NamedTuple):
 
 def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]:
     """For each implementation of an operator None if it can run on the device, else why not, best first."""
-    if operator not in ops.OPERATORS:
-        raise ValueError(f"operator: got {operator!r}, expected one of {sorted(ops.OPERATORS)}")
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: got {operator!r}, expected one of {sorted(OPERATORS)}")
+    entry = OPERATORS[operator]
     reasons: dict[str, str | None] = {}
-    if "native" in ops.OPERATORS[operator][3]:
-        if device == "cpu":
-            reasons["native"] = native.REASON
-        elif device == "cuda":
-            reasons["native"] = native.cuda_reason(operator)
-        else:
-            reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
-    if "triton" in ops.OPERATORS[operator][3]:
+    if entry.native:
+        reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
+        if device in entry.native:
+            reasons["native"] = native.reason(device)
+    if entry.triton is not None:
         reason = None
         if not HAS_TRITON:
             reason = "Triton is not installed (pip install 'star-kernels[triton]')"
         elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
+        elif device not in ("cpu", "cuda"):
+            reason = f"the Triton kernels run on NVIDIA and AMD GPUs, not on {device} tensors"
         # In the interpreter it is for tests: never the automatic choice.
         if device == "cpu":
             return reasons | {"reference": None, "triton": reason}
@@ -135,7 +136,8 @@ def attention_maps(
     Args:
         query: (B, H, N, D) queries of the image tokens, any strides, any floating type.
         key: (B, H, S, D) all keys of the joint sequence, any strides.
-        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot.
+        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot. Any other number outside [0, S)
+            raises on the CPU; on a GPU, where looking would wait, and in a compiled graph its concept's map is NaN.
         concept_weight: (B, G, K), default 1 for every used slot.
         lse: (B, H, N) natural log-sum-exp over all S keys, scale included, as attention kernels return it; also with
             N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.
@@ -186,14 +188,14 @@ def attention_maps(
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
     arguments = (query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
-    run = getattr(torch.ops.star, f"attention_maps_{chosen}")
+    run = ATTENTION_MAPS.run(chosen)
     with torch.no_grad():
         if out is None:
             return run(*arguments)
         _tensor("out", out, (batch, concept_index.shape[1], queries), device)
         direct = out.dtype == torch.float32 and out.is_contiguous() and not torch.compiler.is_compiling()
         if chosen == "triton" and direct:
-            return ops.attention_maps_triton(*arguments, out=out)
+            return ATTENTION_MAPS.triton(*arguments, out=out)
         return out.copy_(run(*arguments))
 
 
@@ -247,7 +249,7 @@ def allocate(
         if not right:
             limits = {"smooth": ">= 0", "sharpen": "> 0", "cap": "> 0", "mix": "between 0 and 1", "patch": ">= 1"}
             raise ValueError(f"{name}: got {value}, expected a number {limits[name]}")
-    run = getattr(torch.ops.star, f"allocate_{resolve('allocate', impl, maps.device)}")
+    run = ALLOCATE.run(resolve("allocate", impl, maps.device))
     with torch.no_grad():
         return run(maps.detach(), rows, columns, combine, float(smooth), float(sharpen), float(cap), float(mix), patch)
 
@@ -274,7 +276,7 @@ def gaussian_step(
     _tensor("velocity", velocity, tuple(sample.shape), sample.device)
     _tensor("noise", noise, tuple(sample.shape), sample.device)
     _transition(transition, sample.shape[0], sample.device)
-    run = getattr(torch.ops.star, f"gaussian_step_{resolve('gaussian_step', impl, sample.device)}")
+    run = GAUSSIAN_STEP.run(resolve("gaussian_step", impl, sample.device))
     with torch.no_grad():
         return run(sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s)
 
@@ -378,7 +380,7 @@ def policy_loss(
         raise ValueError(f"adv_clip: got {adv_clip}, expected a number > 0")
     if device.type == "cpu" and not torch.compiler.is_compiling() and not transition.s.min().item() > 0:
         raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
-    run = getattr(torch.ops.star, f"policy_loss_{resolve('policy_loss', impl, device)}")
+    run = POLICY_LOSS.run(resolve("policy_loss", impl, device))
     if velocity.dtype == torch.float16:
         # The factor of a gradient scaler comes in the backward pass: until then the gradient must not be float16, which
         # holds nothing below 6e-8, and the mean over a picture's elements makes gradients of 1e-6.
@@ -391,15 +393,3 @@ def policy_loss(
     else:
         loss, statistics = PolicyLossFunction.apply(run, velocity, rest)
     return PolicyLoss(loss, Statistics(*statistics.unbind()))
-
-
-__all__ = [
-    "PolicyLoss",
-    "Statistics",
-    "allocate",
-    "attention_maps",
-    "compute_dtype",
-    "gaussian_step",
-    "implementations",
-    "policy_loss",
-]

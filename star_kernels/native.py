@@ -26,9 +26,6 @@ except ImportError as error:
     _cuda = None
     CUDA_REASON = f"star_kernels._cuda could not be imported ({error}); reinstall with nvcc and STAR_CUDA=1"
 
-# Operators with a CUDA kernel.
-CUDA_OPERATORS = frozenset({"allocate", "gaussian_step", "policy_loss"})
-
 
 class Architecture(NamedTuple):
     kind: str  # "sm", a GPU's code, or "compute", PTX that the driver compiles
@@ -55,14 +52,17 @@ def covers(built: list[Architecture], capability: tuple[int, int]) -> bool:
     return False
 
 
-# Read once: torch.compile follows cuda_reason, but not regular expressions.
+# Read once: torch.compile follows `reason`, but not regular expressions.
 BUILT = architectures(_cuda.ARCHITECTURES) if _cuda is not None else []
 
 
-def cuda_reason(operator: str) -> str | None:
-    """None if the operator's CUDA kernel can run on the current GPU, else why not."""
-    if operator not in CUDA_OPERATORS:
-        return f"no compiled kernel of {operator} for cuda tensors"
+def reason(device: str) -> str | None:
+    """None if the kernels that are compiled for a type of device can run here, else why not."""
+    return REASON if device == "cpu" else cuda_reason()
+
+
+def cuda_reason() -> str | None:
+    """None if the CUDA kernels can run on the current GPU, else why not."""
     if CUDA_REASON is not None:
         return CUDA_REASON
     if torch.version.cuda is None or not torch.cuda.is_available():

@@ -1,10 +1,14 @@
-"""Schemas of the operators, one torch.library operator per implementation, and their fakes.
+"""The table of the operators, and one torch.library operator for each implementation.
 
 `star::NAME_reference` is plain PyTorch. `star::NAME_native` is implemented in C++ for the devices it was built for.
 The schemas exist before anything optional is imported, so that torch.compile sees every operator whatever is installed.
 """
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,49 +35,103 @@ def fake_policy_loss(velocity, sample, prev_sample, *_) -> tuple[Tensor, Tensor,
     return loss, velocity.new_empty((10,), dtype=torch.float32), velocity.new_empty(velocity.shape)
 
 
-def attention_maps_triton(*args, out: Tensor | None = None) -> Tensor:
-    from star_kernels.triton.attention_maps import launch  # not before it runs: star_kernels needs torch alone
+def triton_launcher(operator: str) -> Callable:
+    """`launch` of star_kernels.triton.OPERATOR, not imported before it runs: star_kernels needs torch alone."""
 
-    return launch(*args, out=out)
+    def launch(*arguments, **options):
+        return importlib.import_module(f"star_kernels.triton.{operator}").launch(*arguments, **options)
+
+    return launch
 
 
-# operator: (schema, fake, reference, other implementations)
-OPERATORS = {
-    "attention_maps": (
+@dataclass(frozen=True)
+class Operator:
+    """One operator, as torch.library and the door in api.py know it.
+
+    name: of the door, and of star::NAME_IMPLEMENTATION.
+    schema: arguments and results, as torch.library writes them; the arguments are those of `reference`.
+    fake: shapes and types of the results, from the same arguments.
+    reference: plain PyTorch on every device, the specification.
+    native: types of the devices that have a compiled kernel, csrc/DEVICE.
+    triton: the launcher of the Triton kernels, for CUDA tensors; None without one.
+    """
+
+    name: str
+    schema: str
+    fake: Callable
+    reference: Callable
+    native: tuple[str, ...]
+    triton: Callable | None = None
+
+    def define(self, implementation: str) -> str:
+        """Define star::NAME_IMPLEMENTATION, which has no kernel yet, and return this name."""
+        qualified = f"star::{self.name}_{implementation}"
+        torch.library.define(qualified, self.schema)
+        torch.library.register_fake(qualified, self.fake)
+        return qualified
+
+    def run(self, implementation: str) -> Callable:
+        """The torch.library operator of an implementation."""
+        return getattr(torch.ops.star, f"{self.name}_{implementation}")
+
+
+ATTENTION_MAPS = Operator(
+    name="attention_maps",
+    schema=(
         "(Tensor query, Tensor key, Tensor concept_index, Tensor? concept_weight, Tensor? lse, float scale, "
-        "Tensor? head_weight) -> Tensor",
-        fake_attention_maps,
-        reference.attention_maps,
-        ("native", "triton"),
+        "Tensor? head_weight) -> Tensor"
     ),
-    "allocate": (
+    fake=fake_attention_maps,
+    reference=reference.attention_maps,
+    native=("cpu",),
+    triton=triton_launcher("attention_maps"),
+)
+
+ALLOCATE = Operator(
+    name="allocate",
+    schema=(
         "(Tensor maps, int rows, int columns, str combine, float smooth, float sharpen, float cap, float mix, "
-        "int patch) -> Tensor",
-        fake_allocate,
-        reference.allocate,
-        ("native",),
+        "int patch) -> Tensor"
     ),
-    "gaussian_step": (
-        "(Tensor sample, Tensor velocity, Tensor noise, Tensor a, Tensor b, Tensor s) -> (Tensor, Tensor)",
-        fake_gaussian_step,
-        reference.gaussian_step,
-        ("native",),
-    ),
-    "policy_loss": (
+    fake=fake_allocate,
+    reference=reference.allocate,
+    native=("cpu", "cuda"),
+    triton=triton_launcher("allocate"),
+)
+
+GAUSSIAN_STEP = Operator(
+    name="gaussian_step",
+    schema="(Tensor sample, Tensor velocity, Tensor noise, Tensor a, Tensor b, Tensor s) -> (Tensor, Tensor)",
+    fake=fake_gaussian_step,
+    reference=reference.gaussian_step,
+    native=("cpu", "cuda"),
+    triton=triton_launcher("gaussian_step"),
+)
+
+POLICY_LOSS = Operator(
+    name="policy_loss",
+    schema=(
         "(Tensor velocity, Tensor sample, Tensor prev_sample, Tensor a, Tensor b, Tensor s, Tensor precision, "
         "Tensor log_norm, Tensor kl_precision, Tensor advantages, Tensor? weights, Tensor? old_mean, "
         "Tensor? old_log_prob, Tensor? reference_velocity, Tensor? step_weights, str ratio, float clip_low, "
-        "float clip_high, float adv_clip, float kl_coef, bool guard) -> (Tensor, Tensor, Tensor)",
-        fake_policy_loss,
-        reference.policy_loss,
-        ("native",),
+        "float clip_high, float adv_clip, float kl_coef, bool guard) -> (Tensor, Tensor, Tensor)"
     ),
-}
+    fake=fake_policy_loss,
+    reference=reference.policy_loss,
+    native=("cpu", "cuda"),
+)
 
-for _operator, (_schema, _fake, _reference, _others) in OPERATORS.items():
-    for _implementation in ("reference", *_others):
-        _name = f"star::{_operator}_{_implementation}"
-        torch.library.define(_name, _schema)
-        torch.library.register_fake(_name, _fake)
-    torch.library.impl(f"star::{_operator}_reference", "CompositeExplicitAutograd", _reference)
-torch.library.impl("star::attention_maps_triton", ("CPU", "CUDA"), attention_maps_triton)
+OPERATORS = {operator.name: operator for operator in (ATTENTION_MAPS, ALLOCATE, GAUSSIAN_STEP, POLICY_LOSS)}
+
+
+def register(operator: Operator) -> None:
+    """Define the operator's implementations, and register those in Python; the C++ libraries register their own."""
+    torch.library.impl(operator.define("reference"), "CompositeExplicitAutograd", operator.reference)
+    if operator.native:
+        operator.define("native")
+    if operator.triton is not None:
+        torch.library.impl(operator.define("triton"), ("CPU", "CUDA"), operator.triton)
+
+
+for _operator in OPERATORS.values():
+    register(_operator)

@@ -34,7 +34,9 @@ def attention_maps(
     groups, columns = concept_index.shape[1:]
     used = concept_index >= 0
     weight = used.to(dtype) if concept_weight is None else concept_weight.to(dtype) * used
-    index = concept_index.clamp_min(0).view(batch, groups * columns, 1).expand(-1, -1, width)
+    outside = (concept_index < -1) | (concept_index >= key.shape[2])
+    weight = weight.masked_fill(outside, torch.nan)
+    index = concept_index.masked_fill(outside | ~used, 0).view(batch, groups * columns, 1).expand(-1, -1, width)
     total = torch.zeros(batch, queries, groups * columns, dtype=dtype, device=query.device)
     for head in range(heads):  # one head at a time: all of them would hold the matrix that the operator avoids
         q, k = query[:, head].to(dtype), key[:, head].to(dtype)

@@ -7,6 +7,7 @@ import pytest
 
 import star_kernels
 from star.cli import main
+from star_kernels.ops import OPERATORS
 
 TINY = [
     *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
@@ -84,7 +85,7 @@ def test_info_tells_what_each_operator_uses(capsys):
     code, output, _ = run(capsys, "info")
     assert code == 0
     lines = [line.split() for line in output.splitlines()]
-    for operator in ("attention_maps", "allocate", "gaussian_step", "policy_loss"):
+    for operator in OPERATORS:
         for device in ("cpu", "cuda"):
             reasons = star_kernels.implementations(operator, device)
             chosen = next(name for name, reason in reasons.items() if reason is None)

@@ -1,7 +1,6 @@
 // star::allocate_native for CPU tensors: runs the kernel per sample.
 #include <algorithm>
 #include <memory>
-#include <string>
 
 #include "cpu/allocate.h"
 #include "cpu/tensors.h"
@@ -12,9 +11,10 @@ namespace {
 constexpr int64_t GRAIN = 32768;  // values: for fewer it is not worth waking a thread
 
 template <typename Q, typename T>
-Tensor run(const Tensor& maps, int64_t rows, int64_t columns, const std::string& combine, double smooth,
-           double sharpen, double cap, double mix, int64_t patch) {
-  const int64_t batch = maps.size(0), tokens = rows * columns;
+Tensor run_as(const AllocateInputs& inputs) {
+  const Tensor& maps = inputs.maps;
+  const int64_t batch = maps.size(0), rows = inputs.rows, columns = inputs.columns, patch = inputs.patch;
+  const int64_t tokens = rows * columns;
   const Tensor read = maps.stride(2) == 1 ? maps : ready(maps, maps.scalar_type());
   Tensor weights = new_empty(maps, {batch, rows * patch, columns * patch}, scalar_type<T>);
   const AllocateArgs<Q, T> args{
@@ -25,11 +25,11 @@ Tensor run(const Tensor& maps, int64_t rows, int64_t columns, const std::string&
       .maps = read.const_data_ptr<Q>(),
       .sample_stride = read.stride(0),
       .concept_stride = read.stride(1),
-      .largest = combine == "max",
-      .smooth = smooth,
-      .sharpen = T(sharpen),
-      .cap = T(cap),
-      .mix = T(mix),
+      .largest = inputs.combine == "max",
+      .smooth = inputs.smooth,
+      .sharpen = T(inputs.sharpen),
+      .cap = T(inputs.cap),
+      .mix = T(inputs.mix),
       .weights = weights.mutable_data_ptr<T>(),
   };
   const auto kernel = STAR_SELECT(allocate_sample<Q, T>);
@@ -42,26 +42,17 @@ Tensor run(const Tensor& maps, int64_t rows, int64_t columns, const std::string&
   return weights;
 }
 
-Tensor allocate(const Tensor& maps, int64_t rows, int64_t columns, const std::string& combine, double smooth,
-                double sharpen, double cap, double mix, int64_t patch) {
-  auto call = [&]<typename Q, typename T>(Q*, T*) {
-    return run<Q, T>(maps, rows, columns, combine, smooth, sharpen, cap, mix, patch);
-  };
-  double* d = nullptr;
-  float* f = nullptr;
-  BFloat16* bf = nullptr;
-  Half* h = nullptr;
-  switch (maps.scalar_type()) {
-    case ScalarType::Double: return call(d, d);
-    case ScalarType::BFloat16: return call(bf, f);
-    case ScalarType::Half: return call(h, f);
-    case ScalarType::Float: return call(f, f);
-    default: STD_TORCH_CHECK(false, "maps: expected a floating-point tensor");
+Tensor run(const AllocateInputs& inputs) {
+  switch (floating_type(inputs.maps)) {
+    case ScalarType::Double: return run_as<double, double>(inputs);
+    case ScalarType::BFloat16: return run_as<BFloat16, float>(inputs);
+    case ScalarType::Half: return run_as<Half, float>(inputs);
+    default: return run_as<float, float>(inputs);
   }
 }
 
 }  // namespace
 
-STAR_REGISTER(allocate, allocate)
+STAR_REGISTER(allocate, allocate<run>)
 
 }  // namespace star

@@ -52,13 +52,14 @@ Tensor given_or_equal(const OptionalTensor& given, const Tensor& empty, T value)
 }
 
 template <typename Q, typename T>
-Tensor run(const Tensor& query, const Tensor& key, const Tensor& concept_index, const OptionalTensor& concept_weight,
-           const OptionalTensor& lse, double scale, const OptionalTensor& head_weight) {
+Tensor run_as(const AttentionMapsInputs& inputs) {
   const auto type = scalar_type<T>;
+  const Tensor query = converted(inputs.query, scalar_type<Q>), key = converted(inputs.key, scalar_type<Q>);
+  const Tensor& concept_index = inputs.concept_index;
   const int64_t rows = query.size(0), heads = query.size(1), queries = query.size(2);
-  const Tensor weight = given_or_equal<T>(concept_weight, new_empty(query, concept_index.sizes(), type), 1);
-  const Tensor share = given_or_equal<T>(head_weight, new_empty(query, {heads}, type), T(1.0 / double(heads)));
-  const Tensor norm = lse ? converted(*lse, type) : Tensor();
+  const Tensor weight = given_or_equal<T>(inputs.concept_weight, new_empty(query, concept_index.sizes(), type), 1);
+  const Tensor share = given_or_equal<T>(inputs.head_weight, new_empty(query, {heads}, type), T(1.0 / double(heads)));
+  const Tensor norm = inputs.lse ? converted(*inputs.lse, type) : Tensor();
   const Columns columns = distinct_columns(concept_index, key.size(2));
   Tensor maps = new_empty(query, {rows, concept_index.size(1), queries}, type);
 
@@ -73,9 +74,9 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& concept_index, 
       .key = key.const_data_ptr<Q>(),
       .query_strides = {query.stride(0), query.stride(1), query.stride(2), query.stride(3)},
       .key_strides = {key.stride(0), key.stride(1), key.stride(2), key.stride(3)},
-      .lse = lse ? norm.const_data_ptr<T>() : nullptr,
+      .lse = inputs.lse ? norm.const_data_ptr<T>() : nullptr,
       .lse_strides = {},
-      .scale = T(scale),
+      .scale = T(inputs.scale),
       .head_weight = share.const_data_ptr<T>(),
       .column = columns.column.data(),
       .column_start = columns.start.data(),
@@ -84,7 +85,7 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& concept_index, 
       .weight = weight.const_data_ptr<T>(),
       .maps = maps.mutable_data_ptr<T>(),
   };
-  if (lse)
+  if (inputs.lse)
     for (int axis = 0; axis < 3; axis++) args.lse_strides[axis] = norm.stride(axis);
 
   const auto kernel = STAR_SELECT(attention_maps_tile<Q, T>);
@@ -99,28 +100,16 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& concept_index, 
   return maps;
 }
 
-Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& concept_index,
-                      const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
-                      const OptionalTensor& head_weight) {
-  const ScalarType a = query.scalar_type(), b = key.scalar_type();
-  const bool wide = a == ScalarType::Double || b == ScalarType::Double;
-  const ScalarType type = a == b ? a : wide ? ScalarType::Double : ScalarType::Float;
-  const Tensor q = converted(query, type), k = converted(key, type);
-  auto call = [&]<typename Q, typename T>(Q*, T*) {
-    return run<Q, T>(q, k, concept_index, concept_weight, lse, scale, head_weight);
-  };
-  double* d = nullptr;
-  float* f = nullptr;
-  BFloat16* bf = nullptr;
-  Half* h = nullptr;
-  if (type == ScalarType::Double) return call(d, d);
-  if (type == ScalarType::BFloat16) return call(bf, f);
-  if (type == ScalarType::Half) return call(h, f);
-  return call(f, f);
+Tensor run(const AttentionMapsInputs& inputs) {
+  const ScalarType type = inputs.query.scalar_type();
+  if (any_double(inputs.query, inputs.key)) return run_as<double, double>(inputs);
+  if (type == ScalarType::BFloat16 && inputs.key.scalar_type() == type) return run_as<BFloat16, float>(inputs);
+  if (type == ScalarType::Half && inputs.key.scalar_type() == type) return run_as<Half, float>(inputs);
+  return run_as<float, float>(inputs);
 }
 
 }  // namespace
 
-STAR_REGISTER(attention_maps, attention_maps)
+STAR_REGISTER(attention_maps, attention_maps<run>)
 
 }  // namespace star

@@ -3,25 +3,19 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "floats.h"
 
 namespace star {
 
 constexpr int64_t STEP_BLOCK = 1024;  // elements that are converted and computed at once
 
-enum class Float { float64, float32, bfloat16, float16 };
-
-struct FloatArray {
-  const void* data;
-  Float type;
-};
-
 // T: type of the arithmetic. Tensors are contiguous; each keeps its type, so that none is copied as a whole.
 template <typename T>
 struct GaussianStepArgs {
   int64_t elements;  // of a sample
-  FloatArray sample, velocity, noise;
-  const T *a, *b, *s;  // (B,)
-  void* prev_sample;   // in the type of sample
+  Floats<const void> sample, velocity, noise;
+  const T *a, *b, *s;        // (B,)
+  Floats<void> prev_sample;  // in the type of sample
   T* mean;
 };
 

@@ -2,9 +2,6 @@
 // by the block, which stays in the first-level cache.
 #include "cpu/gaussian_step.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <type_traits>
 
 #include "star_math.h"
@@ -13,25 +10,11 @@ namespace star::STAR_ISA {
 
 namespace {
 
-// Calls use(pointer) with the typed address of element `at`.
-template <typename Void, typename F>
-void typed(Void* data, Float type, int64_t at, F use) {
-  auto address = [&]<typename Q>(Q*) {
-    return static_cast<std::conditional_t<std::is_const_v<Void>, const Q, Q>*>(data) + at;
-  };
-  switch (type) {
-    case Float::float64: return use(address(static_cast<double*>(nullptr)));
-    case Float::float32: return use(address(static_cast<float*>(nullptr)));
-    case Float::bfloat16: return use(address(static_cast<torch::headeronly::BFloat16*>(nullptr)));
-    case Float::float16: return use(address(static_cast<torch::headeronly::Half*>(nullptr)));
-  }
-}
-
 // `count` elements in the type of the arithmetic: in place, or converted into the buffer.
 template <typename T>
-const T* read(const FloatArray& array, int64_t at, int64_t count, T* __restrict buffer) {
+const T* read(const Floats<const void>& array, int64_t at, int64_t count, T* __restrict buffer) {
   const T* result = buffer;
-  typed(array.data, array.type, at, [&]<typename Q>(const Q* values) {
+  typed(array, at, [&]<typename Q>(const Q* values) {
     if constexpr (std::is_same_v<Q, T>) {
       result = values;
     } else {
@@ -54,7 +37,7 @@ void gaussian_step_block(const GaussianStepArgs<T>& args, int64_t index, int64_t
   const T* z = read(args.noise, at, count, buffer[2]);
   const T a = args.a[index], b = args.b[index], s = args.s[index];
   T* __restrict mean = args.mean + at;
-  typed(args.prev_sample, args.sample.type, at, [&]<typename Q>(Q* __restrict next) {
+  typed(args.prev_sample, at, [&]<typename Q>(Q* __restrict next) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
       mean[i] = transition_mean(a, x[i], b, v[i]);

@@ -17,16 +17,10 @@ struct PolicyLossArgs {
   const T *a, *b, *s, *precision, *log_norm, *kl_precision;  // (B,)
   const T *advantages, *weights, *old_log_prob, *step_weights;
   bool advantages_per_place, old_log_prob_per_place;
+  Form form;
   Ratio ratio;
   T clip_low, clip_high, adv_clip, kl_coef;
-  bool guard;
   V* gradient;
-};
-
-// Sums over one sample; added up in the order of the samples.
-struct PolicyLossSums {
-  double loss = 0, square = 0, low = 0, high = 0, excess = 0, smallest = 0, largest = 0, kl = 0;
-  double top = 0, total = 0, nonfinite = 0, units = 0;
 };
 
 // scratch: 2 * places values of T.

@@ -126,8 +126,8 @@ template <bool weighted, typename V, typename X, typename T>
 Amounts second_pass(const PolicyLossArgs<V, X, T>& args, int64_t index, const T* factor, T scale, T edge) {
   constexpr int64_t WIDTH = LANES<T>;
   const auto [velocity, sample, next, old, gradient] =
-      args.guard ? sample_of<Form::guard>(args, index) : sample_of<Form::log_prob>(args, index);
-  const bool guard = args.guard;
+      args.form == Form::guard ? sample_of<Form::guard>(args, index) : sample_of<Form::log_prob>(args, index);
+  const bool guard = args.form == Form::guard;
   const int64_t channels = args.channels, places = args.places;
   const V* reference = args.reference_velocity ? args.reference_velocity + index * channels * places : nullptr;
   const T pull = reference ? 2 * args.kl_coef * args.kl_precision[index] * args.b[index] * args.b[index] /
@@ -233,7 +233,7 @@ struct TopTenth {
   T edge = 0;
   double size, portion = 0;  // places, and share of those on the edge that belong to it
 
-  TopTenth(const T* weights, int64_t places, T* scratch) : size(0.1 * double(places)) {
+  TopTenth(const T* weights, int64_t places, T* scratch) : size(TOP_SHARE * double(places)) {
     if (!weights) return;
     const int64_t rank = int64_t(size);
     const T* values = weights;
@@ -241,9 +241,9 @@ struct TopTenth {
     // A sample of the weights says about where the edge is. What is beyond is only counted, what is near is looked at.
     constexpr int64_t EVERY = 16, WIDTH = LANES<T>, ENOUGH = 2048;
     if (places >= ENOUGH) {
-      const int64_t sampled = places / EVERY, middle = sampled / 10;
+      const int64_t sampled = places / EVERY, middle = int64_t(TOP_SHARE * double(sampled));
       for (int64_t i = 0; i < sampled; i++) scratch[i] = weights[i * EVERY];
-      const int64_t margin = int64_t(3 * std::sqrt(0.09 * double(sampled))) + 1;
+      const int64_t margin = int64_t(3 * std::sqrt(TOP_SHARE * (1 - TOP_SHARE) * double(sampled))) + 1;
       const T high = ranked(scratch, sampled, std::max(middle - margin, int64_t(0)));
       const T low = ranked(scratch, sampled, std::min(middle + margin, sampled - 1));
       int64_t near = 0, above = 0;
@@ -288,7 +288,7 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
   const T b = args.b[index], precision = args.precision[index], s = args.s[index];
   const T* weights = args.weights ? args.weights + index * places : nullptr;
   const TopTenth<T> top(weights, places, scratch);
-  const Form form = args.guard ? Form::guard : args.old_mean ? Form::delta : Form::log_prob;
+  const Form form = args.form;
   // log-ratio of a place = scale * the sum of its terms - offset - its old log-prob
   const T scale = precision / T(channels) * (form == Form::guard ? 2 * s : T(1));
   const T offset = form == Form::log_prob ? args.log_norm[index] : T(0);
@@ -301,16 +301,14 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
     const T value = args.advantages[args.advantages_per_place ? index * places + p : index];
     return clamped(value, -args.adv_clip, args.adv_clip) * step;
   };
-  PolicyLossSums sums;
+  PolicyLossSums sums = no_sums();
   auto surrogate = [&](T log_ratio, T advantage) {
     const Surrogate<T> unit = clipped_surrogate(log_ratio, advantage, args.clip_low, args.clip_high);
     sums.square += double(unit.log_ratio) * double(unit.log_ratio);
     sums.low += unit.excess < -args.clip_low;
     sums.high += unit.excess > args.clip_high;
     sums.excess += unit.excess;
-    // Written so that a NaN stays.
-    sums.smallest = sums.units == 0 || !(unit.excess >= sums.smallest) ? double(unit.excess) : sums.smallest;
-    sums.largest = sums.units == 0 || !(unit.excess <= sums.largest) ? double(unit.excess) : sums.largest;
+    sums.smallest = smaller(sums.smallest, double(unit.excess)), sums.largest = larger(sums.largest, double(unit.excess));
     sums.units += 1;
     return unit;
   };
@@ -335,7 +333,7 @@ PolicyLossSums policy_loss_sample(const PolicyLossArgs<V, X, T>& args, int64_t i
     const Amounts amounts = weights ? second_pass<true>(args, index, factor, scale, top.edge)
                                     : second_pass<false>(args, index, factor, scale, top.edge);
     sums.total = amounts.total;
-    sums.top = weights ? amounts.above + top.portion * amounts.tied : 0.1 * amounts.total;
+    sums.top = weights ? amounts.above + top.portion * amounts.tied : TOP_SHARE * amounts.total;
   };
 
   if (args.ratio != Ratio::location && !args.advantages_per_place && !args.old_log_prob_per_place) {

@@ -1,25 +1,12 @@
-// What the front ends share. They use libtorch's stable ABI and its header-only types alone: the same file serves every
-// later torch.
+// What the front ends of the CPU share.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include <vector>
 
-#include <cstdint>
-#include <optional>
+#include "operators.h"
 
 namespace star {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename T>
-constexpr ScalarType scalar_type = torch::headeronly::CppTypeToScalarType<T>::value;
 
 // The tensor itself where it has the type already.
 inline Tensor converted(const Tensor& tensor, ScalarType type) {
@@ -32,7 +19,28 @@ inline Tensor ready(const Tensor& tensor, ScalarType type) {
   return out.is_contiguous() ? out : torch::stable::contiguous(out);
 }
 
+// Tensors as kernels read them. Converted copies live as long as this does.
+class Pointers {
+ public:
+  // Contiguous, of type T; null for none.
+  template <typename T>
+  const T* of(const OptionalTensor& tensor) {
+    if (!tensor) return nullptr;
+    alive.push_back(ready(*tensor, scalar_type<T>));
+    return alive.back().const_data_ptr<T>();
+  }
+
+  // Contiguous, in its own type.
+  Floats<const void> floats(const Tensor& tensor) {
+    alive.push_back(ready(tensor, tensor.scalar_type()));
+    return {alive.back().const_data_ptr(), floating_type(tensor)};
+  }
+
+ private:
+  std::vector<Tensor> alive;
+};
+
 }  // namespace star
 
 #define STAR_REGISTER(NAME, FUNCTION) \
-  STABLE_TORCH_LIBRARY_IMPL(star, CPU, library) { library.impl(#NAME "_native", TORCH_BOX(&FUNCTION)); }
+  STABLE_TORCH_LIBRARY_IMPL(star, CPU, library) { library.impl(#NAME "_native", TORCH_BOX((&FUNCTION))); }

@@ -1,37 +1,36 @@
 // star::allocate_native for CUDA tensors.
 #include "cuda/allocate.cuh"
 
-#include <string>
-
 #include "cuda/launch.h"
 
 namespace star::cuda {
 namespace {
 
 template <typename T>
-Tensor run(const Tensor& maps, int64_t rows, int64_t columns, const std::string& combine, double smooth, double sharpen,
-           double cap, double mix, int64_t patch) {
+Tensor run_as(const AllocateInputs& inputs) {
+  const Tensor& maps = inputs.maps;
   const CurrentStream stream(maps);
+  const int64_t rows = inputs.rows, columns = inputs.columns, patch = inputs.patch;
   const int64_t batch = maps.size(0), concepts = maps.size(1);
   STD_TORCH_CHECK(rows * patch * columns * patch <= 0x7fffffff, "allocate: a sample of ", rows * patch, " x ",
                   columns * patch, " places is too large");
   const Tensor read = maps.stride(2) == 1 ? maps : torch::stable::contiguous(maps);
-  Tensor weights = torch::stable::new_empty(maps, {batch, rows * patch, columns * patch}, scalar_type<T>);
+  Tensor weights = new_empty(maps, {batch, rows * patch, columns * patch}, scalar_type<T>);
   Tensor workspace =
-      torch::stable::new_empty(maps, {batch * workspace_of(concepts, rows, columns)}, scalar_type<T>);
+      new_empty(maps, {batch * workspace_of(concepts, rows, columns)}, scalar_type<T>);
   const AllocateArgs<T> args{
       .concepts = concepts,
       .rows = int(rows),
       .columns = int(columns),
       .patch = int(patch),
-      .maps = {read.const_data_ptr(), read.scalar_type()},
+      .maps = {read.const_data_ptr(), floating_type(read)},
       .sample_stride = read.stride(0),
       .concept_stride = read.stride(1),
-      .largest = combine == "max",
-      .smooth = smooth,
-      .sharpen = T(sharpen),
-      .cap = T(cap),
-      .mix = T(mix),
+      .largest = inputs.combine == "max",
+      .smooth = inputs.smooth,
+      .sharpen = T(inputs.sharpen),
+      .cap = T(inputs.cap),
+      .mix = T(inputs.mix),
       .workspace = static_cast<T*>(workspace.mutable_data_ptr()),
       .weights = static_cast<T*>(weights.mutable_data_ptr()),
   };
@@ -40,14 +39,12 @@ Tensor run(const Tensor& maps, int64_t rows, int64_t columns, const std::string&
   return weights;
 }
 
-Tensor allocate(const Tensor& maps, int64_t rows, int64_t columns, const std::string& combine, double smooth,
-                double sharpen, double cap, double mix, int64_t patch) {
-  const bool wide = maps.scalar_type() == ScalarType::Double;
-  return (wide ? run<double> : run<float>)(maps, rows, columns, combine, smooth, sharpen, cap, mix, patch);
+Tensor run(const AllocateInputs& inputs) {
+  return any_double(inputs.maps) ? run_as<double>(inputs) : run_as<float>(inputs);
 }
 
 }  // namespace
 
-STAR_REGISTER(allocate, allocate)
+STAR_REGISTER(allocate, allocate<run>)
 
 }  // namespace star::cuda

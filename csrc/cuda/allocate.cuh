@@ -30,7 +30,7 @@ __device__ T map_mean(const AllocateArgs<T>& args, int64_t start) {
   const int tokens = args.rows * args.columns;
   double sum = 0;
   int unusable = 0;
-  args.maps.typed(start, [&](const auto* map) {
+  typed(args.maps, start, [&](const auto* map) {
 #pragma unroll 4
     for (int i = threadIdx.x % WARP; i < tokens; i += WARP) {
       const T mass = T(map[i]);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(THREADS, 2) allocate_kernel(const __grid_const
   for (int i = threadIdx.x; i < tokens; i += THREADS) {
     T sum = 0;
     for (int64_t g = 0; g < args.concepts; g++) {
-      args.maps.typed(index * args.sample_stride + g * args.concept_stride + i, [&](const auto* mass) {
+      typed(args.maps, index * args.sample_stride + g * args.concept_stride + i, [&](const auto* mass) {
         const T relative = relative_mass(T(*mass), means[g]);
         sum = !args.largest ? sum + relative : relative > sum ? relative : sum;
       });

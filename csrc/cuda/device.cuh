@@ -1,10 +1,6 @@
 // What the CUDA kernels share: 16-byte vectors, sums in a fixed order, values per sample.
 // Everything compiles twice: with nvcc for the GPU, and as plain C++ for the tests (tests/cuda_on_host).
 #pragma once
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +15,7 @@
 #define STAR_SHARED(T, name) __shared__ T name
 #endif
 
+#include "floats.h"
 #include "star_math.h"
 
 namespace star::cuda {
@@ -55,37 +52,11 @@ STAR_HD void store(T* to, const Vector<T, N>& vector) {
   }
 }
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-
-// Elements of any floating type: for kernels with too many combinations of types to have one compiled for each. The
-// type is the same for all threads, so that looking at it costs next to nothing.
-template <typename Void>
-struct Floats {
-  Void* data;
-  ScalarType type;
-
-  // Calls use(pointer) with the typed address of element `at`.
-  template <typename F>
-  __device__ __forceinline__ void typed(int64_t at, F use) const {
-    auto address = [&]<typename Q>(Q*) {
-      return static_cast<std::conditional_t<std::is_const_v<Void>, const Q, Q>*>(data) + at;
-    };
-    switch (type) {
-      case ScalarType::Double: return use(address(static_cast<double*>(nullptr)));
-      case ScalarType::BFloat16: return use(address(static_cast<BFloat16*>(nullptr)));
-      case ScalarType::Half: return use(address(static_cast<Half*>(nullptr)));
-      default: return use(address(static_cast<float*>(nullptr)));
-    }
-  }
-};
-
 // N elements in the type of the arithmetic.
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> load(const Floats<const void>& from, int64_t at) {
   Vector<T, N> out;
-  from.typed(at, [&](const auto* values) {
+  typed(from, at, [&](const auto* values) {
     const auto vector = load<std::remove_cvref_t<decltype(*values)>, N>(values);
 #pragma unroll
     for (int k = 0; k < N; k++) out.element[k] = T(vector.element[k]);
@@ -111,17 +82,6 @@ template <typename T>
 __device__ __forceinline__ T warp_sum(T value, int lanes = WARP) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
   return value;
-}
-
-// NaN wins, as in torch.min and torch.max.
-template <typename T>
-STAR_HD T smaller(T x, T y) {
-  return x != x || x < y ? x : y;
-}
-
-template <typename T>
-STAR_HD T larger(T x, T y) {
-  return x != x || x > y ? x : y;
 }
 
 template <typename T>

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(THREADS) gaussian_step_kernel(const __grid_con
 #pragma unroll
   for (int k = 0; k < N; k++) mean.element[k] = transition_mean(a, x.element[k], b, v.element[k]);
   store(args.mean + at, mean);
-  args.prev_sample.typed(at, [&]<typename Q>(Q* to) {
+  typed(args.prev_sample, at, [&]<typename Q>(Q* to) {
     Vector<Q, N> next;
 #pragma unroll
     for (int k = 0; k < N; k++) next.element[k] = Q(transition_sample(mean.element[k], s, z.element[k]));

@@ -3,23 +3,14 @@
 // allocator, never waits for the GPU, and goes to the current stream: CUDA graphs can capture it.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "cuda/device.cuh"
+#include "operators.h"
 
 namespace star::cuda {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename T>
-constexpr ScalarType scalar_type = torch::headeronly::CppTypeToScalarType<T>::value;
 
 #ifdef CUDA_ON_HOST
 
@@ -66,17 +57,17 @@ inline void check_launch() {
 
 #define STAR_REGISTER(NAME, FUNCTION)                            \
   STABLE_TORCH_LIBRARY_IMPL(star, CUDA, library) {               \
-    library.impl(#NAME "_native", TORCH_BOX(&FUNCTION));         \
+    library.impl(#NAME "_native", TORCH_BOX((&FUNCTION)));         \
   }
 
 #endif
 
 // Inputs as the kernels read them. Converted copies live as long as this does; what is right already is not copied.
-class Inputs {
+class Pointers {
  public:
   // Contiguous, of type T; null for none.
   template <typename T>
-  const T* pointer(const OptionalTensor& tensor) {
+  const T* of(const OptionalTensor& tensor) {
     if (!tensor) return nullptr;
     Tensor ready = tensor->scalar_type() == scalar_type<T> ? *tensor : torch::stable::to(*tensor, scalar_type<T>);
     if (!ready.is_contiguous()) ready = torch::stable::contiguous(ready);
@@ -91,7 +82,7 @@ class Inputs {
     alive.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
     const void* data = alive.back().const_data_ptr();
     aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-    return {data, tensor.scalar_type()};
+    return {data, floating_type(tensor)};
   }
 
   // A (B,) tensor where it is.

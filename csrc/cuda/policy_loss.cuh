@@ -173,7 +173,7 @@ STAR_HD auto order_key(T value) {
 template <typename T>
 __device__ Edge<T> top_edge(const T* weights, int64_t places, int64_t (*scratch)[3]) {
   using Key = decltype(order_key(T()));
-  const double size = 0.1 * double(places);
+  const double size = TOP_SHARE * double(places);
   const int64_t rank = int64_t(size) + 1;
   Key edge = 0;
   for (int shift = 8 * sizeof(T) - 2; shift >= 0; shift -= 2) {
@@ -343,16 +343,11 @@ __device__ __forceinline__ TwoSigns<T> sample_surrogate(const PolicyLossArgs<V, 
           clipped_surrogate(log_ratio, down, args.clip_low, args.clip_high)};
 }
 
-// Sums over samples, as in the CPU kernel.
-struct Totals {
-  double loss, square, low, high, excess, smallest, largest, kl, top, total, nonfinite, units;
-};
-
 // One warp's sums over one sample.
 template <typename V, typename X, typename T>
-__device__ Totals sample_totals(const PolicyLossArgs<V, X, T>& args, int64_t index) {
+__device__ PolicyLossSums sample_totals(const PolicyLossArgs<V, X, T>& args, int64_t index) {
   const SampleTerms<T> terms = sample_terms(args, index);
-  Totals out{};
+  PolicyLossSums out{};
   out.nonfinite = sample_sum(args, index, NONFINITE);
   if (args.reference_velocity)
     out.kl = sample_sum(args, index, KL) * double(args.kl_precision.template at<T>(index)) /
@@ -384,7 +379,7 @@ __device__ Totals sample_totals(const PolicyLossArgs<V, X, T>& args, int64_t ind
     out.units = 1;
   }
   if (!args.weights) {
-    out.top = 0.1 * out.total;
+    out.top = TOP_SHARE * out.total;
     return out;
   }
   const Edge<T> edge = args.edges[index];
@@ -404,49 +399,30 @@ __device__ Totals sample_totals(const PolicyLossArgs<V, X, T>& args, int64_t ind
 }
 
 template <typename V, typename X, typename T>
-__device__ void write_statistics(const PolicyLossArgs<V, X, T>& args, Totals* scratch) {
+__device__ void write_statistics(const PolicyLossArgs<V, X, T>& args, PolicyLossSums* scratch) {
   const int warp = threadIdx.x / WARP;
-  Totals& all = scratch[WARPS];  // not in registers, which the other blocks would lack
-  if (threadIdx.x == 0) all = {};
+  PolicyLossSums& all = scratch[WARPS];  // not in registers, which the other blocks would lack
+  if (threadIdx.x == 0) all = no_sums();
   for (int64_t base = 0; base < args.batch; base += WARPS) {
     if (base + warp < args.batch) {
-      const Totals totals = sample_totals(args, base + warp);
+      const PolicyLossSums totals = sample_totals(args, base + warp);
       if (threadIdx.x % WARP == 0) scratch[warp] = totals;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int w = 0; w < WARPS && base + w < args.batch; w++) {
-        const Totals& one = scratch[w];
-        all.smallest = all.units == 0 ? one.smallest : smaller(all.smallest, one.smallest);
-        all.largest = all.units == 0 ? one.largest : larger(all.largest, one.largest);
-        all.loss += one.loss, all.square += one.square, all.low += one.low, all.high += one.high;
-        all.excess += one.excess, all.kl += one.kl, all.top += one.top, all.total += one.total;
-        all.nonfinite += one.nonfinite, all.units += one.units;
-      }
+      for (int w = 0; w < WARPS && base + w < args.batch; w++) add(all, scratch[w]);
     }
     __syncthreads();
   }
-  if (threadIdx.x != 0) return;
-  const double kl = all.kl / double(args.batch);
-  *args.loss = T(all.loss / double(args.batch * args.places) + (args.reference_velocity ? double(args.kl_coef) * kl : 0));
-  const double values[10] = {0.5 * all.square / all.units,
-                             (all.low + all.high) / all.units,
-                             all.low / all.units,
-                             all.high / all.units,
-                             1 + all.excess / all.units,
-                             1 + all.smallest,
-                             1 + all.largest,
-                             kl,
-                             all.total == 0 ? 0.0 : all.top / all.total,
-                             all.nonfinite};
-  for (int k = 0; k < 10; k++) args.statistics[k] = float(values[k]);
+  if (threadIdx.x == 0)
+    finish_statistics(all, args.batch, args.places, double(args.kl_coef), args.loss, args.statistics);
 }
 
 template <typename V, typename X, typename T, int N>
 __global__ void __launch_bounds__(THREADS, 3) policy_loss_gradient(const __grid_constant__ PolicyLossArgs<V, X, T> args) {
   union Shared {
     T factor[TILE];
-    Totals totals[WARPS + 1];
+    PolicyLossSums totals[WARPS + 1];
   };
   STAR_SHARED(Shared, shared);
   if (blockIdx.x == 0) {  // the first to start, because it takes longest

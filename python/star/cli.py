@@ -325,6 +325,7 @@ def info(arguments: list[str]) -> None:
 
     import star_kernels
     from star_kernels import native
+    from star_kernels.ops import OPERATORS
 
     if arguments:
         raise ValueError(f"info: takes no arguments, got {arguments}")
@@ -337,7 +338,7 @@ def info(arguments: list[str]) -> None:
     print(f"{'gpu':14} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     for name, value in native.build_info().items():
         print(f"{name.replace('_', ' '):14} {value}")
-    for operator in ("attention_maps", "allocate", "gaussian_step", "policy_loss"):
+    for operator in OPERATORS:
         for device in ("cpu", "cuda"):
             reasons = star_kernels.implementations(operator, device)
             chosen = next(name for name, reason in reasons.items() if reason is None)

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from star_kernels import implementations, ops
+from star_kernels import implementations
+from star_kernels.ops import OPERATORS
 
 ORDERS = ("forward", "reverse", "shuffled")
-OPERATORS = tuple(sorted(path.stem for path in (Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu")))
+LAUNCHERS = tuple(name for name, operator in OPERATORS.items() if "cuda" in operator.native)
 
 ROOT = Path(__file__).resolve().parents[2]
 # The kernels see bytes as vectors of other types, as GPUs do; products are not contracted, as in every other build.
@@ -36,7 +37,7 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     includes += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     compiler = " ".join(map(str, [os.environ.get("CXX", "g++"), *FLAGS, *flags]))
     library = folder / "cuda_on_host.so"
-    objects = [folder / f"{name}.o" for name in OPERATORS]
+    objects = [folder / f"{name}.o" for name in LAUNCHERS]
     text = f"""
 rule compile
   command = {compiler} {" ".join(includes)} -MMD -MF $out.d -x c++ -c $in -o $out
@@ -46,7 +47,7 @@ rule link
   command = {compiler} -shared $in -o $out -L{cpp_extension.library_paths()[0]} -ltorch_cpu
 build {library}: link {" ".join(map(str, objects))}
 """
-    for name, target in zip(OPERATORS, objects, strict=True):
+    for name, target in zip(LAUNCHERS, objects, strict=True):
         text += f"build {target}: compile {ROOT / 'csrc' / 'cuda' / name}.cu\n"
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     with open(folder / "lock", "w") as lock:
@@ -60,16 +61,13 @@ build {library}: link {" ".join(map(str, objects))}
 
 def load(library: Path) -> None:
     """Define the operators and load their kernels."""
-    for name in OPERATORS:
-        schema, fake, *_ = ops.OPERATORS[name]
+    for name in LAUNCHERS:
         for order in ORDERS:
-            operator = f"star::{name}_cuda_{order}"
-            torch.library.define(operator, schema)
-            torch.library.register_fake(operator, fake)
+            OPERATORS[name].define(f"cuda_{order}")
     torch.ops.load_library(library)
 
 
 def and_runnable(operator: str) -> list[str]:
     """Names for `impl`: what can run here, and the CUDA kernels in every order, once loaded."""
     here = [name for name, reason in implementations(operator).items() if reason is None]
-    return here + [f"cuda_{order}" for order in ORDERS if operator in OPERATORS]
+    return here + [f"cuda_{order}" for order in ORDERS if operator in LAUNCHERS]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import devices
 import star_kernels as sk
+from star_kernels import api
 
 pytest.importorskip("triton")
 import triton_bfloat16  # noqa: F401
@@ -146,6 +147,23 @@ def test_what_is_not_finite_shows(impl):
 
 
 @each_implementation
+@pytest.mark.parametrize("index", [9, -2, 2**40])
+def test_an_index_beyond_the_keys_raises_or_shows(impl, index):
+    query, key, _ = example_input(batch=1, queries=3, keys=9)
+    concepts = torch.tensor([[[1, index], [2, -1]]])
+    if query.device.type == "cpu":
+        with pytest.raises((ValueError, RuntimeError), match="concept_index"):
+            sk.attention_maps(query, key, concepts, impl=impl)
+    if impl == "native":  # it has looked
+        return
+    # Where nobody looks before it runs: on a GPU, in a compiled graph.
+    run = getattr(torch.ops.star, f"attention_maps_{impl}")
+    for weight in (None, torch.zeros(1, 2, 2)):
+        maps = run(query, key, concepts, weight, None, 0.25, None)
+        assert maps[:, 0].isnan().all() and maps[:, 1].isfinite().all()
+
+
+@each_implementation
 def test_lse_layouts_of_the_vendor_kernels(impl):
     query, key, index = example_input(queries=45)
     lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query.cpu(), key.cpu(), key.cpu())[1]
@@ -192,15 +210,6 @@ def test_triton_refuses_float64():
     query, key, index = example_input(dtype=torch.float64)
     with pytest.raises(TypeError, match=r"query: got torch\.float64, which impl='triton' does not take"):
         sk.attention_maps(query, key, index, impl="triton")
-
-
-def test_triton_head_groups_and_column_blocks_add_up():
-    from star_kernels.triton.attention_maps import launch
-
-    query, key, _ = example_input(batch=1, heads=4, queries=20, keys=90)
-    index = torch.randint(0, 90, (1, 3, 30))  # 90 slots: two blocks of columns, cut inside a concept
-    maps = launch(query, key, index, None, None, 32**-0.5, None, groups_of_heads=2)
-    assert_close(maps, softmax_maps(query, key, index), query, key)
 
 
 @each_implementation
@@ -262,6 +271,14 @@ def test_bad_arguments_are_one_clear_line(change, error, words):
     with pytest.raises(error, match=words) as caught:
         sk.attention_maps(**{"query": Q, "key": K, "concept_index": INDEX, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+@pytest.mark.parametrize("operator", ["allocate", "attention_maps", "gaussian_step", "policy_loss"])
+def test_devices_without_kernels_fall_to_the_reference(operator, device):
+    assert api.resolve(operator, "auto", torch.device(device)) == "reference"
+    with pytest.raises(RuntimeError, match=f"impl='native': .*{device} tensors"):
+        api.resolve(operator, "native", torch.device(device))
 
 
 def test_unknown_operators_have_no_implementations():

@@ -14,38 +14,52 @@ from star import config as configuration
 from star.capture import CapturingJointAttnProcessor, Maps
 from star.concepts import ConceptTokens
 from star.train import Trainer
+from star_kernels.ops import OPERATORS
 
 pytestmark = pytest.mark.gpu
-OPERATORS = ("attention_maps", "allocate", "gaussian_step", "policy_loss")
 
 
-def call(operator: str):
-    """(function, tensors): what the operator gives for the tensors as they are when it runs."""
-    latents = torch.randn(4, 3, 16, 32, 32)
-    sample, velocity, noise, prev_sample = latents.unbind(0)
-    step = sk.Transition.gaussian(*(torch.rand(3, 3) + 0.5).unbind(0))
+def transition(batch: int) -> sk.Transition:
+    return sk.Transition.gaussian(*(torch.rand(3, batch) + 0.5).unbind(0))
+
+
+def attention_maps():
     query, key = torch.randn(2, 3, 24, 300, 64).bfloat16().unbind(0)
-    index, maps = torch.randint(0, 300, (3, 2, 8)), torch.rand(3, 2, 256)
+    index = torch.randint(0, 300, (3, 2, 8))
     lse = torch.logsumexp(query.float() @ key.float().mT / 8, -1)
-    if operator == "attention_maps":
-        return lambda: [sk.attention_maps(query, key, index, lse=lse)], [query]
-    if operator == "allocate":
-        return lambda: [sk.allocate(maps, (16, 16), smooth=1.0)], [maps]
-    if operator == "gaussian_step":
-        return lambda: list(sk.gaussian_step(sample, velocity, noise, step)), [velocity]
-    weights, advantages = sk.allocate(maps, (16, 16)), torch.randn(3)
+    return lambda: [sk.attention_maps(query, key, index, lse=lse)], [query]
+
+
+def allocate():
+    maps = torch.rand(3, 2, 256)
+    return lambda: [sk.allocate(maps, (16, 16), smooth=1.0)], [maps]
+
+
+def gaussian_step():
+    sample, velocity, noise = torch.randn(3, 3, 16, 32, 32).unbind(0)
+    step = transition(3)
+    return lambda: list(sk.gaussian_step(sample, velocity, noise, step)), [velocity]
+
+
+def policy_loss():
+    sample, velocity, old_mean, prev_sample = torch.randn(4, 3, 16, 32, 32).unbind(0)
+    step, weights, advantages = transition(3), sk.allocate(torch.rand(3, 2, 256), (16, 16)), torch.randn(3)
     velocity = velocity.clone().requires_grad_()
 
     def loss():
-        out = sk.policy_loss(velocity, sample, prev_sample, step, advantages, weights, old_mean=noise)
+        out = sk.policy_loss(velocity, sample, prev_sample, step, advantages, weights, old_mean=old_mean)
         return [out.loss.detach(), torch.stack(out.statistics), torch.autograd.grad(out.loss, velocity)[0]]
 
     return loss, [velocity]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+# operator: gives a call without arguments, and tensors that its results follow when they change in place
+CALLS = {f.__name__: f for f in (attention_maps, allocate, gaussian_step, policy_loss)}
+
+
+@pytest.mark.parametrize("operator", list(OPERATORS))
 def test_a_cuda_graph_replays_the_same_bits(operator):
-    function, tensors = call(operator)
+    function, tensors = CALLS[operator]()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -64,9 +78,9 @@ def test_a_cuda_graph_replays_the_same_bits(operator):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", list(OPERATORS))
 def test_launches_do_not_wait_for_the_gpu(operator):
-    function, _ = call(operator)
+    function, _ = CALLS[operator]()
     function()
     torch.cuda.set_sync_debug_mode("error")
     try:

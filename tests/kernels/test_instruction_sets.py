@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from star_kernels import native
-
-OPERATORS = ("attention_maps", "allocate", "gaussian_step", "policy_loss")
+from star_kernels.ops import OPERATORS
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])

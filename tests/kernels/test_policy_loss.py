@@ -52,7 +52,13 @@ def run(arguments, **options):
     velocity = arguments["velocity"].detach().clone().requires_grad_()
     result = sk.policy_loss(**{**arguments, **options, "velocity": velocity})
     (gradient,) = torch.autograd.grad(result.loss, velocity)
-    return result.loss.detach(), torch.stack(result.statistics), gradient
+    return result.loss.detach(), result.statistics, gradient
+
+
+def flat(result):
+    """What `run` gives, as a list of tensors."""
+    loss, statistics, gradient = result
+    return [loss, *statistics, gradient]
 
 
 def flow_grpo(velocity, sample, prev_sample, transition, advantages, old_log_prob, clip, adv_clip=5.0):
@@ -93,7 +99,7 @@ def test_uniform_token_ratio_is_flow_grpo(impl, clip, weights):
         gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6 * expected_gradient.abs().max().item()
     )
     assert (expected_gradient.flatten(1).abs().amax(1) == 0).any() == (clip < 1)
-    assert statistics[1] == (1.0 if clip < 1 else 0.0)
+    assert statistics.clip_fraction == (1.0 if clip < 1 else 0.0)
 
 
 def top_share(amount, weights):
@@ -232,14 +238,14 @@ def test_value_gradient_and_statistics(impl, layout, size, ratio, old, advantage
             gradient.double(), expected_gradient, rtol=rtol, atol=tolerance * size.max().item() + floor
         )
     rtol = tolerance + torch.finfo(torch.float32).eps
-    for name, value in zip(sk.Statistics._fields, got.double(), strict=True):
+    for name, value in got._asdict().items():
         atol = tolerance
         if name == "approx_kl":
             atol *= r.log().abs().max().item() + tolerance
         elif name == "gradient_share":  # without a gradient it is 0; its terms are as exact as the largest
             atol *= (size.max() * size.numel() / size.sum()).item() if size.sum() > 0 else 0.0
         if not (on_edge and (name.startswith("clip") or name == "gradient_share")):
-            torch.testing.assert_close(value, statistics[name], rtol=rtol, atol=atol, msg=name)
+            torch.testing.assert_close(value.double(), statistics[name], rtol=rtol, atol=atol, msg=name)
 
 
 @each_implementation
@@ -296,7 +302,7 @@ def test_statistics_are_the_reference_ones(impl, ratio, advantages, weights, sha
     options = dict(ratio=ratio, clip_range=(1e-3, 2e-3), kl_coef=0.1, reference_velocity=arguments["sample"])
     _, expected, _ = run(arguments, **options, impl="reference")
     _, statistics, _ = run(arguments, **options, impl=impl)
-    torch.testing.assert_close(statistics, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.stack(statistics), torch.stack(expected), rtol=1e-6, atol=1e-7)
 
 
 @each_implementation
@@ -312,7 +318,8 @@ def test_gradient_share_of_equal_weights_is_a_tenth(impl):
 def test_on_policy_ratio_is_exactly_one(impl):
     arguments = make((3, 4, 6, 6), drift=0.0)
     _, statistics, gradient = run(arguments, clip_range=0.0, impl=impl)
-    assert statistics[4:7].tolist() == [1.0, 1.0, 1.0] and statistics[1] == 0
+    assert statistics.ratio_mean == statistics.ratio_min == statistics.ratio_max == 1
+    assert statistics.clip_fraction == 0
     assert gradient.abs().flatten(1).amax(1).min() > 0  # the edge 1 +- 0 belongs to the inside
 
 
@@ -329,7 +336,7 @@ def test_zero_advantage_and_zero_weight_give_no_gradient(impl, ratio):
     arguments["weights"][:] = 0
     loss, statistics, gradient = run(arguments, ratio=ratio, impl=impl)
     assert loss == 0 or ratio == "sample"  # whose ratio is then 1
-    assert statistics.isfinite().all() and torch.equal(gradient, torch.zeros_like(gradient))
+    assert torch.stack(statistics).isfinite().all() and torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def one_element(log_ratio, dtype=torch.float32):
@@ -365,7 +372,7 @@ def test_the_edge_of_the_clip_range_belongs_to_its_inside(impl, ratio, dtype, si
         arguments["advantages"] = torch.full((1,), float(sign), dtype=dtype)  # the clip stops this direction
         loss, statistics, gradient = run(arguments, ratio=ratio, clip_range=clip, impl=impl)
         inside.append(gradient.item() != 0)
-        assert statistics[1].item() == (0 if inside[-1] else 1)
+        assert statistics.clip_fraction == (0 if inside[-1] else 1)
         # 200 eps: the ratio and its product, and 1 - e against e
         assert loss.item() == pytest.approx(-sign * math.exp(sign * size), rel=200 * torch.finfo(dtype).eps)
         assert gradient.item() in (0, pytest.approx(sign * whole, rel=200 * torch.finfo(dtype).eps))
@@ -389,8 +396,8 @@ def test_log_ratios_of_a_hundred_stay_finite(impl, ratio, sign, form):
         arguments["advantages"] = torch.tensor([advantage])
         loss, statistics, gradient = run(arguments, ratio=ratio, clip_range=0.2, impl=impl)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
-        assert gradient.item() == 0 and statistics.isfinite().all() and statistics[9] == 0
-        assert statistics[6].item() == pytest.approx(limited, rel=1e-5, abs=1e-7)
+        assert gradient.item() == 0 and torch.stack(statistics).isfinite().all() and statistics.nonfinite == 0
+        assert statistics.ratio_max.item() == pytest.approx(limited, rel=1e-5, abs=1e-7)
 
 
 @each_implementation
@@ -401,7 +408,8 @@ def test_nonfinite_inputs_are_counted_and_not_hidden(impl, ratio, bad, name):
     arguments = make((2, 3, 4, 4))
     arguments[name][1, 0, 2, 3] = bad
     loss, statistics, gradient = run(arguments, ratio=ratio, impl=impl)
-    assert loss.isnan() and statistics[9] == 1
+    assert loss.isnan() and statistics.nonfinite == 1
+    assert statistics.ratio_min.isnan() and statistics.ratio_max.isnan()
     assert gradient[0].isfinite().all() and not gradient[1].isfinite().all()
 
 
@@ -474,7 +482,7 @@ def test_same_bits_for_any_number_of_threads_and_every_run(impl, ratio, at_threa
     arguments = make((5, 4, 33, 17))
     first, *others = at_thread_counts(lambda: run(arguments, ratio=ratio, impl=impl))
     for other in (*others, run(arguments, ratio=ratio, impl=impl)):
-        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(flat(first), flat(other), strict=True))
 
 
 @each_implementation

@@ -52,8 +52,8 @@ def test_the_gpu_page_has_the_predictions_of_the_cost_model():
 
 
 def test_the_gpu_page_names_what_was_compiled():
-    build = dict(kernel="maps_kernel", dtype="bf16", width=64, columns=16, target="sm_90", registers=48, stack=0,
-                 local=0, shared=30720, matrix=12, vectors=25, occupancy=0.44)  # fmt: skip
+    build = dict(kernel="maps_kernel", about="bf16", target="sm_90", warps=4, registers=48, stack=0, local=0,
+                 shared=30720, matrix=12, vectors=25, occupancy=0.44)  # fmt: skip
     kernel = dict(kernel="allocate_kernel<float>", architecture="sm_90", registers=48, stack=0, spills=0, shared=1120,
                   loads_16=0, stores_16=0, occupancy=0.62)  # fmt: skip
     texts = {

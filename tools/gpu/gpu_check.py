@@ -282,15 +282,14 @@ def main() -> int:
         print("\nThere is no GPU here (torch.cuda.is_available() is False): nothing else was run.")
         return 0 if row.passed else 1
     from star_kernels import implementations
+    from star_kernels.ops import OPERATORS
 
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}, {torch.cuda.device_count()} GPU(s)")
     rows = []
-    for operator, wanted in (
-        *((name, "native") for name in ("allocate", "gaussian_step", "policy_loss")),
-        ("attention_maps", "triton"),
-    ):
-        reason = implementations(operator, "cuda")[wanted]
-        rows.append(Row(f"{operator} runs here", wanted, reason or wanted, reason is None))
+    for name, operator in OPERATORS.items():
+        wanted = "native" if "cuda" in operator.native else "triton"
+        reason = implementations(name, "cuda")[wanted]
+        rows.append(Row(f"{name} runs here", wanted, reason or wanted, reason is None))
     rows.append(step("tests", pytest_of("tests"), 240, TRITON_INTERPRET="0"))
     if torch.cuda.device_count() > 1:
         with tempfile.TemporaryDirectory() as folder:

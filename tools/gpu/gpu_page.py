@@ -21,16 +21,12 @@ def triton_table(builds: list[dict], version: str) -> str:
     """Markdown: one row for each build of triton_offline.builds() by Triton `version`."""
     numbers = ("registers", "stack", "local", "shared", "matrix", "vectors")
     cells = [
-        (f"`{b['kernel']}`", b["dtype"], b["width"] or "", b["columns"] or "", b["target"], *(b[n] for n in numbers),
-         f"{b['occupancy']:.0%}")
+        (f"`{b['kernel']}`", b["about"], b["target"], b["warps"], *(b[n] for n in numbers), f"{b['occupancy']:.0%}")
         for b in builds
-    ]  # fmt: skip
-    titles = "kernel | type | width | columns | target | registers | stack | spills | shared | matrix | vectors"
-    launched = (
-        f"Triton {version}; {kernels.BLOCK_N} queries a program, "
-        f"{kernels.warps(2)} warps for half precision and {kernels.warps(4)} for float32."
-    )
-    return f"{launched}\n\n{rows(f'{titles} | occupancy', cells)}"
+    ]
+    titles = "kernel | case | target | warps | registers | stack | spills | shared | matrix | vectors | occupancy"
+    launched = f"Triton {version}; `attention_maps` with {kernels.blocks_of('', 2).queries} queries a program."
+    return f"{launched}\n\n{rows(titles, cells)}"
 
 
 def cuda_table(compiled: list[dict], is_wide: Callable[[dict], bool]) -> str:

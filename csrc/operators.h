@@ -1,0 +1,114 @@
+// The operators' arguments by name, and the functions that the devices register, whose parameters are those of the schemas
+// in star_kernels/ops.py. Fronts use libtorch's stable ABI and its header-only types alone: the same file serves every
+// later torch.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "floats.h"
+
+namespace star {
+
+using torch::stable::new_empty;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename T>
+constexpr ScalarType scalar_type = torch::headeronly::CppTypeToScalarType<T>::value;
+
+struct AttentionMapsInputs {
+  Tensor query, key, concept_index;
+  OptionalTensor concept_weight, lse;
+  double scale;
+  OptionalTensor head_weight;
+};
+
+template <Tensor (*run)(const AttentionMapsInputs&)>
+Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& concept_index,
+                      const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
+                      const OptionalTensor& head_weight) {
+  return run({query, key, concept_index, concept_weight, lse, scale, head_weight});
+}
+
+struct AllocateInputs {
+  Tensor maps;
+  int64_t rows, columns;
+  std::string combine;
+  double smooth, sharpen, cap, mix;
+  int64_t patch;
+};
+
+template <Tensor (*run)(const AllocateInputs&)>
+Tensor allocate(const Tensor& maps, int64_t rows, int64_t columns, const std::string& combine, double smooth,
+                double sharpen, double cap, double mix, int64_t patch) {
+  return run({maps, rows, columns, combine, smooth, sharpen, cap, mix, patch});
+}
+
+struct GaussianStepInputs {
+  Tensor sample, velocity, noise, a, b, s;
+};
+
+using GaussianStepResult = std::tuple<Tensor, Tensor>;  // prev_sample, mean
+
+template <GaussianStepResult (*run)(const GaussianStepInputs&)>
+GaussianStepResult gaussian_step(const Tensor& sample, const Tensor& velocity, const Tensor& noise, const Tensor& a,
+                                 const Tensor& b, const Tensor& s) {
+  return run({sample, velocity, noise, a, b, s});
+}
+
+struct PolicyLossInputs {
+  Tensor velocity, sample, prev_sample;
+  Tensor a, b, s, precision, log_norm, kl_precision;
+  Tensor advantages;
+  OptionalTensor weights, old_mean, old_log_prob, reference_velocity, step_weights;
+  std::string ratio;
+  double clip_low, clip_high, adv_clip, kl_coef;
+  bool guard;
+};
+
+using PolicyLossResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, gradient
+
+template <PolicyLossResult (*run)(const PolicyLossInputs&)>
+PolicyLossResult policy_loss(const Tensor& velocity, const Tensor& sample, const Tensor& prev_sample, const Tensor& a,
+                             const Tensor& b, const Tensor& s, const Tensor& precision, const Tensor& log_norm,
+                             const Tensor& kl_precision, const Tensor& advantages, const OptionalTensor& weights,
+                             const OptionalTensor& old_mean, const OptionalTensor& old_log_prob,
+                             const OptionalTensor& reference_velocity, const OptionalTensor& step_weights,
+                             const std::string& ratio, double clip_low, double clip_high, double adv_clip,
+                             double kl_coef, bool guard) {
+  return run({velocity, sample,       prev_sample,  a,          b,                  s,
+              precision, log_norm,    kl_precision, advantages, weights,            old_mean,
+              old_log_prob,           reference_velocity,       step_weights,       ratio,
+              clip_low, clip_high,    adv_clip,     kl_coef,    guard});
+}
+
+inline Ratio ratio_of(const PolicyLossInputs& inputs) {
+  return inputs.ratio == "token" ? Ratio::token : inputs.ratio == "location" ? Ratio::location : Ratio::sample;
+}
+
+inline Form form_of(const PolicyLossInputs& inputs) {
+  return inputs.guard ? Form::guard : inputs.old_mean ? Form::delta : Form::log_prob;
+}
+
+// The tensor's type, one of those that `typed` knows.
+inline ScalarType floating_type(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half,
+                  "star_kernels: expected a floating-point tensor");
+  return type;
+}
+
+// Whether the arithmetic is in double: as soon as one of the tensors is.
+template <typename... Tensors>
+bool any_double(const Tensors&... tensors) {
+  return ((tensors.scalar_type() == ScalarType::Double) || ...);
+}
+
+}  // namespace star

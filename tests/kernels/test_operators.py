@@ -1,0 +1,50 @@
+"""The table of operators and the files that each of its lines needs: a new operator fails here until all are there."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import star_kernels
+from star_kernels import api
+from star_kernels.ops import OPERATORS
+
+ROOT = Path(__file__).resolve().parents[2]
+each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=list(OPERATORS))
+
+
+def names(folder: str, ending: str) -> set[str]:
+    """Of the files in a folder with an ending, without it."""
+    return {path.name.removesuffix(ending) for path in (ROOT / folder).glob(f"*{ending}")}
+
+
+@pytest.mark.parametrize(("device", "endings"), [("cpu", ("_op.cpp", "_kernel.cpp")), ("cuda", (".cu", ".cuh"))])
+def test_the_table_names_the_compiled_kernels(device, endings):
+    expected = {name for name, operator in OPERATORS.items() if device in operator.native}
+    # cuda/device.cuh is what the kernels share.
+    assert [names(f"csrc/{device}", ending) - {"device"} for ending in endings] == [expected] * 2
+    registered = [
+        name
+        for path in (ROOT / "csrc" / device).glob(f"*{endings[0]}")
+        for name in re.findall(r"^STAR_REGISTER\((\w+),", path.read_text(), re.MULTILINE)
+    ]
+    assert sorted(registered) == sorted(expected)
+
+
+def test_the_table_names_the_triton_kernels():
+    expected = {name for name, operator in OPERATORS.items() if operator.triton is not None}
+    assert names("star_kernels/triton", ".py") - {"__init__"} == expected
+
+
+@each_operator
+def test_an_operator_has_a_door_and_tests(operator):
+    assert getattr(star_kernels, operator.name) is getattr(api, operator.name)
+    assert operator.name in star_kernels.__all__
+    assert (ROOT / "tests" / "kernels" / f"test_{operator.name}.py").exists()
+
+
+@each_operator
+def test_schema_and_reference_have_the_same_arguments(operator):
+    schema = operator.run("reference").default._schema
+    assert [argument.name for argument in schema.arguments] == list(inspect.signature(operator.reference).parameters)
