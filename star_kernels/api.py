@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -80,12 +82,22 @@ def resolve(operator: str, impl: str, device: torch.device) -> str:
         impl = os.environ.get("STAR_IMPL", "auto")
     reasons = implementations(operator, device.type)
     if impl == "auto":
-        return next(name for name, reason in reasons.items() if reason is None)
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        if chosen == "reference" and device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+            tell_fallback(operator, device.type)
+        return chosen
     if impl not in reasons:
         raise ValueError(f"impl: got {impl!r}, expected 'auto' or one of {list(reasons)} for {operator}")
     if reasons[impl] is not None:
         raise RuntimeError(f"impl={impl!r}: {reasons[impl]}")
     return impl
+
+
+@cache
+def tell_fallback(operator: str, device: str) -> None:
+    """Say once that an operator runs as plain PyTorch on a GPU, and what would change that."""
+    missing = "; ".join(reason for reason in implementations(operator, device).values() if reason)
+    warnings.warn(f"{operator} runs as plain PyTorch on {device} tensors: {missing}", RuntimeWarning, stacklevel=4)
 
 
 def _tensor(name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import devices
 import star_kernels as sk
-from star_kernels import api
 
 pytest.importorskip("triton")
 import triton_bfloat16  # noqa: F401
@@ -271,14 +270,6 @@ def test_bad_arguments_are_one_clear_line(change, error, words):
     with pytest.raises(error, match=words) as caught:
         sk.attention_maps(**{"query": Q, "key": K, "concept_index": INDEX, **change})
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("device", ["xpu", "mps"])
-@pytest.mark.parametrize("operator", ["allocate", "attention_maps", "gaussian_step", "policy_loss"])
-def test_devices_without_kernels_fall_to_the_reference(operator, device):
-    assert api.resolve(operator, "auto", torch.device(device)) == "reference"
-    with pytest.raises(RuntimeError, match=f"impl='native': .*{device} tensors"):
-        api.resolve(operator, "native", torch.device(device))
 
 
 def test_unknown_operators_have_no_implementations():
