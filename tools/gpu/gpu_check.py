@@ -156,8 +156,7 @@ def layer_overhead(shape, pictures: int) -> float:
     inputs.append(torch.randn(rows, width, dtype=torch.bfloat16))
     index = torch.randint(0, shape.text, (pictures, model.CONCEPTS, model.SLOTS))
     tokens, side = ConceptTokens(index, torch.ones(index.shape)), int(shape.image**0.5)
-    slots = torch.zeros(1, pictures, model.CONCEPTS, shape.image)
-    maps = Maps(slots, tokens, (side, side), torch.ones(1), "raw", slice(rows - pictures, rows), None, True, "auto")
+    maps = Maps(tokens=tokens, grid=(side, side), rows=slice(rows - pictures, rows))
     measures = []
     for processor in (JointAttnProcessor2_0(), CapturingJointAttnProcessor(maps, 0)):
         block.attn.processor = processor
