@@ -100,7 +100,9 @@ def tell_fallback(operator: str, device: str) -> None:
     warnings.warn(f"{operator} runs as plain PyTorch on {device} tensors: {missing}", RuntimeWarning, stacklevel=4)
 
 
-def _tensor(name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None):
+def _tensor(
+    name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None
+) -> None:
     """Check that value is a floating tensor of the shape (names stand for any size) on the device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
@@ -206,7 +208,7 @@ def attention_maps(
             return run(*arguments)
         _tensor("out", out, (batch, concept_index.shape[1], queries), device)
         direct = out.dtype == torch.float32 and out.is_contiguous() and not torch.compiler.is_compiling()
-        if chosen == "triton" and direct:
+        if chosen == "triton" and direct and ATTENTION_MAPS.triton is not None:
             return ATTENTION_MAPS.triton(*arguments, out=out)
         return out.copy_(run(*arguments))
 
@@ -371,7 +373,7 @@ def policy_loss(
         raise ValueError("old_mean, old_log_prob: expected exactly one of them")
     if old_mean is not None:
         _tensor("old_mean", old_mean, shape, device)
-    else:
+    elif old_log_prob is not None:
         _tensor("old_log_prob", old_log_prob, None, device)
         if tuple(old_log_prob.shape) not in ((batch,), places):
             raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {places}")

@@ -161,6 +161,7 @@ def policy_loss(
             # Algebraically log p - log p_old, without the cancellation of subtracting two squared errors.
             delta = ((mean - old_mean) * (residual + (next_x - old_mean))).mean(1) * precision
     else:
+        assert old_log_prob is not None  # one of the two is given
         delta = -residual.square().mean(1) * precision - log_norm - locations(old_log_prob)
     finite = delta.isfinite()
 

@@ -34,9 +34,11 @@ from torch.nn.attention import SDPBackend
 from star.concepts import ConceptTokens, concept_tokens
 from star.objective import Allocation, allocation_weights, weighted_gradient
 from star_kernels import attention_maps
+from star_kernels.api import Implementation
 
 NORMALIZATIONS = ("raw", "content", "concepts")
 Rows = slice | Sequence[int] | Tensor
+Modules = Sequence[Any]  # of an attention; a norm may be None
 
 
 def in_backward() -> bool:
@@ -62,7 +64,15 @@ def write(
     if not in_backward():
         out = slots[slot]
         attention_maps(
-            query, key, concept_index, concept_weight, lse=lse, scale=scale, head_weight=head_weight, out=out, impl=impl
+            query,
+            key,
+            concept_index,
+            concept_weight,
+            lse=lse,
+            scale=scale,
+            head_weight=head_weight,
+            out=out,
+            impl=impl,  # type: ignore[arg-type]  # a schema of torch.library has no Literal
         )
         written[slot] = True
 
@@ -72,7 +82,7 @@ write_maps = torch.library.custom_op("star::write_maps", write, mutates_args=("s
 
 
 @write_maps.register_fake
-def _(slots, written, slot, query, key, concept_index, concept_weight, lse, head_weight, scale, impl) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -136,7 +146,7 @@ class Maps:
     """As in `capture`; "content" takes the last concept of `tokens` for the content."""
     lse: bool = True
     """Use the log-sum-exp of the attention kernel."""
-    impl: str = "auto"
+    impl: Implementation = "auto"
     """Of `star_kernels.attention_maps`."""
     slots: Tensor = field(init=False)
     """(L, B, G, N) float32, NaN where the pass has written nothing yet."""
@@ -180,6 +190,7 @@ class Maps:
             raise RuntimeError(f"maps: no pass has run the captured blocks {missing}")
         if missing:
             raise RuntimeError(f"layers: the last pass skipped blocks {missing}; capture others with layers=")
+        assert self.layer_weights is not None  # since __post_init__
         return (self.layers() * self.layer_weights[:, None, None, None]).sum(0)
 
 
@@ -252,13 +263,13 @@ class CapturingJointAttnProcessor:
             self.maps, self.slot, query, key, value, encoder_hidden_states.shape[1], text_first=False
         )
         joint = joint.transpose(1, 2).reshape(batch, -1, attn.inner_dim).to(query.dtype)
-        image, text = joint[:, :image_tokens], joint[:, image_tokens:]
+        image_out, text_out = joint[:, :image_tokens], joint[:, image_tokens:]
         if not attn.context_pre_only:
-            text = attn.to_add_out(text)
-        return attn.to_out[1](attn.to_out[0](image)), text
+            text_out = attn.to_add_out(text_out)
+        return attn.to_out[1](attn.to_out[0](image_out)), text_out
 
     @staticmethod
-    def _heads(attn: Attention, projections, norms, states: Tensor) -> list[Tensor]:
+    def _heads(attn: Attention, projections: Modules, norms: Modules, states: Tensor) -> list[Tensor]:
         """Query, key and value of one stream, (B, H, N, D)."""
         heads = [linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for linear in projections]
         normed = [x if norm is None else norm(x) for x, norm in zip(heads[:2], norms, strict=True)]
@@ -284,17 +295,16 @@ class CapturingFluxAttnProcessor:
     ) -> Tensor | tuple[Tensor, Tensor]:
         if attention_mask is not None:
             raise ValueError("attention_mask: maps can be captured without a mask only")
-        double = encoder_hidden_states is not None
         image = [linear(hidden_states) for linear in (attn.to_q, attn.to_k, attn.to_v)]
-        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if double else ()
-        text = [linear(encoder_hidden_states) for linear in added]
+        text: list[Tensor] = []
+        text_tokens = hidden_states.shape[1] - self.maps.slots.shape[-1]
+        if encoder_hidden_states is not None:
+            text = [linear(encoder_hidden_states) for linear in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+            text_tokens = encoder_hidden_states.shape[1]
         joint = self._heads(attn, image, (attn.norm_q, attn.norm_k))
-        if double:
+        if text:
             text = self._heads(attn, text, (attn.norm_added_q, attn.norm_added_k))
             joint = [torch.cat(pair, dim=1) for pair in zip(text, joint, strict=True)]
-            text_tokens = encoder_hidden_states.shape[1]
-        else:
-            text_tokens = hidden_states.shape[1] - self.maps.slots.shape[-1]
         query, key, value = joint
         del image, text, joint
         if image_rotary_emb is not None:
@@ -302,20 +312,20 @@ class CapturingFluxAttnProcessor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         heads = captured_attention(self.maps, self.slot, query, key, value, text_tokens, text_first=True)
         states = heads.transpose(1, 2).flatten(2, 3).to(query.dtype)
-        if not double:
+        if encoder_hidden_states is None:
             return states
-        text, image = states.split_with_sizes([text_tokens, states.shape[1] - text_tokens], dim=1)
-        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+        text_out, image_out = states.split_with_sizes([text_tokens, states.shape[1] - text_tokens], dim=1)
+        return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(text_out.contiguous())
 
     @staticmethod
-    def _heads(attn: FluxAttention, projected: Sequence[Tensor], norms) -> list[Tensor]:
+    def _heads(attn: FluxAttention, projected: Sequence[Tensor], norms: Modules) -> list[Tensor]:
         """Query, key and value of one stream, (B, S, H, D)."""
         heads = [x.unflatten(-1, (-1, attn.head_dim)) for x in projected]
         normed = [x if norm is None else norm(x) for x, norm in zip(heads[:2], norms, strict=True)]
         return [*normed, heads[2]]
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: Any) -> torch.nn.Module:
     """The model inside torch.compile's, DistributedDataParallel's, FullyShardedDataParallel's and PEFT's wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -328,11 +338,12 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             return model
 
 
-def _check_processor(layer: int, attn: torch.nn.Module, expected: type) -> None:
+def _check_processor(layer: int, attn: Any, expected: type) -> None:
     """Raise TypeError unless the block computes plain attention as the capturing processors do."""
     processor = attn.processor
-    kind = type(processor).__name__
-    if type(processor) is not expected:
+    given: type = type(processor)
+    kind = given.__name__
+    if given is not expected:
         fused = " (unfuse the projections: fused SD3 attention skips the q/k norms)" if "Fused" in kind else ""
         raise TypeError(f"transformer: block {layer} has a {kind}, expected {expected.__name__}{fused}")
     if getattr(attn, "fused_projections", False):
@@ -395,7 +406,7 @@ class Family(NamedTuple):
     """A kind of transformer. blocks: all that have joint attention, and how many of them are captured by default.
     plain, capturing: its attention processor and ours. reader: makes the function that reads a pass's arguments."""
 
-    blocks: Callable[[Any], tuple[list[torch.nn.Module], int]]
+    blocks: Callable[[Any], tuple[list[Any], int]]
     plain: type
     capturing: type
     reader: Callable[[Any], Callable[[tuple, dict[str, Any]], Pass]]
@@ -428,7 +439,7 @@ def _family(model: torch.nn.Module) -> Family:
     raise TypeError(f"transformer: got {type(model).__name__}, expected an {expected}")
 
 
-def _chosen_blocks(family: Family, model: torch.nn.Module, layers: Sequence[int] | None) -> dict[int, torch.nn.Module]:
+def _chosen_blocks(family: Family, model: torch.nn.Module, layers: Sequence[int] | None) -> dict[int, Any]:
     """The blocks to capture by their numbers, each with plain attention."""
     blocks, default = family.blocks(model)
     layers = range(default) if layers is None else list(layers)
@@ -456,11 +467,12 @@ def _with_content_concept(tokens: ConceptTokens) -> ConceptTokens:
 
 def _grid(asked: tuple[int, int] | None, shown: Pass) -> tuple[int, int]:
     """The grid of a pass: what it shows, or what was asked for, which must agree."""
-    if asked is None and shown.grid is None:
-        raise ValueError(f"grid: the pass does not show it, give (rows, columns) of its {shown.tokens} image tokens")
     if asked is not None and shown.grid is not None and tuple(asked) != shown.grid:
         raise ValueError(f"grid: got {tuple(asked)}, the pass has (rows, columns) = {shown.grid}")
-    rows, columns = asked or shown.grid
+    grid = asked or shown.grid
+    if grid is None:
+        raise ValueError(f"grid: the pass does not show it, give (rows, columns) of its {shown.tokens} image tokens")
+    rows, columns = grid
     if rows * columns != shown.tokens:
         raise ValueError(f"grid: {(rows, columns)} has {rows * columns} tokens, the model runs {shown.tokens}")
     return rows, columns
@@ -523,7 +535,7 @@ def capture(
     head_weight: Tensor | None = None,
     normalize: Literal["raw", "content", "concepts"] = "raw",
     lse: bool = True,
-    impl: str = "auto",
+    impl: Implementation = "auto",
 ) -> Iterator[Maps]:
     """Capture concept maps of every forward pass of `transformer` inside the context; the last one is kept.
 
@@ -627,7 +639,9 @@ class Record:
 
         allocation: strategy "attention" (the default) or "random", and options."""
         allocation = _own_maps_allocation(allocation)
-        weights = [allocation_weights(allocation, maps, self.grid, patch=self.patch) for maps in self.maps]
+        if self.grid is None:
+            raise RuntimeError("weights: no pass was made yet inside `record`")
+        weights = [_own_weights(allocation, maps, self.grid, self.patch) for maps in self.maps]
         stacked = torch.stack(weights, 1)
         return stacked.flatten(2) if self.packed else stacked
 
@@ -638,6 +652,13 @@ def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     if allocation.strategy not in ("attention", "random"):
         raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention' or 'random'")
     return allocation
+
+
+def _own_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Weights of an allocation that needs nothing but these maps."""
+    weights = allocation_weights(allocation, maps, grid, patch=patch)
+    assert weights is not None  # only of the strategy "uniform" there are none
+    return weights
 
 
 def _patch(velocity: Tensor, grid: tuple[int, int]) -> int:
@@ -677,8 +698,9 @@ def record(
     tokens = _tokens(prompts, pipeline)
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
-        def keep(module: torch.nn.Module, arguments: tuple, output) -> None:
+        def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
             values, velocity = maps.read(), output[0]
+            assert maps.grid is not None  # the pass has shown it
             if result.grid not in (None, maps.grid):
                 raise ValueError(f"grid: got a pass with {maps.grid} after one with {result.grid} in one `record`")
             result.maps.append(values)
@@ -749,13 +771,14 @@ def allocated(
     first: list[Tensor] = []  # with first_pass the maps of the first pass
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
-        def weight(module: torch.nn.Module, arguments: tuple, output):
+        def weight(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
             velocity = output[0]
             if not velocity.requires_grad:
                 return None
             if not (first_pass and first):
                 first[:] = [maps.read()]
-            weights = allocation_weights(allocation, first[0], maps.grid, patch=_patch(velocity, maps.grid))
+            assert maps.grid is not None and maps.rows is not None  # the pass has shown them
+            weights = _own_weights(allocation, first[0], maps.grid, _patch(velocity, maps.grid))
             weights = weights.flatten(1) if velocity.ndim == 3 else weights
             velocity = weighted_gradient(velocity, _weights_of_rows(weights, maps.rows, len(velocity)))
             return (velocity, *output[1:]) if isinstance(output, tuple) else type(output)(sample=velocity)

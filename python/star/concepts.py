@@ -85,7 +85,7 @@ class ConceptTokens(NamedTuple):
     weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept that no token says).
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
     weight: Tensor
 
     def rows(self, index: Tensor | slice | Sequence[int]) -> ConceptTokens:
@@ -235,9 +235,9 @@ def locate(
     if tokens != "clip" and t5_tokenizer is not None and max_sequence_length > 0:
         in_t5 = _overlapping_tokens(prompts, spans, t5_tokenizer, max_sequence_length, "t5_tokenizer")
         parts.append((clip_length, in_t5))
-    rows = []
+    rows: list[list[list[tuple[int, float]]]] = []
     for b, row in enumerate(spans):
-        entries = []
+        entries: list[list[tuple[int, float]]] = []
         for g in range(len(row)):
             said = [(offset, overlapping[b][g]) for offset, overlapping in parts if overlapping[b][g]]
             entries.append([(offset + i, 1 / (len(said) * len(indices))) for offset, indices in said for i in indices])
@@ -246,10 +246,11 @@ def locate(
     slots = max((len(entries) for row in rows for entries in row), default=0) or 1
     index = torch.full((len(prompts), groups, slots), -1, dtype=torch.int64)
     weight = torch.zeros(len(prompts), groups, slots)
-    for b, row in enumerate(rows):
-        for g, entries in enumerate(row):
-            for k, (token, share) in enumerate(entries):
-                index[b, g, k], weight[b, g, k] = token, share
+    for b, entries in enumerate(rows):
+        for g, shares in enumerate(entries):
+            for k, (token, share) in enumerate(shares):
+                index[b, g, k] = token
+                weight[b, g, k] = share
     return ConceptTokens(index, weight)
 
 

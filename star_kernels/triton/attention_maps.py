@@ -9,7 +9,7 @@ the batch nor on how `tiling` cuts it into programs, and there are no atomics.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -312,7 +312,7 @@ def launch(
     blocks = blocks or blocks_of(architecture(device), size)
     cut = tiling(batch, heads, queries, concepts, slots, processors(device), blocks.queries, groups)
     precision = dot_precision(size)
-    shared = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
+    shared: dict[str, Any] = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
     shared |= {"PRECISION": precision, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
     with torch.cuda.device_of(query):

@@ -16,6 +16,7 @@ from torch import Tensor
 from star.objective.weighting import check_weights, weighted_gradient
 from star.transition import cps, flow_sde
 from star_kernels import PolicyLoss, Transition, policy_loss
+from star_kernels.api import Implementation
 from star_kernels.transition import channel_dim
 
 SDE_TYPES = ("sde", "cps")
@@ -277,7 +278,7 @@ def fused_grpo_loss(
     adv_clip_max: float = 5.0,
     beta: float = 0.0,
     guard: bool = False,
-    impl: str = "auto",
+    impl: Implementation = "auto",
 ) -> PolicyLoss:
     """`star_kernels.policy_loss` in the words of Flow-GRPO's loop: step, log_prob, ratio, clip, KL in one kernel.
 
