@@ -8,7 +8,7 @@ from pathlib import Path
 
 from star import config as configuration
 from star import document
-from star.config import ConfigError
+from star.config import EMBEDDED, ConfigError
 from star.study import runs
 from star.study import spec as specification
 from star.study.spec import Study
@@ -18,7 +18,7 @@ from star.study.spec import Study
 class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
-    preset: str = "shapes"
+    preset: str = EMBEDDED
     """A study: "shapes", "large_batch", "plain" gradients without AdamW, "global" with prompts of one global attribute,
     or "noise" with rewards that are noise."""
     spec: Path | None = None
