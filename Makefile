@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
-	@echo "make lint      ruff alone"
+	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
 	@echo "make bench     every benchmark, one table"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
@@ -37,7 +37,7 @@ demo: setup
 	$(BIN)/star train --preset shapes --out runs/demo --overwrite
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 links:
 	$(PYTHON) tools/check_links.py

@@ -193,6 +193,31 @@ def test_the_guest_is_imported_by_the_study_alone():
             assert not guests, f"{FILES[module]}:{guests[0]}: imports star.shapes"
 
 
+def lines_outside_shapes(word: str) -> list[str]:
+    """Lines of `star` with a word, outside the embedded world."""
+    found = []
+    for module, path in sorted(FILES.items()):
+        if module.startswith("star.") and not module.startswith("star.shapes"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if word in line:
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    return found
+
+
+def test_the_embedded_world_is_named_in_few_places():
+    """A pipeline, prompts and a reward of one's own are tasks as it is; whoever asks for its name makes it special."""
+    named = lines_outside_shapes('"shapes"')
+    assert len(named) <= 3, "\n".join(named)
+    guests = [
+        f"{FILES[module]}:{line}"
+        for module in FILES
+        if not f"{module}.".startswith("star.shapes.")
+        for name, line in imports(module).items()
+        if f"{name}.".startswith("star.shapes.")
+    ]
+    assert len(set(guests)) <= 2, "\n".join(guests)
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     for module, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text())):
