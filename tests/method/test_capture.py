@@ -146,7 +146,7 @@ def test_projections_are_not_held_over_the_attention(build, make, monkeypatch):
 
 
 def test_rows_and_columns_of_a_grid_that_is_not_square():
-    """An image that differs in one token only changes the map most at that token's place."""
+    """An image that differs in one token only changes the map most at that token."""
     model, inputs = small_transformer(layers=1, dual=()), small_inputs(1)
     tokens = concepts([1], batch=1)
     changed = {**inputs, "hidden_states": inputs["hidden_states"].clone()}
@@ -157,8 +157,8 @@ def test_rows_and_columns_of_a_grid_that_is_not_square():
         with torch.no_grad(), capture(model, tokens, grid=GRID) as maps:
             model(**arguments)
         fields.append(maps.read()[0, 0].view(GRID))
-    place = int((fields[1] - fields[0]).abs().argmax())
-    assert divmod(place, GRID[1]) == (row, column)
+    token = int((fields[1] - fields[0]).abs().argmax())
+    assert divmod(token, GRID[1]) == (row, column)
 
 
 def test_the_unconditional_half_is_never_read():
@@ -177,10 +177,17 @@ def test_the_unconditional_half_is_never_read():
 def test_record_keeps_the_maps_of_every_pass():
     model = small_transformer()
     inputs = [small_inputs() | dict(timestep=torch.full((2,), t)) for t in (900.0, 500.0, 100.0)]
-    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as passes:
+    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), rows=[1], layers=[0, 2]) as recorded:
         for arguments in inputs:
             model(**arguments)
-    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3
+    passes = recorded.maps
+    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3 and recorded.grid == GRID
+    expected = torch.stack([allocate(maps, GRID) for maps in passes], 1)
+    assert torch.equal(recorded.weights(), expected) and expected.shape == (1, 3, 2 * GRID[0], 2 * GRID[1])
+    flat = recorded.weights(Allocation(mix=0.0))
+    torch.testing.assert_close(flat, torch.ones_like(flat))
+    with pytest.raises(ValueError, match="allocation: got strategy 'shuffled'"):
+        recorded.weights(Allocation(strategy="shuffled"))
     for arguments, maps in zip(inputs, passes, strict=True):
         with torch.no_grad(), capture(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as one:
             model(**arguments)
@@ -191,14 +198,25 @@ def test_record_keeps_the_maps_of_every_pass():
 
 def test_record_of_a_module_that_is_not_called_says_so():
     model = small_transformer()
-    with (
-        pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"),
-        record(model, TOKENS, grid=GRID),
-    ):
+    with pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"), record(model, TOKENS):
+        pass
+    with pytest.raises(RuntimeError, match="transformer: its forward was called"), record(model, TOKENS):
         model.forward(**small_inputs())
-    with pytest.raises(KeyError), record(model, TOKENS, grid=GRID):
+    with pytest.raises(KeyError), record(model, TOKENS):
         raise KeyError
-    assert not model._forward_hooks
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_the_passes_of_a_record_have_one_grid():
+    model = small_transformer()
+    with (
+        torch.no_grad(),
+        record(model, TOKENS) as recorded,
+        pytest.raises(ValueError, match=r"grid: got a pass with \(2, 4\) after one with \(3, 5\)"),
+    ):
+        model(**small_inputs())
+        model(**small_inputs(grid=(2, 4)))
+    assert len(recorded.maps) == 1
 
 
 @pytest.mark.parametrize("build", ["sd3", "flux"])
@@ -450,9 +468,138 @@ def test_gathered_rows_and_rows_that_are_not_there():
     with (
         torch.no_grad(),
         capture(model, TOKENS, grid=GRID, rows=slice(2, 4)) as maps,
-        pytest.raises(ValueError, match="tokens: have 2 rows, the model runs 1 of those asked for"),
+        pytest.raises(ValueError, match=r"rows: got \[2\] of the 3 rows of the pass, expected one for each of the 2"),
     ):
         model(**inputs)
+
+
+# --- what a pass shows: its grid and its rows -------------------------------------------------------------------------
+
+
+def guided(inputs: dict[str, Tensor], images: int) -> dict[str, Tensor]:
+    """The batch of guidance: the same latents twice, an empty text in the first half."""
+    inputs = {name: x[:images] if len(x) == 2 * images else x for name, x in inputs.items()}
+    double = {name: torch.cat([x, x]) for name, x in inputs.items() if len(x) == images}
+    double["encoder_hidden_states"] = double["encoder_hidden_states"].clone()
+    double["encoder_hidden_states"][:images] = 0.5
+    return inputs | double
+
+
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grid_and_rows_are_what_the_pass_shows(build, make, compiled):
+    model, inputs = build(), guided(make(4), 2)
+    flux = build is small_flux
+    grid = GRID if compiled and flux else None  # the values of img_ids are unknown to a compiler
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        with capture(run, TOKENS, grid=GRID, rows=slice(2, 4)) as given:
+            run(**inputs)
+        with capture(run, TOKENS, grid=grid) as inferred:
+            assert inferred.grid is None
+            run(**inputs)
+            first = inferred.read()
+            assert inferred.grid == GRID and inferred.rows == slice(2, 4)
+            run(**(make() | dict(hidden_states=inputs["hidden_states"][:2])))
+            assert inferred.rows == slice(0, 2)
+    torch.testing.assert_close(first, given.read())
+    assert not torch.equal(inferred.read(), first)
+
+
+@pytest.mark.parametrize("grid", [(5, 3), (1, 15), (4, 4)])
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_a_grid_that_the_pass_does_not_have_is_refused(build, make, grid):
+    words = rf"grid: got \({grid[0]}, {grid[1]}\), the pass has \(rows, columns\) = \(3, 5\)"
+    for context in (capture, record, allocated):
+        model = build()
+        with torch.no_grad(), pytest.raises(ValueError, match=words), context(model, TOKENS, grid=grid):
+            model(**make())
+        assert not model._forward_pre_hooks
+
+
+def test_the_grid_of_packed_latents_is_that_of_diffusers_ids():
+    model, inputs = small_flux(), flux_inputs()
+    ids = inputs["img_ids"]
+    for shown in (ids.bfloat16(), ids[None]):
+        with torch.no_grad(), capture(model, TOKENS) as maps:
+            model(**(inputs | dict(img_ids=shown)))
+        assert maps.grid == GRID
+    for other in (ids / 15, ids.flip(0), ids + 0.25, ids * torch.tensor([0.0, 2.0, 2.0]), ids * torch.nan):
+        with (
+            torch.no_grad(),
+            capture(model, TOKENS) as maps,
+            pytest.raises(ValueError, match=r"grid: the pass does not show it, give \(rows, columns\) of its 15"),
+        ):
+            model(**(inputs | dict(img_ids=other)))
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        model(**(inputs | dict(img_ids=ids / 15)))
+    assert maps.read().isfinite().all()
+
+
+@pytest.mark.parametrize("layers", [[0], [3]])
+def test_reference_images_beside_the_latents_are_refused(layers):
+    """FLUX's single-stream blocks cannot tell text from images by themselves."""
+    model, inputs = small_flux(), flux_inputs()
+    reference = inputs["img_ids"] + torch.tensor([1.0, 0.0, 0.0])
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], reference])
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"]] * 2, 1)
+    for grid, words in ((GRID, r"grid: \(3, 5\) has 15 tokens, the model runs 30"), (None, "does not show it")):
+        with torch.no_grad(), pytest.raises(ValueError, match=words), capture(model, TOKENS, grid=grid, layers=layers):
+            model(**inputs)
+
+
+def test_a_batch_of_several_images_for_each_row_of_tokens_is_refused():
+    model, tokens = small_transformer(), concepts([1], batch=1)
+    four = guided(small_inputs(4), 2)
+    # Two images of one prompt, from one noise: the same latents, but not guidance.
+    two_of_a_prompt = {name: x[:1].expand(2, *x.shape[1:]) for name, x in small_inputs(2).items()}
+    for rows, inputs, words in (
+        (None, four, r"tokens: got 1 rows, the pass has 4; give one row for each image, 4 of them or 2 with guidance"),
+        (slice(1, 2), four, r"rows: got \[1\], but the pass guides 2 images and its first 2 rows are unconditional"),
+        (None, small_inputs(2), "tokens: got 1 rows, the pass has 2 and no guidance"),
+        (None, two_of_a_prompt, "tokens: got 1 rows, the pass has 2 and no guidance"),
+        (None, small_inputs(3), "tokens: got 1 rows, the pass has 3;"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=words), capture(model, tokens, rows=rows):
+            model(**inputs)
+    for rows in ([3], [2]):  # one of the conditional rows
+        with torch.no_grad(), capture(model, tokens, rows=rows) as maps:
+            model(**four)
+        assert maps.read().isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [1, 3], slice(1, 3), [0, 3]])
+def test_weights_need_all_conditional_rows_one_after_the_other(rows):
+    model, inputs = small_transformer(), small_inputs(4)
+    words = r"rows: got .* of 4; weights need all of the conditional rows"
+    with pytest.raises(ValueError, match=words), allocated(model, TOKENS, rows=rows):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_skipped_block_has_no_map(compiled):
+    model, inputs = small_transformer(), small_inputs()
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.no_grad(), capture(run, TOKENS, layers=[1, 0]) as maps:
+        with pytest.raises(RuntimeError, match=r"maps: no pass has run the captured blocks \[1, 0\]"):
+            maps.read()
+        run(**inputs)
+        kept, before = maps.read(), maps.layers()
+        run(**inputs, skip_layers=[1])
+        after = maps.layers()
+        assert after[0].isnan().all() and torch.equal(after[1], before[1]) and kept.isfinite().all()
+        with pytest.raises(RuntimeError, match=r"layers: the last pass skipped blocks \[1\]; capture others"):
+            maps.read()
+        model(**inputs, skip_layers=[0, 1])  # torch.compile takes this list for the shorter one, captured or not
+        with pytest.raises(RuntimeError, match="maps: no pass has run"):
+            maps.read()
+        run(**inputs)
+        assert torch.equal(maps.read(), kept)
+    with torch.no_grad(), record(model, TOKENS, layers=[0, 2]) as recorded:
+        model(**inputs, skip_layers=[1])
+    assert recorded.maps[0].isfinite().all()
 
 
 def test_normalizations():
@@ -498,7 +645,6 @@ def test_head_weights():
     [
         (dict(layers=[3]), ValueError, r"layers: got \[3\], expected distinct blocks in 0..2"),
         (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
-        (dict(rows=[0]), ValueError, "rows: got 1, expected one for each of the 2 rows"),
         (dict(normalize="minmax"), ValueError, "normalize: got 'minmax'"),
     ],
 )
@@ -524,7 +670,7 @@ def test_refusals_name_the_reason():
     with (
         torch.no_grad(),
         capture(model, TOKENS, grid=(4, 4)),
-        pytest.raises(ValueError, match=r"grid: \(4, 4\) has 16 tokens, the model runs 15"),
+        pytest.raises(ValueError, match=r"grid: got \(4, 4\), the pass has \(rows, columns\) = \(3, 5\)"),
     ):
         model(**small_inputs())
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from star import config as configuration
+from star import document
 from star.cli import main
 from star.config import ConfigError
 from star.objective import STRATEGIES
@@ -25,7 +26,7 @@ from star.shapes import reward as study_rewards
 from star.shapes import scenes
 from star.shapes.reward import shapes_reward
 from star.shapes.verifier import verify
-from star.study import diagnose, document, gradient_signal, intervals, page, runs, spec
+from star.study import diagnose, gradient_signal, intervals, page, runs, spec
 from star.study.results import Results
 from star.train import Trainer
 from star.training import checkpoint

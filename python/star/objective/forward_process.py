@@ -1,4 +1,4 @@
-"""Objectives of the forward process, which are sums over latent positions: a weight for each is all they need."""
+"""Objectives of the forward process, which are sums over latent locations: a weight for each is all they need."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def diffusion_dpo_loss(
     weights for the policy and the reference.
 
     Args:
-        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen pictures
+        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen images
             first, then the B rejected ones. target: noise - x0 for flow matching.
-        weights: one per location of all 2 B pictures, mean 1 over each.
+        weights: one per location of all 2 B images, mean 1 over each.
         beta: strength.
 
     Raises TypeError, ValueError: shapes that do not fit.
@@ -102,7 +102,7 @@ def diffusion_dpo_loss(
     """
     _same_shape(target=target, model_pred=model_pred, model_pred_ref=model_pred_ref)
     if len(target) % 2:
-        raise ValueError(f"target: got {len(target)} rows, expected the chosen pictures and as many rejected ones")
+        raise ValueError(f"target: got {len(target)} rows, expected the chosen images and as many rejected ones")
     dtype = torch.promote_types(model_pred.dtype, torch.float32)
     target = target.to(dtype)
     policy = _per_sample((model_pred.to(dtype) - target) ** 2, weights)

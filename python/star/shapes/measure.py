@@ -14,7 +14,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from star.capture import capture
-from star.concepts import locate, parse
+from star.concepts import concept_tokens
 from star.shapes.model import GRID, load_pipeline
 from star.shapes.scenes import SIZE, parse_scene, prompts, render
 
@@ -62,7 +62,7 @@ def localization(
     embeds, _, pooled, _ = pipeline.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
-    tokens = locate(texts, [parse(text) for text in texts], pipeline.tokenizer)
+    tokens = concept_tokens(pipeline, texts)
     found = []
     for t in levels:
         with capture(transformer, tokens, grid=GRID) as maps:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from star import config as configuration
+from star import document
 from star.config import EMBEDDED, ConfigError
-from star.study import document, runs
+from star.study import runs
 from star.study import spec as specification
 from star.study.spec import Study
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from star import files
 from star.config import Config
-from star.objective import another, captured_steps
+from star.objective import captured_steps, permute_across_groups
 from star.shapes import scenes
 from star.shapes.measure import OBJECT_SHARE, auc
 from star.shapes.reward import judged
@@ -228,7 +228,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         inside = F.adaptive_avg_pool2d(masks[config.run.reward][:, None], rollout.grid)[:, 0] > OBJECT_SHARE
         patch = trainer.pipeline.transformer.config.patch_size
         inside = inside.float().repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        elsewhere = inside[another(rollout.groups, len(inside), generator)]
+        elsewhere = inside[permute_across_groups(rollout.groups, len(inside), generator)]
         count = len(rollout.steps.trained)
         fields = {
             "all": None,

@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from star.capture import capture, unwrapped
-from star.concepts import ConceptTokens, locate, parse
+from star.concepts import ConceptTokens, concept_tokens
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
@@ -51,17 +51,6 @@ class Conditions:
         )
 
 
-def find_tokens(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int) -> ConceptTokens:
-    """Where each prompt's concepts are in the text that the pipeline makes of it."""
-    return locate(
-        prompts,
-        [parse(prompt) for prompt in prompts],
-        pipeline.tokenizer,
-        pipeline.tokenizer_3,
-        max_sequence_length=max_sequence_length,
-    )
-
-
 @torch.no_grad()
 def encode(
     pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int, guidance_scale: float
@@ -76,7 +65,7 @@ def encode(
         do_classifier_free_guidance=guided,
         max_sequence_length=max_sequence_length,
     )
-    tokens = find_tokens(pipeline, prompts, max_sequence_length)
+    tokens = concept_tokens(pipeline, prompts, max_sequence_length=max_sequence_length)
     # The empty prompt is the same in every row.
     negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
     return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
@@ -112,7 +101,8 @@ class PromptEncoder:
             self.cache.popitem(last=False)
         embeds, pooled = (torch.cat(x).to(self.device) for x in zip(*(found[p] for p in prompts), strict=True))
         negative = (x.to(self.device) for x in found[""]) if guidance_scale > 1 else (None, None)
-        return Conditions(tuple(prompts), embeds, pooled, *negative, find_tokens(self.pipeline, prompts, self.length))
+        tokens = concept_tokens(self.pipeline, prompts, max_sequence_length=self.length)
+        return Conditions(tuple(prompts), embeds, pooled, *negative, tokens)
 
     def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
