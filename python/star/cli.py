@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from star.config import Config
     from star.training.task import Task
 
 log = logging.getLogger("star")
-Values = TypeVar("Values")
+Values = TypeVar("Values", bound="DataclassInstance")
 
 USAGE = """usage: star COMMAND [--help]
 
@@ -35,7 +38,7 @@ class Eval:
     """Score a model by a reward: on a task's held-out prompts or on a prompt file."""
 
     task: str | None = None
-    """"shapes", the embedded world, or "module:attribute" of a star.training.task.Task. None: the embedded world,
+    """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded world,
     unless there is a model."""
     model: str | None = None
     """A pipeline's folder or hub id. None: the task's."""
@@ -82,7 +85,7 @@ class Maps:
     prompt: str = "a red circle left of a blue square"
     """The prompt."""
     task: str | None = None
-    """"shapes", the embedded world, or "module:attribute" of a star.training.task.Task. None: the embedded world,
+    """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded world,
     unless there is a model."""
     model: str | None = None
     """A pipeline's folder or hub id. None: the task's."""
@@ -118,7 +121,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
 
-def read_config(arguments: list[str], prog: str):
+def read_config(arguments: list[str], prog: str) -> Config:
     """A preset, then a file, then options; each over what came before."""
     import tyro
 
@@ -338,12 +341,12 @@ def maps(arguments: list[str]) -> None:
         for layer in layers
     }
     first = rollouts[layers[0]]
-    mean = torch.stack([rollout.maps for rollout in rollouts.values()]).mean(0)
+    mean = torch.stack([rollout.captured_maps() for rollout in rollouts.values()]).mean(0)
     figures.concept_maps(
         options.prompt,
         decode(pipeline, first.latents)[0].permute(1, 2, 0).cpu().numpy(),
         {
-            f"{name}\nblock {layer}": rollout.maps[:, 0, g].view(-1, *rollout.grid).cpu().numpy()
+            f"{name}\nblock {layer}": rollout.captured_maps()[:, 0, g].view(-1, *rollout.grid).cpu().numpy()
             for g, name in enumerate(names)
             for layer, rollout in rollouts.items()
         },

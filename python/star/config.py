@@ -239,7 +239,7 @@ class Config:
     """Post-training of a text-to-image model with spatiotemporal reward allocation."""
 
     task: str | None = None
-    """What is trained, in one name: "shapes", the embedded world, or "module:attribute" of a star.training.task.Task.
+    """What is trained, in one name: `shapes`, the embedded world, or `module:attribute` of a star.training.task.Task.
     It gives pipeline, prompts and reward where model.path, sampling.prompts, scoring.prompts and run.reward are not
     set. None: these are set."""
     model: Model = field(default_factory=Model)
@@ -358,7 +358,7 @@ def to_dict(config: Any) -> Any:
 
 def flatten(config: Config) -> dict[str, Any]:
     """The values by dotted name."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in to_dict(config).items():
         nested = dataclasses.is_dataclass(getattr(config, name))
         flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
@@ -448,10 +448,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{name}: got {value!r}, expected a list")
-        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        if len(value) != len(kinds):
-            raise ConfigError(f"{name}: got {value!r}, expected {len(kinds)} values")
-        return tuple(_convert(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(value) != len(each):
+            raise ConfigError(f"{name}: got {value!r}, expected {len(each)} values")
+        return tuple(_convert(name, item, kind) for item, kind in zip(value, each, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: got {value!r}, expected keys and values")

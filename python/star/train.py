@@ -87,7 +87,8 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One iteration: rollout, reward, advantage, allocation, update. Returns its metrics."""
-        config, seconds = self.config, defaultdict(float)
+        config = self.config
+        seconds: dict[str, float] = defaultdict(float)
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
         prompts = draw_prompts(self.task, config, self.iteration)
         tickets: list[Ticket] = []
@@ -175,20 +176,22 @@ class Trainer:
         seed = int(torch.randint(2**62, (), generator=generator))
         # The controls look beyond a sample: they need those of every process.
         everyone = allocation.strategy in ("shuffled", "random")
-        per_step = []
+        per_step: list[Tensor] = []
         for k in range(len(rollout.steps.trained)):
             maps = None if rollout.maps is None else rollout.maps[min(k, len(rollout.maps) - 1)]
             weights = allocation_weights(
                 allocation,
-                self.share.gather(maps) if everyone else maps,
+                self.share.gather(maps) if everyone and maps is not None else maps,
                 rollout.grid,
                 patch=self.pipeline.transformer.config.patch_size,
                 groups=self.groups if everyone else rollout.groups,
                 masks=masks,
                 generator=torch.Generator().manual_seed(seed),
             )
+            if weights is None:
+                return None
             per_step.append(weights[self.share.rows] if everyone else weights)
-        return None if per_step[0] is None else torch.stack(per_step)
+        return torch.stack(per_step)
 
     def update(
         self, rollout: Rollout, advantages: Tensor, weights: Tensor | None, step_weights: Tensor | None

@@ -124,7 +124,9 @@ def weight_metrics(weights: Tensor, masks: Tensor | None) -> dict[str, float]:
         "weights_uniform": float(sum(uniform_rows(step) for step in weights)),
     }
     if masks is not None and masks.any():
-        masks = F.adaptive_avg_pool2d(masks[:, None], weights.shape[2:])[:, 0].to(weights.device)  # (B, H, W)
+        masks = F.adaptive_avg_pool2d(masks[:, None], (weights.shape[2], weights.shape[3]))[:, 0].to(
+            weights.device
+        )  # (B, H, W)
         found["weights_on_object"] = ((weights * masks).sum() / (len(weights) * masks.sum())).item()
     return found
 

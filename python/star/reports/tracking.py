@@ -6,6 +6,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from star.config import Config, ConfigError, to_dict
 
 
 @contextmanager
-def timed(seconds: dict[str, float], phase: str):
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Add the time of a `with` block to seconds["seconds/phase"]."""
     begin = time.perf_counter()
     yield

@@ -28,6 +28,7 @@ from star.reports.tables import evaluation_table
 from star.rewards.worker import RewardWorker
 from star.shapes import measure
 from star.shapes.model import TEXT_LENGTH, load_pipeline, make_pipeline, make_vae
+from star.shapes.reward import shapes_reward
 from star.shapes.scenes import parse_scene, prompts, render
 from star.shapes.task import TASK
 from star.training.scoring import evaluate
@@ -204,7 +205,7 @@ def train_transformer(config: Config, pipeline: StableDiffusion3Pipeline) -> Non
 
 def report(pipeline: StableDiffusion3Pipeline) -> None:
     """Print held-out scores by category, and localization by layer and noise level."""
-    with RewardWorker(TASK.reward) as worker:
+    with RewardWorker(shapes_reward) as worker:
         evaluation = evaluate(pipeline, TASK.prompts("held_out", 512, "0"), worker, TASK.images)
     Console().print(evaluation_table(evaluation, f"held-out prompts, {TASK.images.steps} steps, no guidance"))
     measure.print_localization(pipeline)

@@ -19,7 +19,7 @@ class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
     preset: str = EMBEDDED
-    """A study: "shapes", "large_batch", "plain" gradients without AdamW, "global" with prompts of one global attribute,
+    """A study: `shapes`, `large_batch`, `plain` gradients without AdamW, `global` with prompts of one global attribute,
     or "noise" with rewards that are noise."""
     spec: Path | None = None
     """A YAML file over the preset; `arms` or `changes` in it replace the preset's."""

@@ -64,9 +64,13 @@ def location_advantages(reward_maps: Tensor, groups: Tensor, *, global_std: bool
 
 
 def weighted_advantages(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, *, global_std: bool = False,
+    rewards: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    groups: Tensor,
+    *,
+    global_std: bool = False,
     eps: float = 1e-4,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Rewards that are normalized before they are weighed: sum of weight * group_advantages(reward) / sum of |weight|.
 
     In a weighted sum of raw rewards the one with the widest spread decides; here each has the say that its weight
@@ -76,7 +80,7 @@ def weighted_advantages(
         weights[name] * group_advantages(value, groups, global_std=global_std, eps=eps)
         for name, value in rewards.items()
     ]
-    return sum(parts) / sum(abs(weights[name]) for name in rewards)
+    return torch.stack(parts).sum(0) / sum(abs(weights[name]) for name in rewards)
 
 
 def _advantages(rewards: Tensor, groups: Tensor, global_std: bool, eps: float) -> Tensor:
@@ -110,14 +114,14 @@ def compute_advantages(
 
     weights: of the rewards in `scores.terms`. size: latent (height, width). Raises ConfigError if there is no map.
     """
-    options = {"global_std": loss.global_std, "eps": loss.advantage_eps}
+    std, eps = loss.global_std, loss.advantage_eps
     if scores.reward.isnan().all():  # every reward of this iteration failed: nothing is better than anything
         return group_advantages(scores.reward, groups)
     if loss.advantage == "location":
         if scores.reward_map is None:
             raise ConfigError(f"loss.advantage: 'location' needs a reward that localizes, not {', '.join(weights)}")
         maps = F.adaptive_avg_pool2d(scores.reward_map[:, None], size)[:, 0]
-        return location_advantages(maps, groups, **options)
+        return location_advantages(maps, groups, global_std=std, eps=eps)
     if loss.normalize_rewards:
-        return weighted_advantages(scores.terms, weights, groups, **options)
-    return group_advantages(scores.reward, groups, **options)
+        return weighted_advantages(scores.terms, weights, groups, global_std=std, eps=eps)
+    return group_advantages(scores.reward, groups, global_std=std, eps=eps)

@@ -129,7 +129,7 @@ def random_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
     }
@@ -153,7 +153,7 @@ def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
         if main:
             StableDiffusion3Pipeline.save_lora_weights(
                 out / "lora",
-                transformer_lora_layers={name: x.contiguous() for name, x in layers.items()},
+                transformer_lora_layers={name: x.contiguous() for name, x in layers.items() if x is not None},
                 # Without it the loader takes alpha = rank and applies the adapter with another strength.
                 transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
             )

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, Literal, overload
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from star.config import Config, ConfigError
 from star.rewards import Scores
 
 # How a metric of every process becomes one; the mean where nothing is said.
-REDUCTIONS = {
+REDUCTIONS: dict[str, Any] = {
     "ratio_min": Tensor.amin,
     "ratio_max": Tensor.amax,
     "weights_uniform": Tensor.sum,
@@ -154,7 +155,7 @@ class Termination:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.previous: dict[int, object] = {}
+        self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
@@ -182,6 +183,10 @@ class Termination:
         return bool(accelerator.gather(torch.tensor([asked], device=accelerator.device)).any())
 
 
+@overload
+def full_tensor(x: Tensor, keep: Literal[True] = True) -> Tensor: ...
+@overload
+def full_tensor(x: Tensor, keep: bool) -> Tensor | None: ...
 def full_tensor(x: Tensor, keep: bool = True) -> Tensor | None:
     """A possibly sharded tensor whole and on the CPU. A collective; keep=False takes part and returns None."""
     x = x.detach()

@@ -42,10 +42,11 @@ def load_pipeline(
 def reason(error: BaseException) -> str:
     """A library's message on one line, and what to do about the failures that users of gated models meet first."""
     text = " ".join(str(error).split()) or type(error).__name__
-    causes = []
-    while error is not None:
-        causes.append(f"{type(error).__name__} {error}".lower())
-        error = error.__cause__ or error.__context__
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__} {cause}".lower())
+        cause = cause.__cause__ or cause.__context__
     everything = " ".join(causes)
     if "gated" in everything or "401" in everything or "403" in everything:
         return f"{text}; the model is gated: ask for access on its page, then log in with `hf auth login`"

@@ -31,7 +31,7 @@ class Policy:
         optimizer = torch.optim.AdamW(
             trained,
             self.config.learning_rate,
-            betas=tuple(self.config.betas),
+            betas=self.config.betas,
             eps=self.config.adam_epsilon,
             weight_decay=self.config.weight_decay,
         )
@@ -57,7 +57,7 @@ class Policy:
             self.optimizer.step()
             skipped = skipped or self.optimizer.step_was_skipped
         self.optimizer.zero_grad()
-        if measured:
+        if self.config.update_norm is not None:
             moved = self.rescale(before, self.config.update_norm)
         self.updates += 1
         if self.ema is not None and self.updates % self.config.ema_every == 0:
