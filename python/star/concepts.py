@@ -245,7 +245,7 @@ def locate(
     groups = max((len(row) for row in rows), default=0) or 1
     slots = max((len(entries) for row in rows for entries in row), default=0) or 1
     index = torch.full((len(prompts), groups, slots), -1, dtype=torch.int64)
-    weight = torch.zeros(len(prompts), groups, slots)
+    weight = torch.zeros(len(prompts), groups, slots, dtype=torch.float32)
     for b, row in enumerate(rows):
         for g, entries in enumerate(row):
             for k, (token, share) in enumerate(entries):
