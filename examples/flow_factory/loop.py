@@ -61,8 +61,8 @@ class StandIn:
         )[0].chunk(2)
         noise_pred = uncond + guidance_scale * (text - uncond)
         result = sde_step_with_logprob(self.scheduler, noise_pred, t, latents, noise_level, next_latents)
-        return SimpleNamespace(**dict(zip(("next_latents", "log_prob", "next_latents_mean", "std_dev_t"), result,
-                                          strict=True)))  # fmt: skip
+        names = ("next_latents", "log_prob", "next_latents_mean", "std_dev_t")
+        return SimpleNamespace(**dict(zip(names, result, strict=True)))
 
 
 def filter_kwargs(func, **kwargs):
