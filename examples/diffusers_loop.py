@@ -46,7 +46,11 @@ def rollout(pipeline, x, embeds, pooled, tokens, generator):
 def train(iterations=12, seed=0, weighted=True, learning_rate=1e-3):
     """Mean reward of each iteration's rollout."""
     torch.manual_seed(seed)  # the adapter's first values
-    pipeline, reward, generator = load_pipeline(), load("shapes"), torch.Generator().manual_seed(seed)
+    pipeline, reward, generator = (
+        load_pipeline(),
+        load("star.shapes.reward:shapes_reward"),
+        torch.Generator().manual_seed(seed),
+    )
     pipeline.transformer.requires_grad_(False)
     pipeline.transformer.add_adapter(
         LoraConfig(r=16, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"])

@@ -28,9 +28,21 @@ def make_args(host: str, folder: str) -> Namespace:
     """The command line of the host, in small. folder: what stands in for FLUX's."""
     make_tokenizer().save_pretrained(f"{folder}/tokenizer_2")
     return Namespace(
-        **dict(host=host, pretrained_model_name_or_path=folder, h=64, w=96, sampling_steps=6, shift=3.0, eta=0.3),
-        **dict(num_generations=3, clip_range=1e-4, adv_clip_max=5.0, timestep_fraction=0.6, max_grad_norm=1.0),
-        **dict(flow_grpo_sampling=host == "mix", timesteps_train=[1, 2], kl_coeff=0.01 if host == "mix" else 0.0),
+        host=host,
+        pretrained_model_name_or_path=folder,
+        h=64,
+        w=96,
+        sampling_steps=6,
+        shift=3.0,
+        eta=0.3,
+        num_generations=3,
+        clip_range=1e-4,
+        adv_clip_max=5.0,
+        timestep_fraction=0.6,
+        max_grad_norm=1.0,
+        flow_grpo_sampling=host == "mix",
+        timesteps_train=[1, 2],
+        kl_coeff=0.01 if host == "mix" else 0.0,
     )
 
 

@@ -61,8 +61,8 @@ class StandIn:
         )[0].chunk(2)
         noise_pred = uncond + guidance_scale * (text - uncond)
         result = sde_step_with_logprob(self.scheduler, noise_pred, t, latents, noise_level, next_latents)
-        return SimpleNamespace(**dict(zip(("next_latents", "log_prob", "next_latents_mean", "std_dev_t"), result,
-                                          strict=True)))  # fmt: skip
+        names = ("next_latents", "log_prob", "next_latents_mean", "std_dev_t")
+        return SimpleNamespace(**dict(zip(names, result, strict=True)))
 
 
 def filter_kwargs(func, **kwargs):
@@ -117,7 +117,9 @@ def rollout(adapter, generator, dtype=torch.float32):
             log_probs[i] = adapter.forward(next_latents=latents.float(), **inputs).log_prob
         kept[i + 1] = latents
     steps = sorted({step for i in TRAINED for step in (i, i + 1)})
-    rewards = load("shapes")(decode(adapter.pipeline, latents.float()), batch["prompt"]).reward
+    rewards = load("star.shapes.reward:shapes_reward")(
+        decode(adapter.pipeline, latents.float()), batch["prompt"]
+    ).reward
     return batch | {
         "timesteps": plan.timesteps.repeat(count, 1),
         "all_latents": torch.stack([kept[i] for i in steps], 1),

@@ -113,7 +113,7 @@ def rollout(pipeline, prompts, negative, config, generator=None):
         "next_latents": latents[:, 1:],
         "log_probs": torch.stack(log_probs, dim=1),
         "weights": maps.weights(),
-    }, load("shapes")(images, prompts).reward
+    }, load("star.shapes.reward:shapes_reward")(images, prompts).reward
 
 
 def loss_of(pipeline, sample, j, negative, config):

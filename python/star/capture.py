@@ -46,7 +46,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def write(
+def write_map(
     slots: Tensor,
     written: Tensor,
     slot: int,
@@ -78,7 +78,7 @@ def write(
 
 
 # What torch.compile sees. Calling it costs more time than the maps of a small layer, so eager passes do not.
-write_maps = torch.library.custom_op("star::write_maps", write, mutates_args=("slots", "written"))
+write_maps = torch.library.custom_op("star::write_maps", write_map, mutates_args=("slots", "written"))
 
 
 @write_maps.register_fake
@@ -157,7 +157,7 @@ class Maps:
         self.text_tokens = int(self.tokens.index.max()) + 1 if self.tokens.index.numel() else 0
         if self.layer_weights is None:
             count = len(self.blocks)
-            self.layer_weights = torch.full((count,), 1 / count, device=self.tokens.index.device)
+            self.layer_weights = torch.full((count,), 1 / count, dtype=torch.float32, device=self.tokens.index.device)
         self.begin(0 if self.grid is None else self.grid[0] * self.grid[1])
 
     def begin(self, image_tokens: int) -> None:
@@ -223,8 +223,8 @@ def captured_attention(
     if lse is not None:
         # One kernel pads its rows, another adds a trailing axis.
         lse = lse.detach().flatten(2)[rows, :, image] if maps.lse else None
-    write_slot = write_maps if torch.compiler.is_compiling() else write
-    write_slot(
+    write = write_maps if torch.compiler.is_compiling() else write_map
+    write(
         slots=maps.slots,
         written=maps.written,
         slot=slot,
@@ -576,7 +576,9 @@ def capture(
     maps = Maps(
         tokens=ConceptTokens(tokens.index.to(device), tokens.weight.to(device)),
         blocks=tuple(blocks),
-        layer_weights=None if layer_weights is None else torch.tensor(layer_weights, device=device),
+        layer_weights=None
+        if layer_weights is None
+        else torch.tensor(layer_weights, dtype=torch.float32, device=device),
         head_weight=None if head_weight is None else head_weight.to(device),
         normalize=normalize,
         lse=lse,
@@ -622,30 +624,6 @@ def _tokens(prompts: Sequence[str] | ConceptTokens, pipeline: DiffusionPipeline 
     return concept_tokens(pipeline, prompts)
 
 
-class Record:
-    """The maps of the passes inside `record`, in order."""
-
-    def __init__(self) -> None:
-        self.maps: list[Tensor] = []
-        """(B, G, N) float32 of each pass."""
-        self.grid: tuple[int, int] | None = None
-        """(rows, columns) of the image tokens."""
-        self.patch = 1
-        """Latent locations per image token and side; 1 for packed latents."""
-        self.packed = False
-
-    def weights(self, allocation: Allocation | None = None) -> Tensor:
-        """(B, S, H, W) float32 of mean 1 over the locations of each of S passes, (B, S, L) for packed latents.
-
-        allocation: strategy "attention" (the default) or "random", and options."""
-        allocation = _own_maps_allocation(allocation)
-        if self.grid is None:
-            raise RuntimeError("weights: no pass was made yet inside `record`")
-        weights = [_own_weights(allocation, maps, self.grid, self.patch) for maps in self.maps]
-        stacked = torch.stack(weights, 1)
-        return stacked.flatten(2) if self.packed else stacked
-
-
 def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     """The allocation, which must need nothing but a sample's own maps."""
     allocation = Allocation() if allocation is None else allocation
@@ -654,16 +632,43 @@ def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     return allocation
 
 
-def _own_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Weights of an allocation that needs nothing but these maps."""
-    weights = allocation_weights(allocation, maps, grid, patch=patch)
+def _velocity_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """Weights of the locations of a velocity of that shape, (B', C, H, W) or packed (B', L, C), for the B rows of maps:
+    (B, H, W) or (B, L)."""
+    packed = len(shape) == 3
+    weights = allocation_weights(allocation, maps, grid, patch=1 if packed else shape[-1] // grid[1])
     assert weights is not None  # only of the strategy "uniform" there are none
-    return weights
+    return weights.flatten(1) if packed else weights
 
 
-def _patch(velocity: Tensor, grid: tuple[int, int]) -> int:
-    """Latent locations per image token and side of a velocity (B, C, H, W) or packed (B, L, C)."""
-    return 1 if velocity.ndim == 3 else velocity.shape[-1] // grid[1]
+@dataclass(eq=False)
+class Record:
+    """What `record` kept of the passes inside it, in their order."""
+
+    maps: list[Tensor] = field(default_factory=list)
+    """(B, G, N) float32 of each pass."""
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of the image tokens; None before the first pass."""
+    velocity_shape: tuple[int, ...] = ()
+    """Of the passes' output: (B', C, H, W) or packed (B', L, C)."""
+
+    def add(self, maps: Tensor, grid: tuple[int, int], velocity_shape: tuple[int, ...]) -> None:
+        """Keep a pass. Raises ValueError if its grid is not that of the others."""
+        if self.grid is not None and self.grid != grid:
+            raise ValueError(f"grid: got a pass with {grid} after one with {self.grid} in one `record`")
+        self.maps.append(maps)
+        self.grid, self.velocity_shape = grid, velocity_shape
+
+    def weights(self, allocation: Allocation | None = None) -> Tensor:
+        """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, L) for packed latents.
+
+        allocation: strategy "attention" (the default) or "random", and options. Raises ValueError for another one,
+        RuntimeError if no pass was made yet."""
+        allocation = _own_maps_allocation(allocation)
+        if self.grid is None:
+            raise RuntimeError("weights: no pass was made inside `record` yet")
+        weights = [_velocity_weights(allocation, maps, self.grid, self.velocity_shape) for maps in self.maps]
+        return torch.stack(weights, 1)
 
 
 @contextmanager
@@ -699,13 +704,9 @@ def record(
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
         def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
-            values, velocity = maps.read(), output[0]
+            values = maps.read()
             assert maps.grid is not None  # the pass has shown it
-            if result.grid not in (None, maps.grid):
-                raise ValueError(f"grid: got a pass with {maps.grid} after one with {result.grid} in one `record`")
-            result.maps.append(values)
-            result.grid, result.packed = maps.grid, velocity.ndim == 3
-            result.patch = _patch(velocity, maps.grid)
+            result.add(values, maps.grid, tuple(output[0].shape))
 
         handle = transformer.register_forward_hook(keep)
         try:
@@ -716,7 +717,7 @@ def record(
         raise RuntimeError("transformer: made no pass inside `record`; give it the module that the sampler calls")
 
 
-def _weights_of_rows(weights: Tensor, rows: slice | Tensor, batch: int) -> Tensor:
+def _repeat_for_rows(weights: Tensor, rows: slice | Tensor, batch: int) -> Tensor:
     """Weights of the rows that were read -> of all rows of the batch: the unconditional row of an image gets the
     weights of its conditional one."""
     images = len(weights)
@@ -778,9 +779,8 @@ def allocated(
             if not (first_pass and first):
                 first[:] = [maps.read()]
             assert maps.grid is not None and maps.rows is not None  # the pass has shown them
-            weights = _own_weights(allocation, first[0], maps.grid, _patch(velocity, maps.grid))
-            weights = weights.flatten(1) if velocity.ndim == 3 else weights
-            velocity = weighted_gradient(velocity, _weights_of_rows(weights, maps.rows, len(velocity)))
+            weights = _velocity_weights(allocation, first[0], maps.grid, velocity.shape)
+            velocity = weighted_gradient(velocity, _repeat_for_rows(weights, maps.rows, len(velocity)))
             return (velocity, *output[1:]) if isinstance(output, tuple) else type(output)(sample=velocity)
 
         handle = transformer.register_forward_hook(weight)

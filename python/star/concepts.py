@@ -245,9 +245,9 @@ def locate(
     groups = max((len(row) for row in rows), default=0) or 1
     slots = max((len(entries) for row in rows for entries in row), default=0) or 1
     index = torch.full((len(prompts), groups, slots), -1, dtype=torch.int64)
-    weight = torch.zeros(len(prompts), groups, slots)
-    for b, entries in enumerate(rows):
-        for g, shares in enumerate(entries):
+    weight = torch.zeros(len(prompts), groups, slots, dtype=torch.float32)
+    for b, groups_of_row in enumerate(rows):
+        for g, shares in enumerate(groups_of_row):
             for k, (token, share) in enumerate(shares):
                 index[b, g, k] = token
                 weight[b, g, k] = share

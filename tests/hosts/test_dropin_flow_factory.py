@@ -31,8 +31,8 @@ def rolled():
 
 def host_loss(adapter, batch, i):
     """The trainer's loss from its formulas, without weights; and the guided velocity's pass."""
-    at, count = batch["latent_index_map"], len(batch["prompt"])
-    x, prev = (batch["all_latents"][:, at[k]].float() for k in (i, i + 1))
+    index, count = batch["latent_index_map"], len(batch["prompt"])
+    x, prev = (batch["all_latents"][:, index[k]].float() for k in (i, i + 1))
     both = adapter.pipeline.transformer(
         hidden_states=torch.cat([x, x]),
         encoder_hidden_states=torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]]),
@@ -42,9 +42,8 @@ def host_loss(adapter, batch, i):
     )[0]
     v = both[:count] + loop.GUIDANCE * (both[count:] - both[:count])
     sigmas = adapter.scheduler.sigmas
-    log_prob, _, _ = step_by_formula(
-        *(sigmas[i].expand(count), sigmas[i + 1].expand(count), sigmas[1].item()), v, x, 0.7, "sde", prev
-    )
+    at = (sigmas[i].expand(count), sigmas[i + 1].expand(count), sigmas[1].item())
+    log_prob, _, _ = step_by_formula(*at, v, x, 0.7, "sde", prev)
     r = (log_prob - batch["log_probs"][:, batch["log_prob_index_map"][i]]).exp()
     a = batch["advantage"].clamp(-5, 5)
     return torch.maximum(-a * r, -a * r.clamp(1 - 1e-4, 1 + 1e-4)).mean(), r, v

@@ -4,7 +4,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -14,9 +14,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import star.capture
-from builders import GRID, HEADS, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
+from builders import (
+    GRID,
+    HEADS,
+    TEXT,
+    clip_tokenizer,
+    flux_inputs,
+    small_flux,
+    small_inputs,
+    small_sd35,
+    small_transformer,
+    t5_tokenizer,
+)
 from star.capture import allocated, capture, record
-from star.concepts import ConceptTokens
+from star.concepts import ConceptTokens, concept_tokens
 from star.objective import Allocation
 from star_kernels import allocate
 
@@ -200,8 +211,10 @@ def test_record_of_a_module_that_is_not_called_says_so():
     model = small_transformer()
     with pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"), record(model, TOKENS):
         pass
-    with pytest.raises(RuntimeError, match="transformer: its forward was called"), record(model, TOKENS):
+    with pytest.raises(RuntimeError, match="transformer: its forward was called"), record(model, TOKENS) as recorded:
         model.forward(**small_inputs())
+    with pytest.raises(RuntimeError, match="weights: no pass was made"):
+        recorded.weights()
     with pytest.raises(KeyError), record(model, TOKENS):
         raise KeyError
     assert not model._forward_hooks and not model._forward_pre_hooks
@@ -258,6 +271,43 @@ def test_allocated_over_two_passes_of_guidance(first_pass):
         weight = model.proj_out.weight
         (got,), (expected,) = (torch.autograd.grad(x, weight) for x in (output.sum(), (model(**inputs)[0] * w).sum()))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("build", ["sd3", "flux"])
+def test_prompts_and_a_pipeline_are_their_tokens(build):
+    prompts = ["a red bench left of two green cats", "a dog"]
+    if build == "sd3":
+        pipeline = small_sd35(prompts)
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        inputs = dict(hidden_states=torch.randn(2, 16, 6, 10), encoder_hidden_states=embeds, pooled_projections=pooled)
+        inputs["timestep"] = torch.full((2,), 500.0)
+        shape = (2, 1, 6, 10)
+    else:
+        pipeline = FluxPipeline(
+            transformer=small_flux(), tokenizer=clip_tokenizer(prompts), tokenizer_2=t5_tokenizer(prompts),
+            scheduler=None, vae=None, text_encoder=None, text_encoder_2=None,
+        )  # fmt: skip
+        inputs = flux_inputs() | dict(encoder_hidden_states=torch.randn(2, 512, 24), txt_ids=torch.zeros(512, 3))
+        shape = (2, 1, N)
+    model, tokens = pipeline.transformer, concept_tokens(pipeline, prompts)
+    with torch.no_grad(), record(model, prompts, pipeline) as by_prompts:
+        model(**inputs)
+    with torch.no_grad(), record(model, tokens) as by_tokens:
+        model(**inputs)
+    assert torch.equal(by_prompts.maps[0], by_tokens.maps[0]) and by_prompts.weights().shape == shape
+    gradients = []
+    for arguments in ((prompts, pipeline), (tokens,)):
+        with allocated(model, *arguments):
+            output = model(**inputs)[0]
+        gradients.append(torch.autograd.grad(output.square().sum(), model.proj_out.weight)[0])
+    (plain,) = torch.autograd.grad(model(**inputs)[0].square().sum(), model.proj_out.weight)
+    assert torch.equal(*gradients) and not torch.allclose(gradients[0], plain, rtol=1e-3)
+    for context in (record, allocated):
+        with pytest.raises(ValueError, match="pipeline: got None"), context(model, prompts):
+            pass
+        with pytest.raises(ValueError, match="pipeline: got one beside ready tokens"), context(model, tokens, pipeline):
+            pass
 
 
 def test_allocated_as_a_decorator_in_no_grad_and_with_other_strategies():
@@ -346,7 +396,7 @@ def test_adapters_are_part_of_the_policy_that_is_read():
     model.enable_adapters()
     # PEFT's own wrapper around the same kind of model.
     wrapped = get_peft_model(small_transformer(), LoraConfig(r=4, target_modules=["attn.to_q"]))
-    with torch.no_grad(), capture(wrapped, TOKENS, grid=GRID) as maps:
+    with torch.no_grad(), capture(wrapped, TOKENS) as maps:
         wrapped(**inputs)
     torch.testing.assert_close(maps.read(), off)  # a new adapter changes nothing
     assert not torch.equal(on, off) and torch.equal(read(), on)
@@ -692,7 +742,7 @@ def distributed_rank(rank: int, folder: str) -> None:
             for block in model.transformer_blocks:
                 fully_shard(block, mesh=mesh)
             wrapped = fully_shard(model, mesh=mesh)
-        with capture(wrapped, tokens, grid=GRID) as maps:
+        with capture(wrapped, tokens) as maps:
             wrapped(**half, return_dict=False)[0].square().mean().backward()
         gradient = model.transformer_blocks[0].attn.to_q.weight.grad
         saved[kind] = (maps.read(), gradient.full_tensor() if kind == "fsdp" else gradient)

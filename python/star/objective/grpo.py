@@ -42,14 +42,14 @@ def _sigmas(scheduler: Scheduler, timestep: float | Tensor) -> tuple[Tensor, Ten
     return scheduler.sigmas[index], scheduler.sigmas[[i + 1 for i in index]]
 
 
-def _noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+def _draw_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """The numbers of diffusers' randn_tensor: drawn where the generator lives, by one for each sample if many."""
     if isinstance(generator, Sequence) and len(generator) == 1:
         generator = generator[0]
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise ValueError(f"generator: got {len(generator)}, expected one for each of {len(like)} samples")
-        return torch.cat([_noise(row[None], g) for row, g in zip(like, generator, strict=True)])
+        return torch.cat([_draw_noise(row[None], g) for row, g in zip(like, generator, strict=True)])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
@@ -127,7 +127,7 @@ def sde_step_with_logprob(
         prev_sample_mean = image * (1 - sigma_next) + noise * torch.sqrt(sigma_next**2 - std_dev_t**2)
         step_std = std_dev_t
     if prev_sample is None:
-        prev_sample = prev_sample_mean + step_std * _noise(model_output, generator)
+        prev_sample = prev_sample_mean + step_std * _draw_noise(model_output, generator)
 
     log_prob = -((prev_sample.detach() - prev_sample_mean) ** 2)  # (B, C, H, W)
     if sde_type == "sde":

@@ -25,7 +25,7 @@ def check_weights(weights: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(expected)}")
 
 
-def over_channels(weights: Tensor, x: Tensor) -> Tensor:
+def with_channel_axis(weights: Tensor, x: Tensor) -> Tensor:
     """Weights of x's locations with an axis for the channels, so that they multiply x."""
     check_weights(weights, location_shape(x))
     return weights.detach().to(x.device).unsqueeze(channel_dim(x))
@@ -65,4 +65,4 @@ def weighted_gradient(x: Tensor, weights: Tensor | None) -> Tensor:
     Raises:
         TypeError, ValueError: weights that are not floating-point or not one per location.
     """
-    return x if weights is None else WeightedGradient.apply(x, over_channels(weights, x))
+    return x if weights is None else WeightedGradient.apply(x, with_channel_axis(weights, x))
