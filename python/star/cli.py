@@ -24,12 +24,13 @@ Values = TypeVar("Values", bound="DataclassInstance")
 
 USAGE = """usage: star COMMAND [--help]
 
-  train   post-train a model: --preset NAME, --config FILE.yaml, and any option plan    print what a run will take,
-  before anything is loaded: --gpus N and the options of train eval    score a model, with or without an adapter, on a
-  task's held-out prompts or a prompt file (GenEval's, OCR's, any) compare train arms with several seeds side by side,
-  and report what tells them apart maps    picture a prompt's concept maps by layer and step report  one HTML page of
-  runs: curves, images, what differs; star report RUN [RUN...] [--out FILE] info    versions, what was built, and which
-  implementation each operator uses
+  train    post-train a model: --preset NAME, --config FILE.yaml, and any option
+  plan     predict what a run will take, before anything is loaded: --gpus N and the options of train
+  eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
+  compare  train arms with several seeds side by side, and report which differ
+  maps     draw a prompt's concept maps by layer and step
+  report   write one HTML page of runs: curves, images, settings that differ: star report RUN [RUN...] [--out FILE]
+  info     print versions, what was built, and which implementation each operator uses
 """
 
 
@@ -80,7 +81,7 @@ class Eval:
 
 @dataclass
 class Maps:
-    """Picture the concept maps of a prompt."""
+    """Draw the concept maps of a prompt."""
 
     prompt: str = "a red circle left of a blue square"
     """The prompt."""
@@ -90,7 +91,7 @@ class Maps:
     model: str | None = None
     """A pipeline's folder or hub id. None: the task's."""
     out: Path = Path("maps.png")
-    """The picture's file."""
+    """File of the figure."""
     steps: int = 8
     """Denoising steps."""
     guidance_scale: float = 1.0

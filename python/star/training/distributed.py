@@ -68,7 +68,7 @@ class Share:
     """Which of an iteration's images this process makes: an equal, contiguous part of each update.
 
     The micro batches are those of a single process, and a group may be spread over processes: rewards are gathered
-    before its statistics are taken. rows: (b,) int64 places among the iteration's images.
+    before its statistics are taken. rows: (b,) int64 rows among the iteration's images.
     """
 
     def __init__(self, accelerator: Accelerator, images: int, updates: int) -> None:
@@ -78,7 +78,7 @@ class Share:
         self.order = parts.flatten()
 
     def gather(self, x: Tensor) -> Tensor:
-        """(b, ...) of this process -> (B, ...) of all of them, each row in its place."""
+        """(b, ...) of this process -> (B, ...) of all of them, each row where it belongs."""
         if self.accelerator.num_processes == 1:
             return x
         gathered = self.accelerator.gather(x.to(self.accelerator.device).contiguous()).to(x.device)
@@ -88,7 +88,7 @@ class Share:
         """The same of what a reward said. Masks stay with the process whose images they are of."""
         if self.accelerator.num_processes == 1:
             return scores
-        # Where the reward failed for every picture of a process, it said less than elsewhere.
+        # Where the reward failed for every image of a process, it said less than elsewhere.
         shape = None if scores.reward_map is None else tuple(scores.reward_map.shape[1:])
         said = gather_object([(list(scores.details), list(scores.terms), shape)])
         nothing = torch.full_like(scores.reward, torch.nan)

@@ -16,7 +16,7 @@ FIXED = (
     *("scoring.guidance_scale", "scoring.seed"),
 )
 # They say where and how a run goes on, not what it trains.
-UNTOLD = (
+UNNAMED = (
     *("run.out", "run.resume", "run.overwrite", "run.save_every", "run.keep_checkpoints", "run.figures"),
     *("run.grid_every", "run.trackers", "run.timeout_minutes", "run.reward_timeout", "run.reward_strict"),
     *("run.reward_models", "optimization.iterations"),
@@ -40,6 +40,6 @@ def compare_with_saved(config: Config) -> None:
             raise ConfigError(
                 f"{name}: got {after!r}, the run was started with {before!r}, which it cannot change; use another --out"
             )
-    told = [f"{name} {after!r} (was {before!r})" for name, (before, after) in changes.items() if name not in UNTOLD]
-    if told:
-        log.warning("run.resume: from here on %s", ", ".join(told))
+    named = [f"{name} {after!r} (was {before!r})" for name, (before, after) in changes.items() if name not in UNNAMED]
+    if named:
+        log.warning("run.resume: from here on %s", ", ".join(named))
