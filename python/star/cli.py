@@ -43,8 +43,8 @@ class Eval:
     unless there is a model."""
     model: str | None = None
     """A pipeline's folder or hub id. None: the task's."""
-    lora: Path | None = None
-    """An adapter's folder, as `star train` writes it."""
+    lora: str | None = None
+    """An adapter: a folder in diffusers' or PEFT's format, or a hub id."""
     prompts: Path | None = None
     """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
     reward: str | None = None
@@ -243,14 +243,13 @@ def evaluate(arguments: list[str]) -> None:
     from star.reports.tables import evaluation_table
     from star.rewards.worker import RewardWorker
     from star.training import scoring
+    from star.training.adapter import load_adapter
     from star.training.prompts import read_prompts
     from star.training.task import load_task_reward
 
     options = tyro.cli(Eval, args=arguments, prog="star eval")
     if options.save_images and options.out is None:
         raise ValueError("save_images: needs a folder, --out")
-    if options.lora and not options.lora.is_dir():
-        raise FileNotFoundError(f"lora: {options.lora} is no folder")
     if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"out: {options.out} is not empty")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -268,7 +267,7 @@ def evaluate(arguments: list[str]) -> None:
                    "max_sequence_length", "seed")  # fmt: skip
     pipeline = task.pipeline(device, getattr(torch, options.dtype))
     if options.lora:
-        pipeline.load_lora_weights(str(options.lora))
+        load_adapter(pipeline, options.lora)
     observe = None if options.out is None else scoring.ResultsWriter(options.out, prompts, options.save_images)
     with RewardWorker(reward, options.timeout) as worker:
         evaluation = scoring.evaluate(pipeline, prompts, worker, images, observe=observe)

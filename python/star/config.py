@@ -69,6 +69,9 @@ class Model:
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     """Matrices of the transformer that get an adapter, by the end of their names."""
+    adapter: str | None = None
+    """Folder or hub id of an adapter that training starts from, of the rank, alpha and targets above; the KL term is
+    against it. None: a new adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: Literal["no", "inductor", "aot_eager"] = "no"
@@ -290,6 +293,8 @@ class Config:
             raise ConfigError(
                 "loss.kl_coef: needs an adapter (model.lora_rank > 0): without it the reference is the model"
             )
+        if self.model.adapter and not self.model.lora_rank:
+            raise ConfigError("model.adapter: needs model.lora_rank, the adapter's rank")
         half = {"float16": "fp16", "bfloat16": "bf16"}
         if self.model.frozen_dtype in half and optimization.mixed_precision != half[self.model.frozen_dtype]:
             raise ConfigError(

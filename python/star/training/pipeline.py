@@ -88,6 +88,10 @@ def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[t
     if not model.lora_rank:
         if transformer.dtype != torch.float32:
             transformer.float()
+    elif getattr(transformer, "peft_config", None):  # it begins with an adapter from a file, whose copy stays frozen
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(".default." in name)
+        cast_training_params(transformer, torch.float32)
     else:
         check_targets(transformer, model.lora_targets)
         adapter = LoraConfig(

@@ -212,6 +212,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     transformer, dtype = models.transformer, getattr(torch, config.model.frozen_dtype)
     for module in (transformer, *models.text_encoders):
         module.to(dtype)
+    # One that training starts from takes what a new one takes, and once more for its frozen copy.
     trained = make_trainable(_Parts(transformer, models.vae, *models.text_encoders), config)
     images = sampling.prompts_per_iteration * sampling.images_per_prompt
     own = images // gpus

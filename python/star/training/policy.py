@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from star.config import Config, ConfigError
+from star.training.adapter import REFERENCE, TRAINED, has_reference, start_from
 from star.training.distributed import full_tensor, shard_like
 from star.training.pipeline import make_trainable
 
@@ -27,6 +28,8 @@ class Policy:
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, config: Config, accelerator: Accelerator) -> None:
         self.accelerator, self.bare, self.config = accelerator, pipeline.transformer, config.optimization
+        if config.model.adapter:
+            start_from(pipeline, config.model)
         trained = make_trainable(pipeline, config)
         optimizer = torch.optim.AdamW(
             trained,
@@ -92,11 +95,26 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The model without its adapter, and without gradients."""
+        """The model before this run, without gradients: with the adapter that it began with, or with none."""
+        with self.starting_adapter() if has_reference(self.bare) else self.without_adapter(), torch.no_grad():
+            yield self.accelerator.unwrap_model(self.transformer)
+
+    @contextmanager
+    def starting_adapter(self) -> Iterator[None]:
+        trained = {name: p.requires_grad for name, p in self.bare.named_parameters()}
+        self.bare.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            self.bare.set_adapter(TRAINED)
+            for name, p in self.bare.named_parameters():  # which set_adapter changes
+                p.requires_grad_(trained[name])
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
         self.bare.disable_adapters()
         try:
-            with torch.no_grad():
-                yield self.accelerator.unwrap_model(self.transformer)
+            yield
         finally:
             self.bare.enable_adapters()
 
@@ -115,7 +133,7 @@ class Policy:
             with torch.no_grad():
                 for layer, weight in zip(layers, plain, strict=True):
                     layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
-            with self.reference():
+            with self.without_adapter(), torch.no_grad():
                 yield
         finally:
             for layer, weight in zip(layers, plain, strict=True):

@@ -11,7 +11,7 @@ log = logging.getLogger("star")
 
 # The checkpoint's tensors are of these, or scores of the run would no longer compare.
 FIXED = (
-    *("task", "model.path", "model.lora_rank", "model.lora_alpha", "model.lora_targets"),
+    *("task", "model.path", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "model.adapter"),
     *("scoring.count", "scoring.prompts", "scoring.reward", "scoring.images_per_prompt", "scoring.steps"),
     *("scoring.guidance_scale", "scoring.seed"),
 )
