@@ -102,7 +102,7 @@ def test_relations_hold_in_what_is_drawn():
             assert (bx - ax) * dx + (by - ay) * dy > 8
 
 
-def test_noise_and_an_empty_picture_are_judged_without_error():
+def test_noise_and_an_empty_image_are_judged_without_error():
     scene = parse_scene("a red circle left of a blue square")
     assert verify(np.zeros((36, 36, 3)), scene).soft == 0
     verify(np.random.default_rng(0).random((36, 36, 3)), scene)
@@ -125,7 +125,7 @@ def test_shipped_base_leaves_room_for_reinforcement(pipeline):
 
 
 def test_shipped_attention_localizes_in_the_default_layers(pipeline):
-    found = measure.localization(pipeline, (0.5,), n=64)
+    found = measure.measure_localization(pipeline, (0.5,), n=64)
     for entry in found:
         if entry.layer in measure.DEFAULT_LAYERS:
             assert entry.auc >= 0.9 and entry.auc_any >= 0.9 and entry.mass_ratio > 2

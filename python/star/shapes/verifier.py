@@ -1,4 +1,4 @@
-"""Decides from the pixels alone whether a picture shows what its prompt asks for, and where.
+"""Decides from the pixels alone whether an image shows what its prompt asks for, and where.
 
 Objects are found by color segmentation (the backgrounds are gray, so chroma tells object from ground) and named by
 matching templates of every shape. Strict: everything right and nothing besides, as in GenEval. Soft: partial credit.
@@ -64,7 +64,7 @@ def _crop(image: np.ndarray, center_x: float, center_y: float) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Every shape at several sizes and sub-pixel places: (T, WINDOW**2) coverage and (T,) shape indices."""
+    """Every shape at several sizes and sub-pixel offsets: (T, WINDOW**2) coverage and (T,) shape indices."""
     crops, labels = [], []
     for index, shape in enumerate(_SHAPE_NAMES):
         for radius in np.arange(3.4, 5.4, 0.3):
@@ -78,14 +78,14 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def detect(image: np.ndarray) -> tuple[Detection, ...]:
-    """Find the objects of a picture. image: (S, S, 3) float in 0..1."""
+    """Find the objects of an image. image: (S, S, 3) float in 0..1."""
     image = np.clip(image, 0, 1).astype(np.float32)
     low = image.min(-1)
     tint = image - low[..., None]
     norm = np.linalg.norm(tint, axis=-1) + 1e-6
     color = ((tint @ _HUES.T) / norm[..., None]).argmax(-1)  # (S, S)
     cover = np.clip((image.max(-1) - low) / _CHROMA[color], 0, 1)
-    found, crops = [], []
+    objects, crops = [], []
     for index in np.unique(color[cover > FOREGROUND]):
         labels, number = ndimage.label((cover > FOREGROUND) & (color == index))
         for label in range(1, number + 1):
@@ -94,9 +94,9 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
                 continue
             soft = np.where(ndimage.binary_dilation(mask) & (color == index), cover, 0)
             y, x = ndimage.center_of_mass(soft)
-            found.append((_COLOR_NAMES[index], (x, y), mask))
+            objects.append((_COLOR_NAMES[index], (x, y), mask))
             crops.append(_crop(soft, x, y).ravel())
-    if not found:
+    if not objects:
         return ()
     templates, labels = _templates()
     crops = np.stack(crops)  # (objects, WINDOW**2)
@@ -107,7 +107,7 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
     scores = np.stack([overlap[:, labels == i].max(1) for i in range(len(_SHAPE_NAMES))], 1)  # (objects, 5)
     return tuple(
         Detection(name, _SHAPE_NAMES[s.argmax()], float(s.max()), center, mask, s)
-        for (name, center, mask), s in zip(found, scores, strict=True)
+        for (name, center, mask), s in zip(objects, scores, strict=True)
     )
 
 
@@ -122,10 +122,10 @@ def _credit(detection: Detection, things: Things) -> float:
 
 
 def verify(image: np.ndarray, scene: Scene) -> Verdict:
-    """Judge a picture against a scene. image: (S, S, 3) float in 0..1.
+    """Judge an image against a scene. image: (S, S, 3) float in 0..1.
 
     Soft is the mean credit over the requirements (each group of things, the relation, the background), times
-    EXTRA_PENALTY for each object that nobody asked for.
+    EXTRA_PENALTY for each object that was not requested.
     """
     image = np.asarray(image, np.float32)
     if image.ndim != 3 or image.shape[-1] != 3:

@@ -1,4 +1,4 @@
-"""Places in a Markdown document that the tool fills."""
+"""The parts of a Markdown document, between marks, that the tool fills."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from star import files
 from star.config import ConfigError
 
 
-def surroundings(document: Path, name: str) -> tuple[str, str]:
-    """What is before and after the place between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a document.
+def split_at_marks(document: Path, name: str) -> tuple[str, str]:
+    """The text up to the mark `<!-- NAME -->` and from the mark `<!-- end of NAME -->` of a document on.
 
-    Raises ConfigError if it has no such marks.
+    Raises ConfigError if it lacks one of them.
     """
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, found, rest = document.read_text().partition(begin)
+    before, opened, rest = document.read_text().partition(begin)
     _, closed, after = rest.partition(end)
-    if not found or not closed:
+    if not opened or not closed:
         raise ConfigError(f"document: {document} has no marks {begin!r} and {end!r}")
     return before + begin, end + after
 
 
 def insert(document: Path, name: str, text: str) -> None:
-    """Put a text between a document's marks; see `surroundings`."""
-    before, after = surroundings(document, name)
+    """Put a text between a document's marks; see `split_at_marks`."""
+    before, after = split_at_marks(document, name)
     files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")
 
 
-def folded(text: str) -> str:
-    """A report's Markdown in which all tables but the first, the answer, are folded away."""
+def fold_tables(text: str) -> str:
+    """A report's Markdown with all tables but the first, which is the answer, in a <details> element."""
     heading = "\n\n**"
     parts = text.strip().split(heading, 2)
     if len(parts) < 3:

@@ -21,7 +21,7 @@ from star.training.distributed import Termination
 POLL = 0.1  # seconds
 
 
-def finished(config: Config) -> bool:
+def is_finished(config: Config) -> bool:
     """Whether a run has reached its end."""
     path = config.run.out / "summary.json"
     return path.exists() and json.loads(path.read_text())["iterations"] >= config.optimization.iterations
@@ -91,7 +91,7 @@ def execute(configs: Sequence[Config], parallel: int) -> bool:
         try:
             while (waiting or running) and not termination.received:
                 for config in list(waiting):
-                    if finished(config):
+                    if is_finished(config):
                         bar.update()
                     elif len(running) == parallel or (process := start(config)) is None:
                         continue
@@ -102,7 +102,7 @@ def execute(configs: Sequence[Config], parallel: int) -> bool:
                 for process in [process for process in running if process.poll() is not None]:
                     config = running.pop(process)
                     bar.update()
-                    if process.returncode or not finished(config):
+                    if process.returncode or not is_finished(config):
                         failures.append(f"{config.run.out.name} ({last_line(config)})")
         finally:
             for process in running:
