@@ -56,21 +56,21 @@ def study(**fields):
 
 @pytest.mark.parametrize("name", sorted(spec.PRESETS))
 def test_presets_are_whole_and_their_arms_differ_in_nothing_but_what_they_say(name, tmp_path):
-    found = spec.preset(name)
-    found.check()
-    configs = {arm: configuration.to_dict(found.config(arm, 3, tmp_path)) for arm in found.arms}
+    preset = spec.preset(name)
+    preset.check()
+    configs = {arm: configuration.to_dict(preset.config(arm, 3, tmp_path)) for arm in preset.arms}
     for arm, config in configs.items():
         assert config["run"].pop("out") == str(tmp_path / "runs" / f"{arm}-3") and config["run"]["seed"] == 3
         del config["allocation"], config["loss"], config["optimization"]["learning_rate"], config["run"]["reward"]
     assert all(config == configs["uniform"] for config in configs.values())
-    assert len({str(changes) for changes in found.arms.values()}) == len(found.arms)
+    assert len({str(changes) for changes in preset.arms.values()}) == len(preset.arms)
 
 
 def test_the_shapes_study_has_every_strategy_with_five_seeds():
-    found = spec.preset("shapes")
-    assert {changes["allocation"]["strategy"] for changes in found.arms.values()} == set(STRATEGIES)
-    assert len(found.seeds) == 5 and set(found.baselines) <= set(found.arms)
-    assert {changes.get("loss", {}).get("ratio", "token") for changes in found.arms.values()} == {
+    preset = spec.preset("shapes")
+    assert {changes["allocation"]["strategy"] for changes in preset.arms.values()} == set(STRATEGIES)
+    assert len(preset.seeds) == 5 and set(preset.baselines) <= set(preset.arms)
+    assert {changes.get("loss", {}).get("ratio", "token") for changes in preset.arms.values()} == {
         "token",
         "location",
         "sample",
@@ -257,8 +257,8 @@ def test_the_curve_is_of_the_averaged_policy_and_earlier_lines_stay(tmp_path):
     config = study(seeds=(0,)).config("attention", 0, tmp_path)
     config.optimization.ema_decay, config.optimization.ema_every = 0.9, 1
     train(config)
-    first, second, last = found = read_evaluations(config.run.out)
-    assert [one.iteration for one in found] == [0, 1, 2]
+    first, second, last = scorings = read_evaluations(config.run.out)
+    assert [one.iteration for one in scorings] == [0, 1, 2]
     resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
     trainer = Trainer(resumed)
     with trainer.policy.averaged(), RewardWorker(trainer.reward) as worker:
@@ -341,10 +341,10 @@ def test_an_arm_that_is_better_is_found_with_its_amount():
 
 
 def test_an_equal_arm_is_not_found_more_often_than_promised():
-    found = [intervals.difference(synthetic(0.0, prompts=30, seed=i), "attention", "uniform") for i in range(60)]
+    differences = [intervals.difference(synthetic(0.0, prompts=30, seed=i), "attention", "uniform") for i in range(60)]
     # 5 % of 60, and what a binomial leaves with 99.9 %: at most 9.
-    assert sum(one.significant for one in found) <= 9
-    assert abs(np.mean([one.estimate.mean for one in found])) < 0.003
+    assert sum(one.significant for one in differences) <= 9
+    assert abs(np.mean([one.estimate.mean for one in differences])) < 0.003
 
 
 def test_differences_by_hand():
@@ -359,11 +359,11 @@ def test_differences_by_hand():
     scores["b"][1] = scores["b"][0]
     names = np.array(["x", "y"])
     results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in ("reward", "strict")}, {}, ())
-    found = intervals.difference(results, "a", "b")
+    difference = intervals.difference(results, "a", "b")
     # Means of three scorings: 0.2 and 0.4 less 0.1; 0.4 and 0.4 less 0.1. Seed 7 has no partner. t = 0.25 / 0.05 with
     # one degree of freedom.
-    assert found.seeds == found.better == 2 and found.estimate.mean == pytest.approx(0.25)
-    assert found.p == pytest.approx(2 * (0.5 - np.arctan(5) / np.pi))
+    assert difference.seeds == difference.better == 2 and difference.estimate.mean == pytest.approx(0.25)
+    assert difference.p == pytest.approx(2 * (0.5 - np.arctan(5) / np.pi))
     assert intervals.difference(results, "a", "b", category="y").estimate.mean == pytest.approx(0.3)
     assert intervals.difference(results, "a", "b", summary="area").estimate.mean == pytest.approx(0.5 / 3)
     # a's mean curve is 0, 0, 0.35, 0.7; b's final score is 0.1.
@@ -375,11 +375,11 @@ def test_differences_by_hand():
 def test_intervals_are_as_wide_as_their_two_sources_make_them():
     rng = np.random.default_rng(3)
     by_seed, by_prompt = rng.standard_normal(40), 2 * rng.standard_normal(80)
-    found = intervals.interval(by_seed[:, None] + by_prompt, np.arange(80))
+    estimate = intervals.interval(by_seed[:, None] + by_prompt, np.arange(80))
     expected = 2 * 1.96 * (by_seed.var() / 40 + by_prompt.var() / 80) ** 0.5
     # The ends of 2000 resamples are themselves uncertain by a few per cent.
-    assert found.high - found.low == pytest.approx(expected, rel=0.1)
-    assert found.mean == pytest.approx(by_seed.mean() + by_prompt.mean())
+    assert estimate.high - estimate.low == pytest.approx(expected, rel=0.1)
+    assert estimate.mean == pytest.approx(by_seed.mean() + by_prompt.mean())
     alone = intervals.interval(by_prompt[None], np.arange(80))
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * (by_prompt.var() / 80) ** 0.5, rel=0.1)
     assert np.isnan(intervals.interval(np.ones((1, 1)), np.zeros(1)).low)
@@ -440,8 +440,8 @@ def test_an_archived_study_of_an_earlier_version_is_reported_as_it_was(tmp_path,
     assert main(["compare", "--no-train", "--out", str(tmp_path / "global")]) == 0
     lines = (tmp_path / "global/report.md").read_text().splitlines()
     assert lines[0] == "Seeds 0, 1, 2; 120 iterations, scored 5 times on 192 held-out images of 3 prompts."
-    found = next(line for line in lines if line.startswith("| attention_mix_1 |"))
-    assert found.startswith("| attention_mix_1 | +0.005 [-0.020, +0.033] | 0.288 | 3/3 | +0.004 [-0.013, +0.019] |")
+    row = next(line for line in lines if line.startswith("| attention_mix_1 |"))
+    assert row.startswith("| attention_mix_1 | +0.005 [-0.020, +0.033] | 0.288 | 3/3 | +0.004 [-0.013, +0.019] |")
     assert "| attention_mix_1 | 3 | 0.676 [0.234, 0.999] |" in lines
 
 
@@ -453,11 +453,11 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
     assert path.read_text() == "# Evidence\n"
 
 
-def test_the_documentation_has_a_place_for_the_results_of_every_preset():
+def test_the_documentation_has_marks_for_the_results_of_every_preset():
     text = (Path(__file__).parents[2] / "docs/evidence.md").read_text()
-    places = [f"results of {name}" for name in spec.PRESETS] + ["diagnosis of shapes", "diagnosis of global"]
-    for place in places:
-        assert text.index(f"<!-- {place} -->") < text.index(f"<!-- end of {place} -->")
+    marks = [f"results of {name}" for name in spec.PRESETS] + ["diagnosis of shapes", "diagnosis of global"]
+    for mark in marks:
+        assert text.index(f"<!-- {mark} -->") < text.index(f"<!-- end of {mark} -->")
 
 
 # --- diagnosis --------------------------------------------------------------------------------------------------------
@@ -549,10 +549,13 @@ def test_the_gradient_is_that_of_the_locations_inside_and_outside(tmp_path):
     inside = (torch.rand(1, 4, 18, 18) > 0.7).float()
     chosen = torch.arange(sum(p.numel() for p in trainer.policy.parameters.values()))
     fields = {"all": None, "inside": inside, "outside": 1 - inside}
-    found = gradient.batch_gradients(trainer, rollout, torch.tensor([1.0, -1.0, 0.5, 2.0]), fields, chosen)
-    assert np.abs(found["inside"]).max() > 0
+    gradients = gradient.batch_gradients(trainer, rollout, torch.tensor([1.0, -1.0, 0.5, 2.0]), fields, chosen)
+    assert np.abs(gradients["inside"]).max() > 0
     np.testing.assert_allclose(
-        found["inside"] + found["outside"], found["all"], atol=1e-5 * np.abs(found["all"]).max(), rtol=1e-4
+        gradients["inside"] + gradients["outside"],
+        gradients["all"],
+        atol=1e-5 * np.abs(gradients["all"]).max(),
+        rtol=1e-4,
     )
     # An arm's weights there are those of its own trainer.
     last = trainer.rollout(prompts, torch.Generator().manual_seed(0), captured=(2,))

@@ -16,7 +16,8 @@ from star.study.results import Results
 from star.study.tables import METRIC
 
 BASELINE_COLOR, ARM_COLOR = "0.45", "tab:blue"
-ROW, LINE = 2.4, 0.3  # inches of a row of panels, and of an arm's difference
+ROW, LINE = 2.4, 0.3  # inches, of a row of panels and of an arm's difference
+WIDTH = 5.5  # inches, at least: the lines of text need them
 
 
 def draw(results: Results, baseline: str, path: Path) -> None:
@@ -25,8 +26,8 @@ def draw(results: Results, baseline: str, path: Path) -> None:
     arms = [arm for arm in shown if arm != baseline] or shown
     columns = min(4, len(arms))
     rows = math.ceil(len(arms) / columns)
-    heights = (ROW * rows, 2 * LINE + LINE * len(arms))
-    figure = Figure(figsize=(3.1 * columns + 0.6, sum(heights)), layout="constrained")
+    heights = (ROW * rows, 3 * LINE + LINE * len(arms))
+    figure = Figure(figsize=(max(3.1 * columns + 0.6, WIDTH), sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     draw_curves(upper, results, arms, baseline, (rows, columns))
@@ -79,7 +80,7 @@ def draw_differences(axes: Axes, results: Results, arms: list[str], baseline: st
     axes.set_yticks(range(len(arms)), labels, fontsize=8)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(
-        f"{METRIC} at the end, difference to {baseline}; filled: shown by interval and t-test; n: seeds of both",
+        f"{METRIC} at the end, difference to {baseline}\nfilled: shown by interval and t-test; n: seeds of both arms",
         fontsize=9,
     )
     axes.spines[["top", "right"]].set_visible(False)
