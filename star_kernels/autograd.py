@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,14 @@ class PolicyLoss(torch.autograd.Function):
     """(loss, statistics) of an implementation `run`, whose first argument, the velocity, gets the gradient."""
 
     @staticmethod
-    def forward(ctx, run: Callable, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: Callable, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor]:
         loss, statistics, gradient = run(velocity, *rest)
         ctx.mark_non_differentiable(statistics)
         ctx.save_for_backward(gradient)
         return loss, statistics
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, _) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "policy_loss: no second derivative; its gradient is a constant (create_graph must be False)"

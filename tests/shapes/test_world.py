@@ -58,7 +58,7 @@ def test_every_concept_of_every_scene_is_found(pipeline):
         for scene in scenes[:40]:
             concepts = parse(scene.prompt)
             assert len(concepts) == len(scene.things) + bool(scene.background)
-            index = locate([scene.prompt], [concepts], pipeline.tokenizer).index
+            index = locate([scene.prompt], pipeline.tokenizer, concepts=[concepts]).index
             assert (index >= 0).any(-1).all() and index.max() < TEXT_LENGTH
 
 

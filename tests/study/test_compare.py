@@ -18,7 +18,7 @@ import yaml
 from matplotlib.text import Text
 
 from star import config as configuration
-from star import rewards
+from star import document, rewards
 from star.cli import main
 from star.config import ConfigError
 from star.objective import STRATEGIES
@@ -29,7 +29,7 @@ from star.shapes import diagnosis, scenes
 from star.shapes import reward as study_rewards
 from star.shapes.reward import shapes_reward
 from star.shapes.verifier import verify
-from star.study import diagnose, document, gradient_signal, intervals, page, runs, spec
+from star.study import diagnose, gradient_signal, intervals, page, runs, spec
 from star.study.diagnose import gradient
 from star.study.results import Results
 from star.train import Trainer
@@ -120,8 +120,8 @@ def test_a_study_that_cannot_be_run_is_one_clear_line(fields, words):
 
 
 def test_a_study_survives_yaml(tmp_path):
-    configuration.save(spec.preset("global"), tmp_path / "study.yaml")
-    assert configuration.load(tmp_path / "study.yaml", spec.Study()) == spec.preset("global")
+    spec.save_study(spec.preset("global"), tmp_path / "study.yaml")
+    assert spec.load_study(tmp_path / "study.yaml") == spec.preset("global")
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_seeds_of_an_earlier_call_stay_and_a_document_is_looked_at_first(stopped
     """What would only be found out after hours of training is found out before."""
     out, command = stopped_and_continued["out"], stopped_and_continued["command"]
     assert main([*command, "--seeds", "1"]) == 0
-    assert tuple(configuration.load(out / "study.yaml", spec.Study()).seeds) == (0, 1)
+    assert tuple(spec.load_study(out / "study.yaml").seeds) == (0, 1)
     assert "Seeds 0, 1; 2 iterations, scored 3 times on 8 held-out images of" in (out / "report.md").read_text()
     capsys.readouterr()
     assert main([*command, "--seeds", "0", "1", "2", "--diagnose"]) == 1

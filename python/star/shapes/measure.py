@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from star.capture import capture
-from star.concepts import locate, parse
+from star.concepts import concept_tokens
 from star.shapes.model import GRID, load_pipeline
 from star.shapes.scenes import parse_scene, prompts, render
 
@@ -69,7 +69,7 @@ def measure_localization(
     embeds, _, pooled, _ = pipeline.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
-    tokens = locate(texts, [parse(text) for text in texts], pipeline.tokenizer)
+    tokens = concept_tokens(pipeline, texts)
     measured = []
     for t in levels:
         with capture(transformer, tokens, grid=GRID) as maps:

@@ -51,7 +51,8 @@ class VerifierReward:
 @VerifierReward
 def shapes_reward(verified: Verified) -> Scores:
     """Soft scores in 0..1, `strict` as a detail, masks of the requested objects, and what each location earned."""
-    size = tuple(verified.images.shape[2:])
+    height, width = verified.images.shape[2:]
+    size = (height, width)
     masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(size, bool) for v in verified.verdicts])
     maps = [reward_map(v, scene, size) for v, scene in zip(verified.verdicts, verified.scenes, strict=True)]
     return Scores(

@@ -151,7 +151,7 @@ def split_scenes(split: str) -> dict[str, tuple[Scene, ...]]:
 
 
 def prompts(
-    n: int, seed: int, split: str = "train", categories: tuple[str, ...] | None = None, distinct: bool = False
+    n: int, seed: int | str, split: str = "train", categories: tuple[str, ...] | None = None, distinct: bool = False
 ) -> list[str]:
     """n prompts drawn with a seed, categories in the shares of PROPORTIONS (restricted to `categories` if given).
 

@@ -98,13 +98,13 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
             crops.append(_crop(soft, x, y).ravel())
     if not objects:
         return ()
-    templates, labels = _templates()
-    crops = np.stack(crops)  # (objects, WINDOW**2)
+    templates, template_shapes = _templates()
+    drawn = np.stack(crops)  # (objects, WINDOW**2)
     # min(a, b) = (a + b - |a - b|) / 2 needs one elementwise pass instead of two.
-    difference = np.abs(crops[:, None] - templates[None]).sum(-1)
-    total = crops.sum(-1)[:, None] + templates.sum(-1)[None]
+    difference = np.abs(drawn[:, None] - templates[None]).sum(-1)
+    total = drawn.sum(-1)[:, None] + templates.sum(-1)[None]
     overlap = (total - difference) / (total + difference)  # (objects, T)
-    scores = np.stack([overlap[:, labels == i].max(1) for i in range(len(_SHAPE_NAMES))], 1)  # (objects, 5)
+    scores = np.stack([overlap[:, template_shapes == i].max(1) for i in range(len(_SHAPE_NAMES))], 1)  # (objects, 5)
     return tuple(
         Detection(name, _SHAPE_NAMES[s.argmax()], float(s.max()), center, mask, s)
         for (name, center, mask), s in zip(objects, scores, strict=True)
@@ -142,8 +142,11 @@ def verify(image: np.ndarray, scene: Scene) -> Verdict:
         masks.append(np.any([detections[i].mask for i in best], 0) if best else np.zeros(image.shape[:2], bool))
     if scene.relation:
         (dx, dy), (first, second) = RELATIONS[scene.relation], centers
-        held = bool(first and second) and ((second[0] - first[0]) * dx + (second[1] - first[1]) * dy > RELATION_MARGIN)
-        parts.append(float(held))
+        if first is None or second is None:
+            parts.append(0.0)
+        else:
+            along = (second[0] - first[0]) * dx + (second[1] - first[1]) * dy
+            parts.append(float(along > RELATION_MARGIN))
     if scene.background:
         ground = image[~np.any([d.mask for d in detections], 0)] if detections else image.reshape(-1, 3)
         level = float(np.median(ground)) if ground.size else 0.0

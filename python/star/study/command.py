@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from star import config as configuration
+from star import document
 from star.config import EMBEDDED, ConfigError
-from star.study import document, runs
+from star.study import runs
 from star.study import spec as specification
 from star.study.spec import Study
 
@@ -18,8 +18,8 @@ class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
     preset: str = EMBEDDED
-    """The study: "shapes", "large_batch", "plain" (gradients without AdamW), "global" (prompts of one global attribute)
-    or "noise" (rewards that are noise)."""
+    """The study: `shapes`, `large_batch`, `plain` (gradients without AdamW), `global` (prompts of one global attribute)
+    or `noise` (rewards that are noise)."""
     spec: Path | None = None
     """A YAML file whose values replace the preset's; `arms` and `changes` are replaced as a whole."""
     out: Path = Path("runs/study")
@@ -46,9 +46,9 @@ def requested_study(options: Compare) -> Study:
     if options.train:
         study = specification.preset(options.preset)
     else:
-        study = configuration.load(options.out / "study.yaml", Study())
+        study = specification.load_study(options.out / "study.yaml")
     if options.spec is not None:
-        study = configuration.load(options.spec, study)
+        study = specification.load_study(options.spec, study)
     if options.seeds is not None:
         study.seeds = options.seeds
     optimization = {
@@ -69,7 +69,7 @@ def prepare(study: Study, out: Path) -> None:
     path = out / "study.yaml"
     if path.is_file():
         # Seeds of an earlier call stay in the report.
-        study.seeds = tuple(dict.fromkeys([*configuration.load(path, Study()).seeds, *study.seeds]))
+        study.seeds = tuple(dict.fromkeys([*specification.load_study(path).seeds, *study.seeds]))
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty and no study (it has no study.yaml)")
     for arm in study.arms:
@@ -78,7 +78,7 @@ def prepare(study: Study, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if study.prompts:
         (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in study.prompts))
-    configuration.save(study, path)
+    specification.save_study(study, path)
 
 
 def compare(options: Compare) -> str | None:
@@ -86,7 +86,7 @@ def compare(options: Compare) -> str | None:
     study, out = requested_study(options), options.out
     if options.document is not None:
         for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
-            document.split_at_marks(options.document, f"{kind} of {out.name}")
+            document.surroundings(options.document, f"{kind} of {out.name}")
     if options.train:
         seeds = study.seeds
         prepare(study, out)
@@ -100,7 +100,7 @@ def compare(options: Compare) -> str | None:
     results.write(scores, out / "results.jsonl")
     text = page.write(study, scores, out)
     if options.document is not None:
-        document.insert(options.document, f"results of {out.name}", document.fold_tables(text))
+        document.insert(options.document, f"results of {out.name}", document.folded(text))
     if options.diagnose:
         diagnosis = diagnose.diagnose(study, out)
         text += "\n" + diagnosis

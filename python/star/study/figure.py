@@ -29,9 +29,9 @@ def draw(results: Results, baseline: str, path: Path) -> None:
     heights = (ROW * rows, 3 * LINE + LINE * len(arms))
     figure = Figure(figsize=(max(3.1 * columns + 0.6, WIDTH), sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-    draw_curves(upper, results, arms, baseline, (rows, columns))
-    draw_differences(lower.subplots(), results, arms, baseline)
+    parts = figure.add_gridspec(2, 1, height_ratios=heights)
+    draw_curves(figure.add_subfigure(parts[0]), results, arms, baseline, (rows, columns))
+    draw_differences(figure.add_subfigure(parts[1]).subplots(), results, arms, baseline)
     figures.save(figure, path)
 
 

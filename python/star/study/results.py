@@ -11,7 +11,7 @@ import numpy as np
 from star import files
 from star.config import ConfigError
 from star.reports import tracking
-from star.reports.evaluations import read_evaluations
+from star.reports.evaluations import Evaluation, read_evaluations
 from star.study import runs
 from star.study.spec import Study
 from star.training.scoring import HeldOut
@@ -74,12 +74,15 @@ class Results:
 
 def load(study: Study, out: Path) -> Results:
     """Read the finished runs of the study in `out`. Raises ConfigError if there is none, or if they do not compare."""
-    evaluations, logged, missing = {}, {}, []
+    evaluations: dict[tuple[str, int], dict[int, Evaluation]] = {}
+    logged: dict[str, list[list[dict[str, float]]]] = {}
+    missing = []
     for arm in study.arms:
         for seed in study.seeds:
             config = study.config(arm, seed, out)
             if runs.is_finished(config):
-                evaluations[arm, seed] = {one.iteration: one for one in read_evaluations(config.run.out)}
+                scorings = read_evaluations(config.run.out)
+                evaluations[arm, seed] = {one.iteration: one for one in scorings if one.iteration is not None}
                 logged.setdefault(arm, []).append(tracking.read(config.run.out))
             else:
                 missing.append(config.run.out.name)

@@ -86,7 +86,8 @@ def execute(configs: Sequence[Config], parallel: int) -> bool:
 
     Raises RuntimeError, after all others have ended, if a run failed.
     """
-    waiting, running, failures = list(configs), {}, []
+    waiting, failures = list(configs), []
+    running: dict[subprocess.Popen, Config] = {}
     with Termination() as termination, tqdm(total=len(waiting), desc="runs", dynamic_ncols=True) as bar:
         try:
             while (waiting or running) and not termination.received:

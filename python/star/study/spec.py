@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from star import config as configuration
+from star import files
 from star.config import EMBEDDED, Config, ConfigError
 from star.presets import preset as run_preset
 
@@ -53,6 +56,15 @@ class Study:
             config = self.config(arm, self.seeds[0], Path())
             if not config.scoring.every:
                 raise ConfigError("scoring.every: a study needs it, and scoring.count")
+
+
+def load_study(path: Path, base: Study | None = None) -> Study:
+    """Read a YAML file over a base (default: plain defaults)."""
+    return configuration.update(base or Study(), configuration.read(path))
+
+
+def save_study(study: Study, path: Path) -> None:
+    files.replace_text(path, yaml.safe_dump(configuration.to_dict(study), sort_keys=False))
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:

@@ -31,7 +31,7 @@ class Policy:
         optimizer = torch.optim.AdamW(
             trained,
             self.config.learning_rate,
-            betas=tuple(self.config.betas),
+            betas=self.config.betas,
             eps=self.config.adam_epsilon,
             weight_decay=self.config.weight_decay,
         )
@@ -57,7 +57,7 @@ class Policy:
             self.optimizer.step()
             skipped = skipped or self.optimizer.step_was_skipped
         self.optimizer.zero_grad()
-        if measured:
+        if self.config.update_norm is not None:
             moved = self.rescale(before, self.config.update_norm)
         self.updates += 1
         if self.ema is not None and self.updates % self.config.ema_every == 0:
@@ -158,12 +158,17 @@ class Policy:
             i: {name: shard_like(x, own[i]) if x.shape == own[i].shape else x for name, x in values.items()}
             for i, values in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        # The moments are the checkpoint's, the settings this run's.
+        groups = [
+            {**saved, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}}
+            for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.ema is not None and state["ema"] is None:
             self.ema = EMAModel(own, decay=self.config.ema_decay)  # an average that begins now
         elif self.ema is not None:
             average = [shard_like(x, p) for x, p in zip(state["ema"]["shadow_params"], own, strict=True)]
-            self.ema.load_state_dict({**state["ema"], "shadow_params": average})
+            self.ema.load_state_dict({**state["ema"], "shadow_params": average, "decay": self.config.ema_decay})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]

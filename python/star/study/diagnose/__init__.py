@@ -18,7 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 from tqdm import tqdm
 
 from star import files
-from star.config import Config
+from star.config import Config, ConfigError
 from star.shapes import diagnosis
 from star.study.diagnose import gradient, maps, scores
 from star.study.spec import Study, run_folder
@@ -61,6 +61,7 @@ def measure_untrained(arms: dict[str, Config], config: Config, out: Path, batche
         prompts = draw_prompts(trainer.task, config, i)
         generator = torch.Generator().manual_seed(i)
         rollout = trainer.rollout([prompt.text for prompt in prompts], generator, captured=range(steps))
+        assert rollout.maps is not None  # captured
         verified = world.add(
             decode(trainer.pipeline, rollout.latents),
             [prompts[group].text for group in rollout.groups.tolist()],
@@ -69,6 +70,9 @@ def measure_untrained(arms: dict[str, Config], config: Config, out: Path, batche
             rollout.grid,
         )
         masks = {name: diagnosis.score_verified(judge, verified).masks for name, judge in judges.items()}
+        objects = masks[config.run.reward]
+        if objects is None:
+            raise ConfigError(f"run.reward: {config.run.reward!r} gives no masks, which a diagnosis needs")
         advantages = group_advantages(
             diagnosis.world_rewards(verified),
             rollout.groups,
@@ -78,7 +82,7 @@ def measure_untrained(arms: dict[str, Config], config: Config, out: Path, batche
         signal.add(
             rollout,
             advantages.float(),
-            diagnosis.object_tokens(masks[config.run.reward], rollout.grid),
+            diagnosis.object_tokens(objects, rollout.grid),
             {arm: masks[own.run.reward] for arm, own in arms.items()},
             generator,
             seed=i,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from star.config import Config
-from star.objective import another, captured_steps
+from star.objective import captured_steps, permute_across_groups
 from star.study.gradient_signal import compare_with_scalar
 from star.study.tables import Table, format_number
 from star.train import Trainer
@@ -78,7 +78,7 @@ class Gradients:
         """The fields of REGIONS: `elsewhere` are the objects of an image of another group."""
         patch = self.trainer.pipeline.transformer.config.patch_size
         objects = inside.float().repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        others = objects[another(rollout.groups, len(objects), generator)]
+        others = objects[permute_across_groups(rollout.groups, len(objects), generator)]
         steps = len(rollout.steps.trained)
         regions = (None, *(field.expand(steps, *field.shape) for field in (objects, 1 - objects, others)))
         return dict(zip(REGIONS, regions, strict=True))
@@ -99,7 +99,7 @@ def batch_gradients(
     """For each field of weights the chosen coordinates of the first update's gradient."""
     parameters = list(trainer.policy.parameters.values())
     trained, loss = len(rollout.steps.trained), trainer.config.loss
-    totals: dict[str, Tensor | float] = dict.fromkeys(fields, 0.0)
+    totals = {name: torch.zeros(len(coordinates)) for name in fields}
     chunks = torch.arange(len(rollout.groups)).split(trainer.chunk)
     for rows in chunks:
         for k in range(trained):
@@ -124,15 +124,17 @@ def batch_gradients(
                     allow_unused=True,
                     materialize_grads=True,
                 )
-                totals[name] = totals[name] + torch.cat([g.flatten() for g in gradients])[coordinates]
-    return {name: total.float().numpy() for name, total in totals.items()}
+                totals[name] += torch.cat([g.flatten() for g in gradients])[coordinates].float()
+    return {name: total.numpy() for name, total in totals.items()}
 
 
 def arm_weights(trainer: Trainer, config: Config, rollout: Rollout, masks: Tensor | None, seed: int) -> Tensor | None:
     """The weights that an arm gives to a rollout that has the maps of every step."""
     captured = captured_steps(config.allocation.strategy, rollout.steps.trained, config.sampling.steps)
-    rollout = dataclasses.replace(rollout, maps=rollout.maps[list(captured)] if captured else None)
-    return trainer.weights(rollout, masks, torch.Generator().manual_seed(seed), config.allocation)
+    maps = rollout.maps[list(captured)] if captured and rollout.maps is not None else None
+    return trainer.weights(
+        dataclasses.replace(rollout, maps=maps), masks, torch.Generator().manual_seed(seed), config.allocation
+    )
 
 
 def table(measured: dict) -> Table:

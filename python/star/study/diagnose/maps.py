@@ -30,6 +30,7 @@ def concentration(
     for category, texts in prompts.items():
         conditions = encode(pipeline, texts, config.model.max_sequence_length, sampling.guidance_scale)
         rollout = trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
+        assert rollout.maps is not None  # `trace` reads those of every step
         fields = [allocate(maps, rollout.grid, mix=1.0, cap=1e30, patch=1) for maps in rollout.maps]
         by_category[category] = [float(field.square().mean()) for field in fields]
     return by_category

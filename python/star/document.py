@@ -1,0 +1,46 @@
+"""Marked parts of a Markdown document: a tool writes them, and everything around them is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from star import files
+from star.config import ConfigError
+
+
+def surroundings(document: Path, name: str) -> tuple[str, str]:
+    """What is before and after the place between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a document.
+
+    Raises ConfigError if it has no such marks.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = document.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ConfigError(f"document: {document} has no marks {begin!r} and {end!r}")
+    return before + begin, end + after
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Put a text between a document's marks; see `surroundings`."""
+    before, after = surroundings(document, name)
+    files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")
+
+
+def fill(document: Path, texts: Mapping[str, str]) -> None:
+    """Put each text between the marks of its name; see `surroundings`. Nothing is written where a mark is missing."""
+    for name in texts:
+        surroundings(document, name)
+    for name, text in texts.items():
+        insert(document, name, text)
+
+
+def folded(text: str) -> str:
+    """A report's Markdown in which all tables but the first, the answer, are folded away."""
+    heading = "\n\n**"
+    parts = text.strip().split(heading, 2)
+    if len(parts) < 3:
+        return text
+    before, first, others = parts
+    return f"{before}{heading}{first}\n\n<details>\n<summary>All other tables</summary>{heading}{others}\n\n</details>"
