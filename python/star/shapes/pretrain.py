@@ -22,7 +22,7 @@ import tyro
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from rich.console import Console
 from tqdm import tqdm
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from star.reports.tables import evaluation_table
 from star.rewards.worker import RewardWorker
@@ -107,7 +107,9 @@ def train_vae(config: Config) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def make_latents(config: Config, vae: AutoencoderKL, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def make_latents(
+    config: Config, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (scenes, C, H, W) float16 and token ids (scenes, TEXT_LENGTH) of the training scenes."""
     path = config.out / "latents.pt"
     if path.exists():
@@ -123,7 +125,7 @@ def make_latents(config: Config, vae: AutoencoderKL, tokenizer) -> tuple[torch.T
     return torch.cat(latents), ids
 
 
-def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
 
 
