@@ -189,7 +189,7 @@ class Scoring:
     reward: str | dict[str, float] | None = None
     """A reward like run.reward. None: the one that is trained on."""
     every: Count = 0
-    """Iterations from one scoring to the next. 0: only before and after training."""
+    """Iterations from one scoring to the next, if `count` is not 0. 0: only before and after training."""
     images_per_prompt: Positive = 1
     """Images of each held-out prompt."""
     steps: Positive | None = None
@@ -323,8 +323,6 @@ class Config:
 
     def _check_scoring(self) -> None:
         scoring = self.scoring
-        if scoring.every and not scoring.count:
-            raise ConfigError("scoring.every: needs scoring.count, the number of held-out prompts")
         if scoring.count and self.task is None and scoring.prompts is None:
             raise ConfigError("scoring.prompts: not set; set it to a file of held-out prompts, or scoring.count to 0")
 

@@ -54,7 +54,7 @@ class Study:
             if not arm.replace("_", "").isalnum():
                 raise ConfigError(f"arms: got the name {arm!r}, expected letters, digits and '_'")
             config = self.config(arm, self.seeds[0], Path())
-            if not config.scoring.every:
+            if not config.scoring.every or not config.scoring.count:
                 raise ConfigError("scoring.every: a study needs it, and scoring.count")
 
 
