@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from star import config as configuration
 from star import files, rewards
-from star.config import Config, ConfigError
+from star.config import Config
 from star.objective import Allocation, allocation_weights, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
@@ -30,9 +28,9 @@ from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
+from star.training.folder import compare_with_saved, held_folder, prepare_folder
 from star.training.pipeline import check_size
 from star.training.policy import Policy
-from star.training.resuming import compare_with_saved
 from star.training.rollout import PromptEncoder, Rollout, SamplerOptions, decode, draw_window, make_steps, sample
 from star.training.scoring import HeldOut
 from star.training.task import configured_task, draw_prompts, load_task_reward
@@ -67,7 +65,7 @@ class Trainer:
         self.encode = PromptEncoder(
             self.pipeline, config.model.max_sequence_length, sampling.text_cache, config.model.offload_encoders
         )
-        on_main(self.accelerator, lambda: checkpoint.prepare_folder(config))
+        on_main(self.accelerator, lambda: prepare_folder(config))
         set_seed(config.run.seed)
         self.policy = Policy(self.pipeline, config, self.accelerator)
         factor = self.pipeline.vae_scale_factor
@@ -303,26 +301,6 @@ def train(config: Config) -> dict:
         raise LostProcess(
             f"accelerate: another process of the run was lost ({reason}); --resume continues from the last checkpoint"
         ) from error
-
-
-@contextmanager
-def held_folder(config: Config) -> Iterator[None]:
-    """Within it no other process trains into the run's folder. Raises ConfigError if one does already."""
-    if int(os.environ.get("RANK", 0)):
-        yield  # the first process holds it for all
-        return
-    made = not config.run.out.exists()
-    config.run.out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = files.FolderLock(config.run.out)
-    except BlockingIOError:
-        raise ConfigError(f"run.out: another process trains into {config.run.out}; wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        if made and files.is_empty(config.run.out):  # nothing was begun
-            shutil.rmtree(config.run.out, ignore_errors=True)
-        lock.release()
 
 
 def run(trainer: Trainer, termination: Termination) -> dict:

@@ -20,9 +20,6 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 
-from star import config as configuration
-from star import files
-from star.config import Config, ConfigError
 from star.files import sync
 from star.training.distributed import full_tensor
 
@@ -99,29 +96,6 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint: {path} cannot be read ({' '.join(str(error).split())}); {EARLIER}"
         ) from error
-
-
-def prepare_folder(config: Config) -> None:
-    """Make the run's folder, with its configuration; never touch what is in it unless told to."""
-    out = config.run.out
-    if config.run.overwrite and not files.is_empty(out):
-        # A slip in --out must not cost anyone a folder that is no run.
-        if not (out / "config.yaml").is_file():
-            raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
-        for path in out.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != files.LOCK:
-                path.unlink()
-    if not config.run.resume and not files.is_empty(out):
-        raise ConfigError(f"run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it")
-    # A job that was killed while it wrote its first file left only the beginning of that.
-    begun = (out / "config.yaml").is_file() or (files.is_empty(out) and (out / ".config.yaml.writing").is_file())
-    if config.run.resume and not begun:
-        raise ConfigError(f"run.resume: {out} has no checkpoint, it is no run of star")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.yaml").is_file():
-        configuration.save(config, out / "config.yaml")
 
 
 def random_state() -> dict[str, Any]:
