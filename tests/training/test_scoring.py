@@ -222,7 +222,7 @@ def test_the_real_reader_scores_a_prompt_file(tmp_path, capsys):
         (["--prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
         (["--prompts", __file__, "--reward", "beauty"], "star: reward: unknown 'beauty'"),
         (["--prompts", __file__, "--save-images"], "star: save_images: needs a folder, --out"),
-        (["--prompts", __file__, "--lora", "/nowhere"], "star: lora: /nowhere is no folder"),
+        (["--prompts", __file__, "--lora", "/nowhere"], "star: adapter: ./nowhere. is no adapter"),
         (["--prompts", __file__, "--n", "0"], "star: prompts: .* has none"),
     ],
 )
