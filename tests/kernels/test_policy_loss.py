@@ -454,11 +454,31 @@ def test_every_step_of_a_schedule(impl, step, guard):
 
 @each_implementation
 @pytest.mark.parametrize("ratio", ["token", "location", "sample"])
-def test_same_bits_for_any_number_of_threads_and_every_run(impl, ratio, at_thread_counts):
-    arguments = make((5, 4, 33, 17))
+@pytest.mark.parametrize("shape", [(5, 4, 33, 17), (1, 3, 95, 97)], ids=["samples", "tiles"])
+def test_same_bits_for_any_number_of_threads_and_every_run(impl, ratio, shape, at_thread_counts):
+    arguments = make(shape)
     first, *others = at_thread_counts(lambda: run(arguments, ratio=ratio, impl=impl))
     for other in (*others, run(arguments, ratio=ratio, impl=impl)):
         assert all(torch.equal(x, y) for x, y in zip(flat(first), flat(other), strict=True))
+
+
+@pytest.mark.parametrize(
+    "impl", [name for name in devices.cuda_on_host.and_runnable("policy_loss") if name != "reference"]
+)
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+def test_log_ratios_do_not_depend_on_the_batch(impl, ratio, request):
+    if impl.startswith("cuda_"):
+        request.getfixturevalue("cuda_kernels")
+    arguments = make((3, 3, 95, 97))
+    operator = getattr(torch.ops.star, f"policy_loss_{impl}")
+
+    def log_ratio(rows):
+        tensors = [arguments[name][rows] for name in ("velocity", "sample", "prev_sample")]
+        step = [field[rows] for field in arguments["transition"]]
+        rest = [arguments[name][rows] for name in ("advantages", "weights", "old_mean")]
+        return operator(*tensors, *step, *rest, None, None, None, ratio, 0.1, 0.1, 5.0, 0.0, False)[2]
+
+    assert torch.equal(log_ratio(slice(1, 2)), log_ratio(slice(0, 3))[1:2])
 
 
 @each_implementation

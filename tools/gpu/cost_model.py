@@ -146,33 +146,30 @@ def constant(file: str, name: str) -> int:
     return int(re.search(rf"constexpr int {name} = (\d+)", text)[1])
 
 
-THREADS, WARP = constant("device.cuh", "THREADS"), constant("device.cuh", "WARP")
-WARPS = THREADS // WARP
+WARP = constant("device.cuh", "WARP")
 
 
 def allocate(batch: int, concepts: int, tokens: int, patch: int, smooth: bool = True) -> list[Launch]:
-    """One block per sample. float32."""
-    places, each = tokens * patch**2, ceil(tokens / THREADS)
-    means = ceil(concepts / WARPS) * ceil(tokens / WARP / 4)
-    fields = 1 + (4 if smooth else 0) + 4  # written once, each axis read and written, read twice and written, read
+    """One block per sample, whose fields stay in shared memory. float32."""
+    threads = constant("allocate.cuh", "ALLOCATE_THREADS")
+    places, each, warps = tokens * patch**2, ceil(tokens / threads), threads // WARP
+    shares = max(1, warps // concepts)
+    means = ceil(concepts / (warps // shares)) * ceil(tokens / shares / WARP / 4)
     return [
         Launch(
             "allocate_kernel",
             batch,
-            {
-                "maps": 4 * batch * 2 * concepts * tokens,
-                "workspace": 4 * batch * fields * tokens,
-                "weights": 4 * batch * places,
-            },
-            repeated=4 * batch * (concepts + fields) * tokens,
-            trips=means + each * concepts + (2 * each if smooth else 0) + 2 * each + ceil(places / THREADS / 4),
+            {"maps": 4 * batch * 2 * concepts * tokens, "weights": 4 * batch * places},
+            repeated=4 * batch * concepts * tokens,
+            # The smoothing's turns and the two sums wait for shared memory, a tenth of the time.
+            trips=means + each * ceil(concepts / 2) + (2 if smooth else 0) + 1 + ceil(places / threads / 4),
         )
     ]
 
 
 def gaussian_step(batch: int, elements: int, sizes: tuple[int, int, int] = (4, 4, 4)) -> list[Launch]:
     """elements: of a sample. sizes: of an element of sample, velocity and noise."""
-    tiles = ceil(elements / (THREADS * constant("gaussian_step.cuh", "STEP_VECTOR")))
+    tiles = ceil(elements / (constant("gaussian_step.cuh", "THREADS") * constant("gaussian_step.cuh", "STEP_VECTOR")))
     tensors = dict(zip(("sample", "velocity", "noise", "prev_sample", "mean"), (*sizes, sizes[0], 4), strict=True))
     traffic = {name: batch * elements * size for name, size in tensors.items()}
     return [Launch("gaussian_step_kernel", batch * tiles, traffic)]

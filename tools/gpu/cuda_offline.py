@@ -10,7 +10,7 @@ from pathlib import Path
 
 import triton
 
-from cost_model import THREADS, WARP, constant
+from cost_model import WARP, constant
 from occupancy import PROCESSORS, occupancy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,12 @@ def warps(kernel: str) -> int:
     """Of a block, as the launchers start it."""
     if "finish" in kernel:
         return constant("policy_loss.cuh", "FINISH_WARPS")
-    return (constant("policy_loss.cuh", "TILE") if "policy_loss" in kernel else THREADS) // WARP
+    threads = {
+        "policy_loss": constant("policy_loss.cuh", "TILE"),
+        "gaussian_step": constant("gaussian_step.cuh", "THREADS"),
+        "allocate": constant("allocate.cuh", "ALLOCATE_THREADS"),
+    }
+    return next(count for name, count in threads.items() if kernel.startswith(name)) // WARP
 
 
 def kernels(library: Path) -> list[dict]:

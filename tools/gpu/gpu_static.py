@@ -34,8 +34,8 @@ of a processor's warps that registers and shared memory leave room for. Triton {
 
 ## CUDA kernels
 
-Each in the form for tensors that can be read 16 bytes at a time, {threads} threads a block. Other sizes and float64
-have forms of their own, checked for spills too.
+Each in the form for tensors that can be read 16 bytes at a time. Other sizes and float64 have forms of their own,
+checked for spills too.
 
 {cuda_table}
 
@@ -124,7 +124,6 @@ def main() -> int:
         block_n=kernels.BLOCK_N,
         triton=triton_offline.triton.__version__,
         triton_table=triton_table(builds),
-        threads=model.THREADS,
         cuda_table=cuda,
         launch=1e6 * model.LAUNCH,
         trip=1e6 * model.TRIP,
