@@ -462,13 +462,9 @@ def test_same_bits_for_any_number_of_threads_and_every_run(impl, ratio, shape, a
         assert all(torch.equal(x, y) for x, y in zip(flat(first), flat(other), strict=True))
 
 
-@pytest.mark.parametrize(
-    "impl", [name for name in devices.cuda_on_host.and_runnable("policy_loss") if name != "reference"]
-)
+@pytest.mark.parametrize("impl", ["native", "cuda_forward"])
 @pytest.mark.parametrize("ratio", ["token", "location", "sample"])
-def test_log_ratios_do_not_depend_on_the_batch(impl, ratio, request):
-    if impl.startswith("cuda_"):
-        request.getfixturevalue("cuda_kernels")
+def test_log_ratios_do_not_depend_on_the_batch(impl, ratio):
     arguments = make((3, 3, 95, 97))
     operator = getattr(torch.ops.star, f"policy_loss_{impl}")
 
