@@ -1,39 +1,46 @@
 # `make demo` and `make test` set everything up by themselves; the second time nothing is installed or built again.
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
-BIN := .venv/bin
+# `make test TORCH=2.15.0` takes that torch, with the Triton that it asks for, instead of the pinned one.
+VENV := .venv$(addprefix -,$(TORCH))
+BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test lint links bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
-	@echo "make lint      ruff alone"
+	@echo "make lint      ruff and mypy"
+	@echo "make links     the links of all Markdown pages"
 	@echo "make bench     every benchmark, one table"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
 	@echo "make sanitize  the compiled kernels under the address and undefined-behavior sanitizers"
 	@echo "make wheel     dist/: an sdist and the wheel that is built from it"
 	@echo "make clean     remove what was built and installed"
 
-.venv/installed: requirements-ci.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements-ci.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements-ci.txt
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/; s/^triton==.*/triton/)' requirements-ci.txt > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
 	@touch $@
 
 # Editable, against the torch that is installed: an isolated build would fetch a second torch.
-.venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-setup: .venv/built
+setup: $(VENV)/built
 
 demo: setup
 	$(BIN)/star train --preset shapes --out runs/demo --overwrite
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+links:
+	$(PYTHON) tools/check_links.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -68,4 +75,4 @@ wheel: setup
 	$(BIN)/python tools/distribution.py dist
 
 clean:
-	rm -rf .venv build dist *.egg-info star_kernels/*.so runs/demo
+	rm -rf .venv .venv-* build dist *.egg-info star_kernels/*.so runs/demo

@@ -25,8 +25,7 @@ def concepts(batch: int, columns: int = 16, text: int = 205) -> ConceptTokens:
 
 
 def empty_maps(tokens: ConceptTokens, grid: tuple[int, int], layers: int = 1, rows=None, lse: bool = True) -> Maps:
-    slots = torch.zeros(layers, *tokens.index.shape[:2], grid[0] * grid[1])
-    return Maps(slots, tokens, grid, torch.ones(layers), "raw", rows, None, lse, "native")
+    return Maps(tokens=tokens, grid=grid, blocks=tuple(range(layers)), rows=rows, lse=lse, impl="native")
 
 
 def attention_inputs(pixels: int, batch: int = 1) -> torch.Tensor:

@@ -1,22 +1,20 @@
 """STAR with diffusers alone: rollout with maps, reward, weights, update. `python examples/diffusers_loop.py`, a minute.
 
-Everything is what SD3.5 would be: another pipeline, its latent size and token grid, another reward. No guidance here.
+Everything is what SD3.5 would be: another pipeline, its latent size, another reward. No guidance here.
 """
 
 import torch
 from peft import LoraConfig
 
-from star.capture import record
-from star.concepts import locate, parse
+from star import concept_tokens, record
 from star.objective import fused_grpo_loss, sde_step_with_logprob
 from star.rewards import load
-from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
+from star.shapes.model import LATENT_SIZE, load_pipeline
 from star.shapes.scenes import prompts
 from star.training.advantage import group_advantages
 from star.training.rollout import decode
-from star_kernels import allocate
 
-GROUP, STEPS, TRAINED = 12, 8, (1, 2)  # pictures per prompt, steps of the sampler, the stochastic and trained ones
+GROUP, STEPS, TRAINED = 12, 8, (1, 2)  # images per prompt, steps of the sampler, the stochastic and trained ones
 
 
 def encode(pipeline, texts):
@@ -26,7 +24,7 @@ def encode(pipeline, texts):
         embeds, _, pooled, _ = pipeline.encode_prompt(
             texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
         )
-    return texts, embeds, pooled, locate(texts, [parse(t) for t in texts], pipeline.tokenizer, max_sequence_length=0)
+    return texts, embeds, pooled, concept_tokens(pipeline, texts)
 
 
 @torch.no_grad()
@@ -34,7 +32,7 @@ def rollout(pipeline, x, embeds, pooled, tokens, generator):
     """Latents of every step, the means of the trained ones, and the weights of every step."""
     scheduler, latents, means = pipeline.scheduler, [], {}
     scheduler.set_timesteps(STEPS)
-    with record(pipeline.transformer, tokens, grid=GRID, layers=(2, 3)) as maps:
+    with record(pipeline.transformer, tokens, layers=(2, 3)) as maps:
         for i, t in enumerate(scheduler.timesteps):
             latents.append(x)
             velocity = pipeline.transformer(x, embeds, pooled, t.expand(len(x)), return_dict=False)[0]
@@ -42,13 +40,17 @@ def rollout(pipeline, x, embeds, pooled, tokens, generator):
                 x, _, means[i], _ = sde_step_with_logprob(scheduler, velocity, t, x, generator=generator)
             else:
                 x = x + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]) * velocity
-    return [*latents, x], means, [allocate(m, GRID) for m in maps]
+    return [*latents, x], means, maps.weights()  # (B, STEPS, H, W)
 
 
 def train(iterations=12, seed=0, weighted=True, learning_rate=1e-3):
     """Mean reward of each iteration's rollout."""
     torch.manual_seed(seed)  # the adapter's first values
-    pipeline, reward, generator = load_pipeline(), load("shapes"), torch.Generator().manual_seed(seed)
+    pipeline, reward, generator = (
+        load_pipeline(),
+        load("star.shapes.reward:shapes_reward"),
+        torch.Generator().manual_seed(seed),
+    )
     pipeline.transformer.requires_grad_(False)
     pipeline.transformer.add_adapter(
         LoraConfig(r=16, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
@@ -57,7 +59,7 @@ def train(iterations=12, seed=0, weighted=True, learning_rate=1e-3):
     optimizer = torch.optim.AdamW(parameters, learning_rate)
     texts, embeds, pooled, tokens = encode(pipeline, prompts(4, seed))
     groups, rewards = torch.arange(len(texts)) // GROUP, []
-    # The pictures of a prompt start from one noise, so only the trained steps tell them apart; the same one in every
+    # The images of a prompt start from one noise, so only the trained steps tell them apart; the same one in every
     # iteration, so that a short run's rewards can be compared.
     noise = torch.randn(len(texts) // GROUP, 4, LATENT_SIZE, LATENT_SIZE, generator=generator)[groups]
     for _ in range(iterations):
@@ -69,8 +71,13 @@ def train(iterations=12, seed=0, weighted=True, learning_rate=1e-3):
             t = pipeline.scheduler.timesteps[i]
             velocity = pipeline.transformer(latents[i], embeds, pooled, t.expand(len(texts)), return_dict=False)[0]
             loss, statistics = fused_grpo_loss(
-                *(pipeline.scheduler, velocity, t, latents[i], latents[i + 1], advantages),
-                *([weights[i]] if weighted else []),
+                pipeline.scheduler,
+                velocity,
+                t,
+                latents[i],
+                latents[i + 1],
+                advantages,
+                weights[:, i] if weighted else None,
                 prev_sample_mean=means[i],
             )
             loss.backward()

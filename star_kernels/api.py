@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -86,6 +87,8 @@ def implementations(operator: str, device: str | torch.device = "cpu") -> dict[s
             reason = "Triton is not installed (pip install 'star-kernels[triton]')"
         elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
+        elif device.type not in ("cpu", "cuda"):
+            reason = f"the Triton kernels run on NVIDIA and AMD GPUs, not on {device.type} tensors"
         # In the interpreter it is for tests: never the automatic choice.
         if device.type == "cpu":
             return reasons | {"reference": None, "triton": reason}
@@ -110,7 +113,10 @@ def choose(operator: str, impl: str, device: torch.device, interpret: str | None
     """
     reasons = implementations(operator, device)
     if impl == "auto":
-        return next(name for name, reason in reasons.items() if reason is None)
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        if chosen == "reference" and device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+            tell_fallback(operator, device.type)
+        return chosen
     if impl not in reasons:
         raise ValueError(f"impl: got {impl!r}, expected 'auto' or one of {list(reasons)} for {operator}")
     if reasons[impl] is not None:
@@ -118,7 +124,16 @@ def choose(operator: str, impl: str, device: torch.device, interpret: str | None
     return impl
 
 
-def _tensor(name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None):
+@functools.cache
+def tell_fallback(operator: str, device: str) -> None:
+    """Say once that an operator runs as plain PyTorch on a GPU, and what would change that."""
+    missing = "; ".join(reason for reason in implementations(operator, device).values() if reason)
+    warnings.warn(f"{operator} runs as plain PyTorch on {device} tensors: {missing}", RuntimeWarning, stacklevel=5)
+
+
+def _tensor(
+    name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None
+) -> None:
     """Check that value is a floating tensor of the shape (names stand for any size) on the device."""
     # What is right costs three comparisons: these checks are a good part of the time of a small call.
     if (
@@ -174,7 +189,8 @@ def attention_maps(
     Args:
         query: (B, H, N, D) queries of the image tokens, any strides, any floating type.
         key: (B, H, S, D) all keys of the joint sequence, any strides.
-        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot.
+        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot. Any other number outside [0, S)
+            raises on the CPU; on a GPU, where looking would wait, and in a compiled graph its concept's map is NaN.
         concept_weight: (B, G, K), default 1 for every used slot.
         lse: (B, H, N) natural log-sum-exp over all S keys, scale included, as attention kernels return it; also with
             N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.
@@ -231,7 +247,7 @@ def attention_maps(
             return run(*arguments)
         _tensor("out", out, (batch, concept_index.shape[1], queries), device)
         direct = out.dtype == torch.float32 and out.is_contiguous() and not torch.compiler.is_compiling()
-        if chosen == "triton" and direct:
+        if chosen == "triton" and direct and ATTENTION_MAPS.triton is not None:
             return ATTENTION_MAPS.triton(*arguments, out=out)
         return out.copy_(run(*arguments))
 
@@ -396,7 +412,7 @@ def policy_loss(
         raise ValueError("old_mean, old_log_prob: expected exactly one of them")
     if old_mean is not None:
         _tensor("old_mean", old_mean, shape, device)
-    else:
+    elif old_log_prob is not None:
         _tensor("old_log_prob", old_log_prob, None, device)
         if tuple(old_log_prob.shape) not in ((batch,), places):
             raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {places}")

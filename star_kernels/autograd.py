@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from star_kernels.ops import POLICY_LOSS
+from star_kernels.ops import POLICY_LOSS, POLICY_LOSS_GRADIENT
 
 
 class PolicyLoss(torch.autograd.Function):
@@ -19,7 +21,7 @@ class PolicyLoss(torch.autograd.Function):
         return POLICY_LOSS.run(implementation)(velocity, *rest)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.implementation, velocity, rest = inputs
         (sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean, _,
          reference_velocity, step_weights, *ctx.options, guard) = rest  # fmt: skip
@@ -33,7 +35,7 @@ class PolicyLoss(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, Tensor, None]:
         log_ratio, velocity, *rest = ctx.saved_tensors
         # With grad mode on somebody may want a derivative of the gradient; else the operator alone takes less time.
         run = PolicyLossGradient.apply if torch.is_grad_enabled() else PolicyLossGradient.forward
@@ -45,14 +47,14 @@ class PolicyLossGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, grad_loss: Tensor, log_ratio: Tensor, velocity: Tensor, rest: tuple) -> Tensor:
-        return POLICY_LOSS.gradient.run(implementation)(grad_loss, log_ratio, velocity, *rest)
+        return POLICY_LOSS_GRADIENT.run(implementation)(grad_loss, log_ratio, velocity, *rest)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError("policy_loss: no second derivative; its gradient is a constant")
 
 

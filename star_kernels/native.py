@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 try:
-    from star_kernels import _C
+    import star_kernels._C as _C
 
     REASON: str | None = None
 except ImportError as error:
@@ -76,6 +76,6 @@ def cuda_reason(device: torch.device) -> str | None:
 
 def build_info() -> dict[str, str]:
     """How the extensions were built: instruction sets compiled and the one in use, GPUs."""
-    info = dict(_C.build_info()) if _C is not None else {"extension": REASON}
+    info: dict[str, str] = {"extension": REASON} if REASON is not None else dict(_C.build_info())
     info["cuda"] = CUDA_REASON or f"{_cuda.ARCHITECTURES}, toolkit {_cuda.TOOLKIT // 1000}.{_cuda.TOOLKIT % 1000 // 10}"
     return info

@@ -6,8 +6,10 @@ The schemas exist before anything optional is imported, so that torch.compile se
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +18,43 @@ from star_kernels import reference
 from star_kernels.transition import channel_dim
 
 
-def fake_attention_maps(query, key, concept_index, concept_weight, lse, scale, head_weight) -> Tensor:
+def fake_attention_maps(
+    query: Tensor,
+    key: Tensor,
+    concept_index: Tensor,
+    concept_weight: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    head_weight: Tensor | None,
+) -> Tensor:
     shape = (query.shape[0], concept_index.shape[1], query.shape[2])
     return query.new_empty(shape, dtype=reference.compute_dtype(query, key))
 
 
-def fake_allocate(maps, rows, columns, combine, smooth, sharpen, cap, mix, patch) -> Tensor:
+def fake_allocate(
+    maps: Tensor,
+    rows: int,
+    columns: int,
+    combine: str,
+    smooth: float,
+    sharpen: float,
+    cap: float,
+    mix: float,
+    patch: int,
+) -> Tensor:
     return maps.new_empty((maps.shape[0], rows * patch, columns * patch), dtype=reference.compute_dtype(maps))
 
 
-def fake_gaussian_step(sample, velocity, noise, a, b, s) -> tuple[Tensor, Tensor]:
+def fake_gaussian_step(
+    sample: Tensor, velocity: Tensor, noise: Tensor, a: Tensor, b: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:
     mean = sample.new_empty(sample.shape, dtype=reference.compute_dtype(sample, velocity))
     return sample.new_empty(sample.shape), mean
 
 
-def fake_policy_loss(velocity, sample, prev_sample, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def fake_policy_loss(
+    velocity: Tensor, sample: Tensor, prev_sample: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = reference.compute_dtype(velocity, sample, prev_sample)
     batch, ratio = velocity.shape[0], rest[12]
     locations = velocity.numel() // (batch * velocity.shape[channel_dim(velocity)])
@@ -39,14 +63,17 @@ def fake_policy_loss(velocity, sample, prev_sample, *rest) -> tuple[Tensor, Tens
     return velocity.new_empty((), dtype=dtype), statistics, velocity.new_empty(units, dtype=dtype)
 
 
-def fake_policy_loss_gradient(grad_loss, log_ratio, velocity, *_) -> Tensor:
+def fake_policy_loss_gradient(grad_loss: Tensor, log_ratio: Tensor, velocity: Tensor, *_: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
 
 
-def attention_maps_triton(*args, out: Tensor | None = None) -> Tensor:
-    from star_kernels.triton.attention_maps import launch  # not before it runs: star_kernels needs torch alone
+def triton_launcher(operator: str) -> Callable:
+    """`launch` of star_kernels.triton.OPERATOR, not imported before it runs: star_kernels needs torch alone."""
 
-    return launch(*args, out=out)
+    def launch(*arguments, **options):
+        return importlib.import_module(f"star_kernels.triton.{operator}").launch(*arguments, **options)
+
+    return launch
 
 
 @dataclass(frozen=True)
@@ -94,7 +121,7 @@ ATTENTION_MAPS = Operator(
     fake=fake_attention_maps,
     reference=reference.attention_maps,
     native=("cpu",),
-    triton=attention_maps_triton,
+    triton=triton_launcher("attention_maps"),
 )
 
 ALLOCATE = Operator(
@@ -106,6 +133,7 @@ ALLOCATE = Operator(
     fake=fake_allocate,
     reference=reference.allocate,
     native=("cpu", "cuda"),
+    triton=triton_launcher("allocate"),
 )
 
 GAUSSIAN_STEP = Operator(
@@ -114,6 +142,7 @@ GAUSSIAN_STEP = Operator(
     fake=fake_gaussian_step,
     reference=reference.gaussian_step,
     native=("cpu", "cuda"),
+    triton=triton_launcher("gaussian_step"),
 )
 
 _POLICY_LOSS_ARGUMENTS = (
@@ -123,19 +152,21 @@ _POLICY_LOSS_ARGUMENTS = (
     "float clip_high, float adv_clip, float kl_coef, bool guard"
 )
 
+POLICY_LOSS_GRADIENT = Operator(
+    name="policy_loss_gradient",
+    schema=f"(Tensor grad_loss, Tensor log_ratio, {_POLICY_LOSS_ARGUMENTS}) -> Tensor",
+    fake=fake_policy_loss_gradient,
+    reference=reference.policy_loss_gradient,
+    native=("cpu", "cuda"),
+)
+
 POLICY_LOSS = Operator(
     name="policy_loss",
     schema=f"({_POLICY_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=fake_policy_loss,
     reference=reference.policy_loss,
     native=("cpu", "cuda"),
-    gradient=Operator(
-        name="policy_loss_gradient",
-        schema=f"(Tensor grad_loss, Tensor log_ratio, {_POLICY_LOSS_ARGUMENTS}) -> Tensor",
-        fake=fake_policy_loss_gradient,
-        reference=reference.policy_loss_gradient,
-        native=("cpu", "cuda"),
-    ),
+    gradient=POLICY_LOSS_GRADIENT,
 )
 
 OPERATORS = {operator.name: operator for operator in (ATTENTION_MAPS, ALLOCATE, GAUSSIAN_STEP, POLICY_LOSS)}

@@ -43,7 +43,9 @@ def attention_maps(
     groups, columns = concept_index.shape[1:]
     used = concept_index >= 0
     weight = used.to(dtype) if concept_weight is None else concept_weight.to(dtype) * used
-    index = concept_index.clamp_min(0).view(batch, groups * columns, 1).expand(-1, -1, width)
+    outside = (concept_index < -1) | (concept_index >= key.shape[2])
+    weight = weight.masked_fill(outside, torch.nan)
+    index = concept_index.masked_fill(outside | ~used, 0).view(batch, groups * columns, 1).expand(-1, -1, width)
     total = torch.zeros(batch, queries, groups * columns, dtype=dtype, device=query.device)
     for head in range(heads):  # one head at a time: all of them would hold the matrix that the operator avoids
         q, k = query[:, head].to(dtype), key[:, head].to(dtype)
@@ -154,6 +156,7 @@ def policy_loss(
             # Algebraically log p - log p_old, without the cancellation of subtracting two squared errors.
             delta = ((mean - old_mean) * (residual + (next_x - old_mean))).mean(1) * precision
     else:
+        assert old_log_prob is not None  # one of the two is given
         delta = -residual.square().mean(1) * precision - log_norm - _rows(old_log_prob, dtype)
     nonfinite = (~delta.isfinite()).sum()
 
@@ -226,6 +229,7 @@ def policy_loss_gradient(
     # The derivative of a location's log-ratio by the velocity is slope * direction.
     slope = 2 * precision * b / channels
     if guard:
+        assert old_mean is not None  # which the guard needs
         slope = slope * s
         direction = next_x - _pixels(old_mean, dtype)
     else:

@@ -88,13 +88,13 @@ def small_flux() -> FluxTransformer2DModel:
 def flux_inputs(batch=2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
     return dict(
         hidden_states=torch.randn(batch, GRID[0] * GRID[1], 8, generator=generator),
         encoder_hidden_states=torch.randn(batch, TEXT, 24, generator=generator),
         pooled_projections=torch.randn(batch, 20, generator=generator),
         timestep=torch.full((batch,), 0.5),
-        img_ids=places.float(),
+        img_ids=ids.float(),
         txt_ids=torch.zeros(TEXT, 3),
     )
 

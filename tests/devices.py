@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import cuda_on_host
-from star_kernels import implementations
+from star_kernels import api, implementations
+
+if api.HAS_TRITON:
+    import triton_bfloat16  # noqa: F401
 
 
 def on_gpu(operator: str) -> list:

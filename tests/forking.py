@@ -15,8 +15,15 @@ from pathlib import Path
 def serve(function: str, *arguments: str, timeout: float = 580) -> None:
     """Run "module:function" of the tests' folder in a fresh process; its errors are shown."""
     code = f"import forking; forking._call({function!r}, {arguments!r})"
+    # pytest has put the folders of the tests on the path.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 

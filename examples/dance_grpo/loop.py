@@ -14,8 +14,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import AutoTokenizer
 
-from star.capture import allocated
-from star.concepts import ConceptTokens, locate, parse
+from star import ConceptTokens, allocated
+from star.concepts import locate
 from star.shapes.model import make_tokenizer
 from star.transition import schedule
 from star_kernels import log_prob as log_density
@@ -28,9 +28,21 @@ def make_args(host: str, folder: str) -> Namespace:
     """The command line of the host, in small. folder: what stands in for FLUX's."""
     make_tokenizer().save_pretrained(f"{folder}/tokenizer_2")
     return Namespace(
-        **dict(host=host, pretrained_model_name_or_path=folder, h=64, w=96, sampling_steps=6, shift=3.0, eta=0.3),
-        **dict(num_generations=3, clip_range=1e-4, adv_clip_max=5.0, timestep_fraction=0.6, max_grad_norm=1.0),
-        **dict(flow_grpo_sampling=host == "mix", timesteps_train=[1, 2], kl_coeff=0.01 if host == "mix" else 0.0),
+        host=host,
+        pretrained_model_name_or_path=folder,
+        h=64,
+        w=96,
+        sampling_steps=6,
+        shift=3.0,
+        eta=0.3,
+        num_generations=3,
+        clip_range=1e-4,
+        adv_clip_max=5.0,
+        timestep_fraction=0.6,
+        max_grad_norm=1.0,
+        flow_grpo_sampling=host == "mix",
+        timesteps_train=[1, 2],
+        kl_coeff=0.01 if host == "mix" else 0.0,
     )
 
 
@@ -108,7 +120,7 @@ def prepare(args, transformer, captions):
     caption = [c for c in captions for _ in range(args.num_generations)]
     encoder_hidden_states, pooled_prompt_embeds, text_ids = embed(caption)
     t5 = AutoTokenizer.from_pretrained(args.pretrained_model_name_or_path, subfolder="tokenizer_2")
-    tokens = locate(caption, [parse(c) for c in caption], None, t5, max_sequence_length=512)
+    tokens = locate(caption, None, t5, max_sequence_length=512)
     reward, all_latents, all_log_probs, sigma_schedule, all_image_ids = sample_reference_model(
         args, transformer, encoder_hidden_states, pooled_prompt_embeds, text_ids, caption
     )
@@ -135,33 +147,32 @@ def prepare(args, transformer, captions):
             samples[key] = samples[key][torch.arange(batch_size)[:, None], perms]
     batched = {k: v.unsqueeze(1) for k, v in samples.items()}
     batched = [dict(zip(batched, values, strict=True)) for values in zip(*batched.values(), strict=True)]
-    if args.host == "mix":  # another order: the place in the list no longer says which sample it is
+    if args.host == "mix":  # another order: the index in the list no longer says which sample it is
         order = random.sample(range(batch_size), batch_size)
         batched, perms = [batched[b] for b in order], perms[order]
     return batched, perms, sigma_schedule
 
 
-def loss_of(args, transformer, sample, _, index, sigma_schedule):
-    """The loss of one sample at the _-th of its (permuted) steps, which is step `index` of the schedule."""
+def loss_of(args, transformer, sample, k, index, sigma_schedule):
+    """The loss of one sample at the k-th of its (permuted) steps, which is step `index` of the schedule."""
     tokens = ConceptTokens(sample["token_index"], sample["token_weight"])
-    grid = (args.h // 16, args.w // 16)
     # fmt: off
-    new_log_probs = allocated(transformer, tokens, grid=grid)(grpo_one_step)(
+    new_log_probs = allocated(transformer, tokens)(grpo_one_step)(
         args,
-        sample["latents"][:, _],
-        sample["next_latents"][:, _],
+        sample["latents"][:, k],
+        sample["next_latents"][:, k],
         sample["encoder_hidden_states"],
         sample["pooled_prompt_embeds"],
         sample["text_ids"],
         sample["image_ids"],
         transformer,
-        sample["timesteps"][:, _],
+        sample["timesteps"][:, k],
         index,
         sigma_schedule,
     )
     # fmt: on
     advantages = sample["advantages"].clamp(-args.adv_clip_max, args.adv_clip_max)
-    difference = new_log_probs - sample["log_probs"][:, _]
+    difference = new_log_probs - sample["log_probs"][:, k]
     ratio = torch.exp(difference)
     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
     policy_loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
@@ -173,8 +184,8 @@ def train_one_step(args, transformer, optimizer, captions):
     count = int((args.sampling_steps - 1) * args.timestep_fraction)
     steps = args.timesteps_train if args.host == "mix" else range(count)
     for sample, perm in zip(batched, perms, strict=True):
-        for _ in steps:
-            loss, ratio = loss_of(args, transformer, sample, _, perm[_], sigma_schedule)
+        for k in steps:
+            loss, ratio = loss_of(args, transformer, sample, k, perm[k], sigma_schedule)
             (loss / (len(batched) * len(steps))).backward()
             assert math.isclose(ratio.item(), 1, abs_tol=1e-5), "not on policy"
     norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)

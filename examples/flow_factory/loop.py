@@ -61,8 +61,8 @@ class StandIn:
         )[0].chunk(2)
         noise_pred = uncond + guidance_scale * (text - uncond)
         result = sde_step_with_logprob(self.scheduler, noise_pred, t, latents, noise_level, next_latents)
-        return SimpleNamespace(**dict(zip(("next_latents", "log_prob", "next_latents_mean", "std_dev_t"), result,
-                                          strict=True)))  # fmt: skip
+        names = ("next_latents", "log_prob", "next_latents_mean", "std_dev_t")
+        return SimpleNamespace(**dict(zip(names, result, strict=True)))
 
 
 def filter_kwargs(func, **kwargs):
@@ -103,7 +103,7 @@ def encode(pipeline, prompts):
 
 @torch.no_grad()
 def rollout(adapter, generator, dtype=torch.float32):
-    """A batch as the trainer stacks it: latents in the storage type at the trained positions, log_probs, index maps."""
+    """A batch as the trainer stacks it: latents in the storage type at the trained steps, log_probs, index maps."""
     batch = encode(adapter.pipeline, [p for p in PROMPTS for _ in range(GROUP)])
     count, plan = len(batch["prompt"]), adapter.scheduler
     plan.set_timesteps(STEPS)
@@ -116,12 +116,14 @@ def rollout(adapter, generator, dtype=torch.float32):
         if i in TRAINED:  # log_prob of the value that was stored
             log_probs[i] = adapter.forward(next_latents=latents.float(), **inputs).log_prob
         kept[i + 1] = latents
-    places = sorted({position for i in TRAINED for position in (i, i + 1)})
-    rewards = load("shapes")(decode(adapter.pipeline, latents.float()), batch["prompt"]).reward
+    steps = sorted({step for i in TRAINED for step in (i, i + 1)})
+    rewards = load("star.shapes.reward:shapes_reward")(
+        decode(adapter.pipeline, latents.float()), batch["prompt"]
+    ).reward
     return batch | {
         "timesteps": plan.timesteps.repeat(count, 1),
-        "all_latents": torch.stack([kept[i] for i in places], 1),
-        "latent_index_map": {i: places.index(i) for i in places},
+        "all_latents": torch.stack([kept[i] for i in steps], 1),
+        "latent_index_map": {i: steps.index(i) for i in steps},
         "log_probs": torch.stack([log_probs[i] for i in TRAINED], 1),
         "log_prob_index_map": {i: TRAINED.index(i) for i in TRAINED},
         "advantage": group_advantages(rewards, torch.arange(count) // GROUP),

@@ -1,8 +1,7 @@
 from flow_factory.models.stable_diffusion.sd3_5 import SD3_5Adapter
 from flow_factory.utils.base import filter_kwargs
 
-from star.capture import allocated
-from star.concepts import locate, parse
+from star import allocated, concept_tokens
 
 
 class StarAdapter(SD3_5Adapter):
@@ -10,8 +9,6 @@ class StarAdapter(SD3_5Adapter):
         kwargs = filter_kwargs(super().forward, **kwargs)
         if prompt is None:  # the sampler; the update passes the whole batch
             return super().forward(**kwargs)
-        (batch, text, _), (rows, columns) = kwargs["prompt_embeds"].shape, kwargs["latents"].shape[-2:]
-        clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_3
-        tokens = locate(prompt, [parse(p) for p in prompt], clip, t5, max_sequence_length=text - clip.model_max_length)
-        with allocated(self.transformer, tokens, grid=(rows // 2, columns // 2), rows=slice(-batch, None)):
+        length = kwargs["prompt_embeds"].shape[1] - self.pipeline.tokenizer.model_max_length  # of T5's part
+        with allocated(self.transformer, concept_tokens(self.pipeline, prompt, max_sequence_length=length)):
             return super().forward(**kwargs)

@@ -7,15 +7,12 @@ from types import SimpleNamespace as Config
 
 import torch
 
-from star.capture import record
-from star.concepts import locate, parse
-from star.objective import sde_step_with_logprob
+from star import concept_tokens, record, sde_step_with_logprob
 from star.rewards import load
 from star.shapes.model import load_pipeline
 from star.shapes.scenes import prompts as draw_prompts
 from star.training.advantage import group_advantages
 from star.training.rollout import decode
-from star_kernels import allocate
 
 CONFIG = Config(
     resolution=36,
@@ -46,7 +43,7 @@ def guided(transformer, latents, timestep, embeds, pooled, guidance_scale):
 
 
 def pipeline_with_logprob(pipeline, prompt_embeds, pooled, negative_embeds, negative_pooled, config, generator=None):
-    """Pictures, latents of all steps and log-probs of all steps, as lists."""
+    """Images, latents of all steps and log-probs of all steps, as lists."""
     pipeline.scheduler.set_timesteps(config.sample.num_steps)
     size = config.resolution // pipeline.vae_scale_factor
     shape = (len(prompt_embeds), pipeline.transformer.config.in_channels, size, size)
@@ -96,11 +93,9 @@ def compute_log_prob(transformer, pipeline, sample, j, embeds, pooled_embeds, co
 
 def rollout(pipeline, prompts, negative, config, generator=None):
     """One batch of the epoch: what the trainer keeps of it, every entry (B, ...), and its rewards."""
-    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3]
     prompt_embeds, pooled_prompt_embeds = embed(pipeline, prompts)
-    tokens = locate(prompts, [parse(p) for p in prompts], tokenizers[0], tokenizers[2], max_sequence_length=128)
-    side, rows = config.resolution // pipeline.vae_scale_factor // 2, slice(len(prompts), 2 * len(prompts))
-    with torch.no_grad(), record(pipeline.transformer, tokens, grid=(side, side), rows=rows) as maps:
+    tokens = concept_tokens(pipeline, prompts, max_sequence_length=128)
+    with torch.no_grad(), record(pipeline.transformer, tokens) as maps:
         images, latents, log_probs = pipeline_with_logprob(
             pipeline,
             prompt_embeds,
@@ -117,8 +112,8 @@ def rollout(pipeline, prompts, negative, config, generator=None):
         "latents": latents[:, :-1],
         "next_latents": latents[:, 1:],
         "log_probs": torch.stack(log_probs, dim=1),
-        "weights": torch.stack([allocate(m, (side, side)) for m in maps], dim=1),
-    }, load("shapes")(images, prompts).reward
+        "weights": maps.weights(),
+    }, load("star.shapes.reward:shapes_reward")(images, prompts).reward
 
 
 def loss_of(pipeline, sample, j, negative, config):

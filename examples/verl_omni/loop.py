@@ -130,7 +130,7 @@ def rollout(pipeline, scheduler, config, generator):
         else:
             x = x + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]) * v
         latents.append(x)
-    rewards = load("shapes")(decode(pipeline, x), prompts).reward
+    rewards = load("star.shapes.reward:shapes_reward")(decode(pipeline, x), prompts).reward
     advantages = group_advantages(rewards, torch.arange(len(prompts)) // GROUP)
     return data | {
         "all_latents": torch.stack([latents[i] for i in (*WINDOW, WINDOW[-1] + 1)], 1),

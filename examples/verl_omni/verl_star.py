@@ -1,8 +1,8 @@
 from verl_omni.pipelines.model_base import DiffusionModelBase
 from verl_omni.pipelines.sd3_flow_grpo.diffusers_training_adapter import StableDiffusion3FlowGRPO
 
-from star.capture import allocated
-from star.concepts import locate, parse
+from star import allocated
+from star.concepts import locate
 
 
 @DiffusionModelBase.register("StableDiffusion3Pipeline", algorithm="flow_grpo")
@@ -10,7 +10,5 @@ class StarStableDiffusion3(StableDiffusion3FlowGRPO):
     @classmethod
     def forward_and_sample_previous_step(cls, module, scheduler, config, inputs, negative, data, step):
         prompts = config.tokenizer.batch_decode(data["prompts"], skip_special_tokens=True)
-        tokens = locate(prompts, [parse(p) for p in prompts], config.tokenizer, tokens="clip")
-        rows, columns = inputs["hidden_states"].shape[-2:]
-        with allocated(module, tokens, grid=(rows // 2, columns // 2), first_pass=True):
+        with allocated(module, locate(prompts, config.tokenizer), first_pass=True):
             return super().forward_and_sample_previous_step(module, scheduler, config, inputs, negative, data, step)

@@ -14,18 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from star.config import Config
     from star.training.task import Task
 
-Values = TypeVar("Values")
+log = logging.getLogger("star")
+Values = TypeVar("Values", bound="DataclassInstance")
 
 USAGE = """usage: star COMMAND [--help]
 
-  train   post-train a model: --preset NAME, --config FILE.yaml, and any option plan    print what a run will take,
-  before anything is loaded: --gpus N and the options of train eval    score a model, with or without an adapter, on a
-  task's held-out prompts or a prompt file (GenEval's, OCR's, any) compare train arms with several seeds side by side,
-  and report what tells them apart maps    picture a prompt's concept maps by layer and step report  one HTML page of
-  runs: curves, images, what differs; star report RUN [RUN...] [--out FILE] info    versions, what was built, and which
-  implementation each operator uses
+  train    post-train a model: --preset NAME, --config FILE.yaml, and any option
+  plan     predict what a run will take, before anything is loaded: --gpus N and the options of train
+  eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
+  compare  train arms with several seeds side by side, and report which differ
+  maps     draw a prompt's concept maps by layer and step
+  report   write one HTML page of runs: curves, images, settings that differ: star report RUN [RUN...] [--out FILE]
+  info     print versions, what was built, and which implementation each operator uses
 """
 
 
@@ -34,12 +39,12 @@ class Eval:
     """Score a model by a reward: on a task's held-out prompts or on a prompt file."""
 
     task: str | None = None
-    """"shapes", the embedded world, or "module:attribute" of a star.training.task.Task. None: the embedded world,
+    """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded world,
     unless there is a model."""
     model: str | None = None
     """A pipeline's folder or hub id. None: the task's."""
-    lora: Path | None = None
-    """An adapter's folder, as `star train` writes it."""
+    lora: str | None = None
+    """An adapter: a folder in diffusers' or PEFT's format, or a hub id."""
     prompts: Path | None = None
     """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
     reward: str | None = None
@@ -76,17 +81,17 @@ class Eval:
 
 @dataclass
 class Maps:
-    """Picture the concept maps of a prompt."""
+    """Draw the concept maps of a prompt."""
 
     prompt: str = "a red circle left of a blue square"
     """The prompt."""
     task: str | None = None
-    """"shapes", the embedded world, or "module:attribute" of a star.training.task.Task. None: the embedded world,
+    """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded world,
     unless there is a model."""
     model: str | None = None
     """A pipeline's folder or hub id. None: the task's."""
     out: Path = Path("maps.png")
-    """The picture's file."""
+    """File of the figure."""
     steps: int = 8
     """Denoising steps."""
     guidance_scale: float = 1.0
@@ -117,7 +122,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
 
-def read_config(arguments: list[str], prog: str):
+def read_config(arguments: list[str], prog: str) -> Config:
     """A preset, then a file, then options; each over what came before."""
     import tyro
 
@@ -133,11 +138,38 @@ def read_config(arguments: list[str], prog: str):
     base = preset(known.preset) if known.preset else Config()
     if known.config:
         base = configuration.load(known.config, base)
+    rest = renamed_options(rest)
     for flag in ("resume", "overwrite"):
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
     return tyro.cli(Config, default=base, args=rest, prog=prog)
+
+
+def renamed_options(arguments: list[str]) -> list[str]:
+    """Options of version 0.1 under their names of now; one line tells which."""
+    from star.config import OLD_KEYS, OLD_SECTIONS
+
+    def dashed(name: str) -> str:
+        return name.replace("_", "-")
+
+    names = {dashed(old): dashed(new) for old, new in OLD_KEYS.items()}
+    names |= {f"{section}.no-{key}": f"{place}.no-{entry}" for section, key, place, entry in (
+        (*old.split("."), *new.split(".")) for old, new in names.items())}  # fmt: skip
+    found, told = [], {}
+    for argument in arguments:
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            option = dashed(option)
+            section, dot, key = option.partition(".")
+            new = names.get(option) or f"{OLD_SECTIONS.get(section, section)}{dot}{key}"
+            if new != option:
+                told[f"--{option}"] = f"--{new}"
+                argument = f"--{new}{equals}{value}"
+        found.append(argument)
+    if told:
+        log.warning("options: %s", ", ".join(f"{old} is now {new}" for old, new in told.items()))
+    return found
 
 
 def train(arguments: list[str]) -> None:
@@ -153,9 +185,11 @@ def train(arguments: list[str]) -> None:
     if int(os.environ.get("RANK", 0)):
         return  # the first process speaks for all
     if summary.get("stopped"):
-        print(f"stopped after {summary['iterations']} iterations by SIGTERM; --resume continues {config.run.out}")
+        count, out = summary["iterations"], config.run.out
+        print(f"stopped by {summary['stopped']} after {count} iterations; --resume continues {out}")
         return
-    title = f"{summary['iterations']} iterations in {summary['seconds']:.0f} s"
+    count = summary["iterations"]
+    title = f"{count} iteration{'s' if count != 1 else ''} in {summary['seconds']:.0f} s"
     console = Console()
     if summary["held_out"]:
         table = Table("held-out", "before", "after", "difference", title=title, caption="± one standard error, paired")
@@ -209,14 +243,13 @@ def evaluate(arguments: list[str]) -> None:
     from star.reports.tables import evaluation_table
     from star.rewards.worker import RewardWorker
     from star.training import scoring
+    from star.training.adapter import load_adapter
     from star.training.prompts import read_prompts
     from star.training.task import load_task_reward
 
     options = tyro.cli(Eval, args=arguments, prog="star eval")
     if options.save_images and options.out is None:
         raise ValueError("save_images: needs a folder, --out")
-    if options.lora and not options.lora.is_dir():
-        raise FileNotFoundError(f"lora: {options.lora} is no folder")
     if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"out: {options.out} is not empty")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -234,7 +267,7 @@ def evaluate(arguments: list[str]) -> None:
                    "max_sequence_length", "seed")  # fmt: skip
     pipeline = task.pipeline(device, getattr(torch, options.dtype))
     if options.lora:
-        pipeline.load_lora_weights(str(options.lora))
+        load_adapter(pipeline, options.lora)
     observe = None if options.out is None else scoring.ResultsWriter(options.out, prompts, options.save_images)
     with RewardWorker(reward, options.timeout) as worker:
         evaluation = scoring.evaluate(pipeline, prompts, worker, images, observe=observe)
@@ -308,12 +341,12 @@ def maps(arguments: list[str]) -> None:
         for layer in layers
     }
     first = rollouts[layers[0]]
-    mean = torch.stack([rollout.maps for rollout in rollouts.values()]).mean(0)
+    mean = torch.stack([rollout.captured_maps() for rollout in rollouts.values()]).mean(0)
     figures.concept_maps(
         options.prompt,
         decode(pipeline, first.latents)[0].permute(1, 2, 0).cpu().numpy(),
         {
-            f"{name}\nblock {layer}": rollout.maps[:, 0, g].view(-1, *rollout.grid).cpu().numpy()
+            f"{name}\nblock {layer}": rollout.captured_maps()[:, 0, g].view(-1, *rollout.grid).cpu().numpy()
             for g, name in enumerate(names)
             for layer, rollout in rollouts.items()
         },
@@ -380,11 +413,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"star: {error.name} is missing; pip install 'star-kernels[train]'", file=sys.stderr)
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        print("star: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         # What a user can cause is raised as one of these with one clear line; STAR_DEBUG shows where.
         if os.environ.get("STAR_DEBUG"):
             raise
-        print(f"star: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        print(f"star: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

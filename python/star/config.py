@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -16,6 +17,31 @@ from star import files
 from star.objective import Allocation
 
 log = logging.getLogger("star")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes, declared beside it. above and below are not included themselves."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)) or "finite"
+
+
+Count = Annotated[int, Range(least=0)]
+Positive = Annotated[int, Range(least=1)]
+Finite = Annotated[float, Range()]
+NotNegative = Annotated[float, Range(least=0)]
+AboveZero = Annotated[float, Range(above=0)]
+Decay = Annotated[float, Range(least=0, below=1)]
 
 
 class ConfigError(ValueError):
@@ -28,21 +54,24 @@ class Model:
 
     path: str | None = None
     """Folder or hub id of a StableDiffusion3Pipeline. None: the task's."""
-    max_sequence_length: int = 128
+    max_sequence_length: Count = 128
     """Tokens of the T5 part; 0 for a pipeline without T5."""
-    height: int = 512
+    height: Positive = 512
     """Height of the images in pixels."""
-    width: int = 512
+    width: Positive = 512
     """Width of the images in pixels."""
-    lora_rank: int = 32
+    lora_rank: Count = 32
     """Rank of the adapters. 0: all weights of the transformer are trained."""
-    lora_alpha: int = 64
+    lora_alpha: Positive = 64
     """Scale of the adapters; their product is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     """Matrices of the transformer that get an adapter, by the end of their names."""
+    adapter: str | None = None
+    """Folder or hub id of an adapter that training starts from, of the rank, alpha and targets above; the KL term is
+    against it. None: a new adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: Literal["no", "inductor", "aot_eager"] = "no"
@@ -58,31 +87,31 @@ class Model:
 class Sampling:
     """How images are sampled for training."""
 
-    steps: int = 10
+    steps: Positive = 10
     """Denoising steps."""
-    guidance_scale: float = 4.5
+    guidance_scale: Finite = 4.5
     """Scale of classifier-free guidance. 1 or less: no guidance."""
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """The stochastic step: Flow-GRPO's, DanceGRPO's or coefficients-preserving sampling."""
-    noise_level: float = 0.7
+    noise_level: AboveZero = 0.7
     """Size of the noise of stochastic steps."""
-    trained_steps: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    trained_steps: tuple[Count, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """Steps that are stochastic and trained on; the others are ODE steps."""
-    window: int = 0
+    window: Count = 0
     """Train on a random contiguous window of this many of `trained_steps` per iteration (Flow-GRPO-Fast). 0: all."""
     shared_noise: bool = False
     """The images of a prompt start from one noise and part at the first trained step."""
     prompts: str | None = None
     """A text file with one prompt a line, or .jsonl with metadata (GenEval's format). None: the task's prompts."""
-    prompts_per_iteration: int = 48
+    prompts_per_iteration: Positive = 48
     """Prompts of an iteration."""
-    images_per_prompt: int = 24
+    images_per_prompt: Annotated[int, Range(least=2)] = 24
     """Images of each prompt: the group whose rewards are compared."""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Count, ...] | None = None
     """Transformer blocks whose attention is read. None: all."""
     normalize: Literal["raw", "content", "concepts"] = "raw"
     """Normalization of the maps; see star.capture.capture."""
-    text_cache: int = 0
+    text_cache: Count = 0
     """Prompts whose embeddings stay on the CPU from iteration to iteration; each is then encoded alone. 0: none."""
     rollout_device: Literal["model", "cpu"] = "model"
     """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
@@ -98,17 +127,17 @@ class Loss:
     ratio: Literal["token", "location", "sample"] = "token"
     """What is clipped: the sample's ratio with the gradient of each location, the ratio of each location, or one ratio
     of the weighted log-ratios."""
-    clip_range: float = 1e-4
+    clip_range: NotNegative = 1e-4
     """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
-    adv_clip: float = 5.0
+    adv_clip: AboveZero = 5.0
     """Advantages are clamped to +-adv_clip."""
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     """Coefficient of the KL term to the model without its adapter. 0: no such term."""
     guard: bool = False
     """Normalize ratios as GRPO-Guard does."""
     global_std: bool = False
     """Divide advantages by the standard deviation of all rewards instead of the group's."""
-    advantage_eps: float = 1e-4
+    advantage_eps: NotNegative = 1e-4
     """Added to that standard deviation. A larger value gives groups whose rewards hardly differ less say."""
     advantage: Literal["image", "location"] = "image"
     """One advantage for each image, or one for each location from a reward that localizes."""
@@ -120,31 +149,31 @@ class Loss:
 class Optimization:
     """How the policy is updated."""
 
-    iterations: int = 100
+    iterations: Positive = 100
     """Iterations of rollout and update."""
-    updates_per_iteration: int = 2
+    updates_per_iteration: Positive = 2
     """Optimizer steps for each rollout, each on its own share of the images."""
-    micro_batch: int = 0
+    micro_batch: Count = 0
     """Images per forward pass. 0: all of an update's."""
-    learning_rate: float = 3e-4
+    learning_rate: NotNegative = 3e-4
     """AdamW's learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: AboveZero = 1e-8
     """Added to the root of AdamW's second moment. Far above the gradients (1, say), with no weight_decay, an update is
     the plain gradient with momentum."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: AboveZero = 1.0
     """Norm to which the gradient is cut."""
-    update_norm: float | None = None
+    update_norm: NotNegative | None = None
     """Euclidean norm to which every update of the weights is rescaled, so that runs differ in its direction alone.
     0: the norm is only measured. None: neither; both need a copy of the trained weights."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the matrix products, as in accelerate."""
-    ema_decay: float = 0.0
+    ema_decay: Decay = 0.0
     """Decay of a moving average of the weights; the average is then scored and exported. 0: no average."""
-    ema_every: int = 8
+    ema_every: Positive = 8
     """Updates from one averaging to the next."""
 
 
@@ -152,24 +181,24 @@ class Optimization:
 class Scoring:
     """How the policy is scored on held-out prompts: before training, on a schedule and after training."""
 
-    count: int = 0
+    count: Count = 0
     """Held-out prompts that are scored, always with the same noise. 0: the policy is not scored."""
     prompts: str | None = None
     """A file like sampling.prompts; if it has more prompts than `count`, a sample of them, if fewer, they repeat with
     other noise. None: the task's held-out prompts."""
     reward: str | dict[str, float] | None = None
     """A reward like run.reward. None: the one that is trained on."""
-    every: int = 0
+    every: Count = 0
     """Iterations from one scoring to the next. 0: only before and after training."""
-    images_per_prompt: int = 1
+    images_per_prompt: Positive = 1
     """Images of each held-out prompt."""
-    steps: int | None = None
+    steps: Positive | None = None
     """Denoising steps. None: those of sampling.steps."""
-    guidance_scale: float | None = None
+    guidance_scale: Finite | None = None
     """Scale of classifier-free guidance. None: that of sampling.guidance_scale."""
-    batch: int | None = None
+    batch: Positive | None = None
     """Images per forward pass. None: the task's, else 8."""
-    seed: int = 2026
+    seed: Count = 2026
     """Seed of noise and prompts; runs with equal seeds can be compared image by image."""
 
 
@@ -179,28 +208,28 @@ class Run:
 
     out: Path = Path("runs/star")
     """The run's folder."""
-    seed: int = 0
+    seed: Count = 0
     """Seed of prompts, noise and adapters."""
     reward: str | dict[str, float] | None = None
     """A reward's name, "module:function", or several with their weights: "ocr:1.0,pickscore:0.5", in YAML also as a
     mapping; see docs/rewards.md. None: the task's reward."""
     reward_models: dict[str, str] = field(default_factory=dict)
     """Where rewards find their weights, by name: a folder, a file or a hub id; an http:// address asks a server."""
-    reward_timeout: float = 600.0
+    reward_timeout: AboveZero = 600.0
     """Seconds for a batch of images, after which their reward counts as failed."""
     reward_strict: bool = False
     """End the run at the first image whose reward fails, instead of counting it and going on."""
-    save_every: int = 50
+    save_every: Positive = 50
     """Iterations from one checkpoint to the next."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Positive = 2
     """Checkpoints that are kept, the newest ones."""
     figures: bool = True
     """Draw the reward's curve, images before and after, and the allocation at the end."""
-    grid_every: int = 0
+    grid_every: Count = 0
     """Iterations from one grid of the rollout's images and weights to the next, in grids/. 0: none."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go besides metrics.jsonl."""
-    timeout_minutes: int = 30
+    timeout_minutes: Positive = 30
     """Minutes that a process waits for the others before it gives the run up."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint, or from its beginning if it has none yet."""
@@ -213,7 +242,7 @@ class Config:
     """Post-training of a text-to-image model with spatiotemporal reward allocation."""
 
     task: str | None = None
-    """What is trained, in one name: "shapes", the embedded world, or "module:attribute" of a star.training.task.Task.
+    """What is trained, in one name: `shapes`, the embedded world, or `module:attribute` of a star.training.task.Task.
     It gives pipeline, prompts and reward where model.path, sampling.prompts, scoring.prompts and run.reward are not
     set. None: these are set."""
     model: Model = field(default_factory=Model)
@@ -226,6 +255,9 @@ class Config:
 
     def check(self, processes: int = 1) -> None:
         """Raise ConfigError for values that do not go together, or not with this number of processes."""
+        for field_ in dataclasses.fields(self):
+            if dataclasses.is_dataclass(section := getattr(self, field_.name)):
+                check_ranges(section, f"{field_.name}.")
         self._check_task()
         sampling, optimization = self.sampling, self.optimization
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
@@ -248,18 +280,21 @@ class Config:
             raise ConfigError(
                 f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{sampling.steps - 2}"
             )
+        for name, values in (("trained_steps", sampling.trained_steps), ("layers", sampling.layers or ())):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"sampling.{name}: got {values}, expected each number once")
         if not 0 <= sampling.window <= len(sampling.trained_steps):
             raise ConfigError(
                 f"sampling.window: got {sampling.window}, expected 0..{len(sampling.trained_steps)}, the trained steps"
             )
         if self.allocation.temporal == "concentration" and self.allocation.strategy == "uniform":
             raise ConfigError("allocation.temporal: concentration needs a strategy other than uniform")
-        if sampling.images_per_prompt < 2:
-            raise ConfigError(f"sampling.images_per_prompt: got {sampling.images_per_prompt}, a group needs at least 2")
         if self.loss.kl_coef and not self.model.lora_rank:
             raise ConfigError(
                 "loss.kl_coef: needs an adapter (model.lora_rank > 0): without it the reference is the model"
             )
+        if self.model.adapter and not self.model.lora_rank:
+            raise ConfigError("model.adapter: needs model.lora_rank, the adapter's rank")
         half = {"float16": "fp16", "bfloat16": "bf16"}
         if self.model.frozen_dtype in half and optimization.mixed_precision != half[self.model.frozen_dtype]:
             raise ConfigError(
@@ -270,15 +305,6 @@ class Config:
             raise ConfigError(
                 f"sampling.merge_adapter: needs model.frozen_dtype float32, got {self.model.frozen_dtype}"
             )
-        if not 0 <= optimization.ema_decay < 1 or optimization.ema_every < 1:
-            raise ConfigError(
-                f"optimization.ema_decay, ema_every: got {optimization.ema_decay}, {optimization.ema_every}, "
-                "expected 0 <= decay < 1 and at least 1"
-            )
-        if optimization.adam_epsilon <= 0:
-            raise ConfigError(f"optimization.adam_epsilon: got {optimization.adam_epsilon}, expected above 0")
-        if optimization.update_norm is not None and optimization.update_norm < 0:
-            raise ConfigError(f"optimization.update_norm: got {optimization.update_norm}, expected at least 0 or none")
         self._check_scoring()
         if self.loss.normalize_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
@@ -297,15 +323,31 @@ class Config:
 
     def _check_scoring(self) -> None:
         scoring = self.scoring
-        if scoring.count < 0 or scoring.every < 0 or scoring.images_per_prompt < 1:
-            raise ConfigError(
-                f"scoring.count, every, images_per_prompt: got {scoring.count}, {scoring.every}, "
-                f"{scoring.images_per_prompt}, expected at least 0, 0, 1"
-            )
         if scoring.every and not scoring.count:
             raise ConfigError("scoring.every: needs scoring.count, the number of held-out prompts")
         if scoring.count and self.task is None and scoring.prompts is None:
             raise ConfigError("scoring.prompts: not set; set it to a file of held-out prompts, or scoring.count to 0")
+
+
+def check_ranges(section: Any, prefix: str) -> None:
+    """Raise ConfigError for a number beyond the range that its field declares."""
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            for limits in _ranges(hint):
+                if isinstance(number, int | float) and not limits.holds(number):
+                    raise ConfigError(f"{prefix}{name}: got {value}, expected {_noun(value)} {limits}")
+
+
+def _ranges(hint: Any) -> list[Range]:
+    """The ranges in an annotation, also within a union or a tuple."""
+    if typing.get_origin(hint) is Annotated:
+        return [item for item in hint.__metadata__ if isinstance(item, Range)]
+    return [limits for argument in typing.get_args(hint) for limits in _ranges(argument)]
+
+
+def _noun(value: Any) -> str:
+    return "numbers" if isinstance(value, tuple) else "a number"
 
 
 def to_dict(config: Any) -> Any:
@@ -321,7 +363,7 @@ def to_dict(config: Any) -> Any:
 
 def flatten(config: Config) -> dict[str, Any]:
     """The values by dotted name."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in to_dict(config).items():
         nested = dataclasses.is_dataclass(getattr(config, name))
         flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
@@ -361,7 +403,7 @@ def modernize(values: dict) -> tuple[dict, dict[str, str]]:
                 renamed[name] = OLD_KEYS[name]
                 name = OLD_KEYS[name]
             if name in TASK_KEYS and value == EMBEDDED:
-                renamed[f"{name} {value}"] = f"task {value}"
+                renamed[f"the value {value}"] = f"task: {value}"
                 new["task"], value = value, None
             if name == "run.reward" and isinstance(value, str) and value in OLD_REWARDS:
                 renamed[value] = OLD_REWARDS[value]
@@ -397,25 +439,30 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if kind is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
         kinds = [a for a in arguments if a is not type(None)]
         mapping = [a for a in kinds if typing.get_origin(a) is dict and isinstance(value, dict)]
         return _convert(name, value, (mapping or kinds)[0])
     if origin is Literal:
+        if value is False and "no" in arguments:
+            return "no"  # YAML 1.1 reads no as a boolean
         if value not in arguments:
             raise ConfigError(f"{name}: got {value!r}, expected one of {list(arguments)}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{name}: got {value!r}, expected a list")
-        return tuple(_convert(name, item, arguments[0]) for item in value)
+        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(value) != len(each):
+            raise ConfigError(f"{name}: got {value!r}, expected {len(each)} values")
+        return tuple(_convert(name, item, kind) for item, kind in zip(value, each, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: got {value!r}, expected keys and values")
         return {str(key): _convert(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
     if kind is Path and isinstance(value, str):
-        return Path(value)
+        return Path(value).expanduser()
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a string.
         try:

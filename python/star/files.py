@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+LOCK = ".lock"
+
+
+class FolderLock:
+    """Holds a folder for one process; the operating system lets it go when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises BlockingIOError if another process holds the folder."""
+        self.file = (folder / LOCK).open("ab")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise
+
+    def release(self) -> None:
+        self.file.close()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is not there, or has nothing in it but a lock and files that were never finished."""
+    unfinished = lambda name: name.startswith(".") and name.endswith(".writing")
+    return not folder.exists() or all(path.name == LOCK or unfinished(path.name) for path in folder.iterdir())
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

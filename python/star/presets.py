@@ -85,7 +85,7 @@ def sd35m(task: str, fast: bool = False) -> Config:
     )
     if not fast:
         return published
-    groups = {"prompts_per_iteration": 64, "images_per_prompt": 18} if task == "pickscore" else {}
+    prompts, images = (64, 18) if task == "pickscore" else (48, 24)
     return dataclasses.replace(
         published,
         sampling=dataclasses.replace(
@@ -96,7 +96,8 @@ def sd35m(task: str, fast: bool = False) -> Config:
             # sde_window_size 3 in sde_window_range (0, 5).
             trained_steps=(0, 1, 2, 3, 4),
             window=3,
-            **groups,
+            prompts_per_iteration=prompts,
+            images_per_prompt=images,
         ),
         loss=dataclasses.replace(published.loss, clip_range=1e-5, kl_coef=0.0),
         run=dataclasses.replace(published.run, out=Path(f"runs/{task}-sd35m-fast")),

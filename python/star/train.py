@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from star import config as configuration
 from star import files, rewards
-from star.config import Config
+from star.config import Config, ConfigError
 from star.objective import Allocation, allocation_weights, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
@@ -28,7 +30,9 @@ from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
+from star.training.pipeline import check_size
 from star.training.policy import Policy
+from star.training.resuming import compare_with_saved
 from star.training.rollout import PromptEncoder, Rollout, SamplerOptions, decode, draw_window, make_steps, sample
 from star.training.scoring import HeldOut
 from star.training.task import configured_task, draw_prompts, load_task_reward
@@ -59,6 +63,7 @@ class Trainer:
             reward = load_reward(config.scoring.reward, config.run.reward_models, device)
             self.judge = RewardWorker(reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
+        check_size(self.pipeline, config)
         self.encode = PromptEncoder(
             self.pipeline, config.model.max_sequence_length, sampling.text_cache, config.model.offload_encoders
         )
@@ -77,13 +82,13 @@ class Trainer:
         self.warned_uniform = False
         if config.run.resume:
             self.resume()
-            on_main(self.accelerator, lambda: configuration.save(config, config.run.out / "config.yaml"))
 
     # --- one iteration, straight down -----------------------------------------------------------------------------
 
     def step(self) -> dict[str, float]:
         """One iteration: rollout, reward, advantage, allocation, update. Returns its metrics."""
-        config, seconds = self.config, defaultdict(float)
+        config = self.config
+        seconds: dict[str, float] = defaultdict(float)
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
         prompts = draw_prompts(self.task, config, self.iteration)
         tickets: list[Ticket] = []
@@ -171,20 +176,22 @@ class Trainer:
         seed = int(torch.randint(2**62, (), generator=generator))
         # The controls look beyond a sample: they need those of every process.
         everyone = allocation.strategy in ("shuffled", "random")
-        per_step = []
+        per_step: list[Tensor] = []
         for k in range(len(rollout.steps.trained)):
             maps = None if rollout.maps is None else rollout.maps[min(k, len(rollout.maps) - 1)]
             weights = allocation_weights(
                 allocation,
-                self.share.gather(maps) if everyone else maps,
+                self.share.gather(maps) if everyone and maps is not None else maps,
                 rollout.grid,
                 patch=self.pipeline.transformer.config.patch_size,
                 groups=self.groups if everyone else rollout.groups,
                 masks=masks,
                 generator=torch.Generator().manual_seed(seed),
             )
+            if weights is None:
+                return None
             per_step.append(weights[self.share.rows] if everyone else weights)
-        return None if per_step[0] is None else torch.stack(per_step)
+        return torch.stack(per_step)
 
     def update(
         self, rollout: Rollout, advantages: Tensor, weights: Tensor | None, step_weights: Tensor | None
@@ -266,25 +273,27 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the run's last checkpoint, or from its beginning if it was stopped before the first one."""
-        found = checkpoint.checkpoints(self.config.run.out)
-        if not found:
-            return
-        self.held_out.check_resumed()
-        state = checkpoint.load(found[-1])
-        if not self.policy.fits(state):
-            raise checkpoint.CheckpointError(f"checkpoint: {found[-1]} is of another model or adapter")
-        self.policy.load_state_dict(state)
-        if self.accelerator.process_index < len(state["random"]):
-            checkpoint.set_random_state(state["random"][self.accelerator.process_index])
-        self.iteration = state["iteration"]
+        run = self.config.run
+        found = checkpoint.checkpoints(run.out)
+        if found:
+            self.held_out.check_resumed()
+            compare_with_saved(self.config)
+            state = checkpoint.load(found[-1])
+            if not self.policy.fits(state):
+                raise checkpoint.CheckpointError(f"checkpoint: {found[-1]} is of another model or adapter")
+            self.policy.load_state_dict(state)
+            if self.accelerator.process_index < len(state["random"]):
+                checkpoint.set_random_state(state["random"][self.accelerator.process_index])
+            self.iteration = state["iteration"]
+        on_main(self.accelerator, lambda: configuration.save(self.config, run.out / "config.yaml"))
 
 
 def train(config: Config) -> dict:
-    """Run a configuration to its end. Returns (and writes to summary.json) what it reached; after a SIGTERM it returns
-    early, with `stopped` in what it returns and a checkpoint to continue from."""
+    """Run a configuration to its end. Returns (and writes to summary.json) what it reached; after a signal to
+    end it returns early, with the signal's name as `stopped` and a checkpoint to continue from."""
     trainer = None
     try:
-        with Termination() as termination:
+        with Termination() as termination, held_folder(config):
             trainer = Trainer(config)
             return run(trainer, termination)
     except RuntimeError as error:
@@ -294,6 +303,26 @@ def train(config: Config) -> dict:
         raise LostProcess(
             f"accelerate: another process of the run was lost ({reason}); --resume continues from the last checkpoint"
         ) from error
+
+
+@contextmanager
+def held_folder(config: Config) -> Iterator[None]:
+    """Within it no other process trains into the run's folder. Raises ConfigError if one does already."""
+    if int(os.environ.get("RANK", 0)):
+        yield  # the first process holds it for all
+        return
+    made = not config.run.out.exists()
+    config.run.out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = files.FolderLock(config.run.out)
+    except BlockingIOError:
+        raise ConfigError(f"run.out: another process trains into {config.run.out}; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        if made and files.is_empty(config.run.out):  # nothing was begun
+            shutil.rmtree(config.run.out, ignore_errors=True)
+        lock.release()
 
 
 def run(trainer: Trainer, termination: Termination) -> dict:
@@ -309,7 +338,7 @@ def run(trainer: Trainer, termination: Termination) -> dict:
                 trainer.save()
                 if tracker is not None:
                     tracker.close()
-                return {"iterations": trainer.iteration, "stopped": True}
+                return {"iterations": trainer.iteration, "stopped": termination.received or "another process"}
             metrics = trainer.step()
             if tracker is not None:
                 tracker.log(trainer.iteration - 1, metrics)

@@ -1,13 +1,15 @@
 """attention_maps in Triton: the few key columns of the concepts against every image query, by the tensor cores.
 
-One program owns a tile of queries of one batch row for a group of heads and a block of columns; it takes the heads in
-order and writes its own partial maps. A second launch adds the partials in a fixed order: no atomics, the same bits in
-every run. How a batch is cut into programs is `tiling`, a function of shapes and of the number of processors.
+The heads form chunks, a function of their number alone. One program owns a tile of queries of one batch row for some
+chunks and a block of columns; it takes the heads in order and makes a partial map of each chunk. The partial maps are
+added in order, by the program itself if it owns all of them, else by a second launch. So the bits depend neither on
+the batch nor on how `tiling` cuts it into programs, and there are no atomics.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-BLOCK_N = 64  # queries per program
+CHUNKS = 8  # of heads, at most: what a row can be cut into
+PROGRAMS = 2  # per processor: with fewer, memory waits for the next request
 BLOCK_S = 64  # keys per turn of the log-sum-exp
+MOST_CONCEPTS = 8  # whose maps a program adds up in registers
 MOST_COLUMNS = 64  # per program: more make further programs, each reading the queries again
 BLOCK_SUM = 256  # elements of the maps that one warp adds up: few, so that a single row's are many programs
 
@@ -34,7 +38,7 @@ def scores_tile(q, k, here, there, stride_q, stride_k, D: tl.constexpr, BLOCK_D:
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "columns", "concepts", "slots", "chunks"])
 def maps_kernel(
     query,  # (B, H, N, D)
     key,  # (B, H, S, D)
@@ -42,7 +46,7 @@ def maps_kernel(
     weight,  # (B, C) float32, or None for ones
     lse,  # (B, H, N), any strides
     head_weight,  # (H,) float32, or None for equal ones
-    partial,  # (column blocks * head groups, B, G, N) float32
+    maps,  # (B, G, N) float32; (column blocks, chunks of heads, B, G, N) without ALONE
     query_b,
     query_h,
     query_n,
@@ -55,34 +59,49 @@ def maps_kernel(
     lse_h,
     lse_n,
     queries,
+    keys,
     columns,
-    groups,
+    concepts,
     slots,
+    chunks,  # that a program owns
     scale_log2,
     LOG2: tl.constexpr,
     D: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr,
-    HEAD_GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,  # heads of one
+    ALONE: tl.constexpr,  # a program owns all chunks and columns
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # the most concepts, with ALONE
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    ALL_CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
     row = tl.program_id(1).to(tl.int64)  # offsets of a large batch do not fit 32 bits
-    part = tl.program_id(2)
+    groups = tl.cdiv(ALL_CHUNKS, chunks)
+    column_block = tl.program_id(2) // groups
+    first_head = tl.program_id(2) % groups * chunks * CHUNK
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = part // HEAD_GROUPS * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = column_block * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
     here = n < queries
     column = tl.load(index + row * columns + c, mask=c < columns, other=-1)
-    used = column >= 0
-    first_head = part % HEAD_GROUPS * HEADS_PER_GROUP
+    used = (column >= 0) & (column < keys)
     q = query + row * query_b + first_head * query_h + n[:, None] * query_n + d[None, :] * query_d
     k = key + row * key_b + first_head * key_h + tl.where(used, column, 0)[None, :] * key_s + d[:, None] * key_d
     norm = lse + row * lse_b + first_head * lse_h + n * lse_n
+    if weight is None:
+        weights = tl.where(used, 1.0, 0.0)
+    else:
+        weights = tl.load(weight + row * columns + c, mask=used, other=0.0)
+    weights = tl.where(used | (column == -1), weights, float("nan"))  # an index beyond the keys must show
+    g = tl.arange(0, BLOCK_G)
+    step = tl.num_programs(1).to(tl.int64) * concepts * queries  # from one partial map of the batch to the next
+    out = maps + column_block * ALL_CHUNKS * step + row * concepts * queries + n
 
+    whole = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for head in range(HEADS_PER_GROUP):
+    for head in range(first_head, min(first_head + chunks * CHUNK, HEADS)):
         norm_tile = tl.load(norm, mask=here, other=0.0).to(tl.float32)
         scores = scores_tile(q, k, here, used, query_d, key_d, D, BLOCK_D, PRECISION)
         probability = tl.exp2(scores * scale_log2 - (norm_tile * LOG2)[:, None])
@@ -90,23 +109,25 @@ def maps_kernel(
             (norm_tile > float("-inf"))[:, None] | (norm_tile != norm_tile)[:, None], probability, 0.0
         )
         if head_weight is None:
-            total += probability * (1.0 / (HEADS_PER_GROUP * HEAD_GROUPS))
+            total += probability * (1.0 / HEADS)
         else:
-            total += probability * tl.load(head_weight + first_head + head)
+            total += probability * tl.load(head_weight + head)
         q += query_h
         k += key_h
         norm += lse_h
+        if (head % CHUNK == CHUNK - 1) | (head == HEADS - 1):
+            total = tl.where(used[None, :], total, 0.0)  # an unused slot must not bring 0 * inf
+            for concept in range(concepts):
+                share = tl.where(c // slots == concept, weights, 0.0)
+                part = tl.sum(tl.where((share != 0.0)[None, :], total * share[None, :], 0.0), 1)
+                if ALONE:
+                    whole += tl.where((g == concept)[None, :], part[:, None], 0.0)
+                else:
+                    tl.store(out + head // CHUNK * step + concept * queries, part, mask=here)
+            total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
 
-    if weight is None:
-        weights = tl.where(used, 1.0, 0.0)
-    else:
-        weights = tl.load(weight + row * columns + c, mask=used, other=0.0)
-    total = tl.where(used[None, :], total, 0.0)  # an unused slot must not bring 0 * inf
-    out = partial + ((part * tl.num_programs(1) + row) * groups) * queries + n
-    for group in range(groups):
-        share = tl.where(c // slots == group, weights, 0.0)
-        inside = tl.where((share != 0.0)[None, :], total * share[None, :], 0.0)
-        tl.store(out + group * queries, tl.sum(inside, 1), mask=here)
+    if ALONE:
+        tl.store(out[:, None] + g[None, :] * queries, whole, mask=here[:, None] & (g < concepts)[None, :])
 
 
 @triton.jit
@@ -121,7 +142,7 @@ def sum_kernel(partial, maps, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr
     tl.store(maps + at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys"])
 def lse_kernel(
     query,  # (B, H, N, D)
     key,  # (B, H, S, D)
@@ -173,11 +194,6 @@ def block_width(width: int, element_size: int, precision: str) -> int:
     return min(most, max(16, triton.next_power_of_2(width)))
 
 
-def warps(element_size: int) -> int:
-    """Warps per program, for the same reason."""
-    return 8 if element_size == 4 else 4
-
-
 def block_columns(columns: int) -> int:
     """Columns per program, a power of two of at least 16."""
     return min(MOST_COLUMNS, max(16, triton.next_power_of_2(columns)))
@@ -188,37 +204,81 @@ def dot_precision(element_size: int, hip: bool = torch.version.hip is not None) 
     return "tf32x3" if element_size == 4 and not hip else "ieee"
 
 
+class Blocks(NamedTuple):
+    """What a program of maps_kernel is."""
+
+    queries: int
+    warps: int
+    stages: int  # of the pipeline over the heads
+
+
+# By architecture and bytes of an element. Predicted from machine code, not tuned on a GPU.
+DEFAULT_BLOCKS = {2: Blocks(64, 4, 3), 4: Blocks(64, 8, 3)}
+TUNED_BLOCKS: dict[tuple[str, int], Blocks] = {}
+
+
+def blocks_of(architecture: str, element_size: int) -> Blocks:
+    """Of an architecture as `architecture` names it."""
+    return TUNED_BLOCKS.get((architecture, element_size), DEFAULT_BLOCKS[element_size])
+
+
 class Tiling(NamedTuple):
     """How maps_kernel cuts a batch into programs."""
 
-    tiles: int  # of BLOCK_N queries
+    tiles: int  # of queries
     batch: int
     column_blocks: int
-    head_groups: int
+    chunk: int  # heads of one
+    chunks: int  # of all heads
+    owned: int  # chunks that a program owns; the last group of a row may have fewer
+    alone: bool  # every program owns all chunks and columns, and holds a tile of the maps
+
+    @property
+    def groups(self) -> int:
+        """Of chunks: programs that share a row's heads."""
+        return triton.cdiv(self.chunks, self.owned)
 
     @property
     def parts(self) -> int:
-        """Partial maps of every row, which sum_kernel adds up if there are several."""
-        return self.column_blocks * self.head_groups
+        """Partial maps of every row."""
+        return self.column_blocks * self.chunks
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.tiles, self.batch, self.parts
+        return self.tiles, self.batch, self.column_blocks * self.groups
 
 
-def tiling(batch: int, heads: int, queries: int, columns: int, processors: int) -> Tiling:
-    """Fewest equal groups of heads with which the tiles of a single row fill the processors.
+@cache
+def tiling(
+    batch: int, heads: int, queries: int, concepts: int, slots: int, processors: int, block: int, groups: int = 0
+) -> Tiling:
+    """Fewest groups of heads with which the batch fills the processors.
 
-    The batch does not count, so a row's bits do not depend on the others.
+    block: queries of a program. groups: as many as these if it is not 0, at most one for each chunk.
     """
-    tiles = triton.cdiv(queries, BLOCK_N)
-    groups = next((g for g in range(1, heads) if heads % g == 0 and g * tiles >= processors), heads)
-    return Tiling(tiles, batch, triton.cdiv(columns, block_columns(columns)), groups)
+    chunk = triton.cdiv(heads, CHUNKS)
+    chunks = triton.cdiv(heads, chunk)
+    tiles, column_blocks = triton.cdiv(queries, block), triton.cdiv(concepts * slots, block_columns(concepts * slots))
+    programs = tiles * batch * column_blocks
+    groups = min(chunks, groups or max(1, triton.cdiv(PROGRAMS * processors, programs)))
+    owned = triton.cdiv(chunks, groups)
+    alone = column_blocks == 1 and owned == chunks and concepts <= MOST_CONCEPTS
+    return Tiling(tiles, batch, column_blocks, chunk, chunks, owned, alone)
 
 
+@cache
 def processors(device: torch.device) -> int:
     """Of a GPU; the interpreter is one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", or "cpu" for the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
 
 
 def launch(
@@ -229,13 +289,16 @@ def launch(
     lse: Tensor | None,
     scale: float,
     head_weight: Tensor | None,
-    groups_of_heads: int | None = None,
     out: Tensor | None = None,
+    blocks: Blocks | None = None,
+    groups: int = 0,
 ) -> Tensor:
-    """The operator star::attention_maps_triton; see api.attention_maps. groups_of_heads: default those of `tiling`."""
+    """The operator star::attention_maps_triton; see api.attention_maps. blocks, groups: default those of `blocks_of`
+    and `tiling`."""
     dtype = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(dtype), key.to(dtype)
     batch, heads, queries, width = query.shape
+    keys, device, size = key.shape[2], query.device, query.element_size()
     concepts, slots = concept_index.shape[1:]
     columns = concepts * slots
     maps = query.new_empty((batch, concepts, queries), dtype=torch.float32) if out is None else out
@@ -246,35 +309,35 @@ def launch(
         concept_weight = concept_weight.to(torch.float32).reshape(batch, columns).contiguous()
     if head_weight is not None:
         head_weight = head_weight.to(torch.float32).contiguous()
-    cut = tiling(batch, heads, queries, columns, processors(query.device))
-    if groups_of_heads:
-        cut = cut._replace(head_groups=groups_of_heads)
-    size = query.element_size()
+    blocks = blocks or blocks_of(architecture(device), size)
+    cut = tiling(batch, heads, queries, concepts, slots, processors(device), blocks.queries, groups)
     precision = dot_precision(size)
-    shared = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": BLOCK_N}
-    shared |= {"PRECISION": precision, "num_warps": warps(size)}
+    shared: dict[str, Any] = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
+    shared |= {"PRECISION": precision, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
     with torch.cuda.device_of(query):
         if lse is None:
             lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
             lse_kernel[(cut.tiles, batch, heads)](
-                *(query, key, lse, *query.stride(), *key.stride(), queries, key.shape[2], scale * LOG2_E),
+                *(query, key, lse, *query.stride(), *key.stride(), queries, keys, scale * LOG2_E),
                 **shared,
                 LN2=1 / LOG2_E,
                 BLOCK_S=BLOCK_S,
             )
-        partial = maps if cut.parts == 1 else maps.new_empty((cut.parts, *maps.shape))
+        partial = maps if cut.alone else maps.new_empty((cut.parts, *maps.shape))
         maps_kernel[cut.grid](
             *(query, key, index, concept_weight, lse, head_weight, partial),
             *(*query.stride(), *key.stride(), *lse.stride()),
-            *(queries, columns, concepts, slots, scale * LOG2_E),
+            *(queries, keys, columns, concepts, slots, cut.owned, scale * LOG2_E),
             **shared,
             LOG2=LOG2_E,
-            HEADS_PER_GROUP=heads // cut.head_groups,
-            HEAD_GROUPS=cut.head_groups,
+            HEADS=heads,
+            CHUNK=cut.chunk,
+            ALONE=cut.alone,
             BLOCK_C=block_columns(columns),
+            BLOCK_G=MOST_CONCEPTS,
         )
-        if cut.parts > 1:
+        if not cut.alone:
             sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
             sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
     return maps

@@ -12,7 +12,7 @@ import torch
 from builders import EPS
 from dropin import check_diff, load_example
 from star.capture import capture
-from star.concepts import ConceptTokens, locate, parse
+from star.concepts import ConceptTokens, locate
 from star_kernels import allocate
 
 loop = load_example("dance_grpo/loop.py")
@@ -37,16 +37,16 @@ def rolled(tmp_path_factory):
     return result
 
 
-def host_loss(args, transformer, sample, _, index, sigmas, weighted=False):
+def host_loss(args, transformer, sample, k, index, sigmas, weighted=False):
     """DanceGRPO's (and MixGRPO's Flow-GRPO) loss of one sample from its formulas; weighted: with maps read here."""
     tokens = ConceptTokens(sample["token_index"], sample["token_weight"])
-    x, prev = sample["latents"][:, _], sample["next_latents"][:, _]
+    x, prev = sample["latents"][:, k], sample["next_latents"][:, k]
     with capture(transformer, tokens, grid=(4, 6)) as maps:
         v = transformer(
             hidden_states=x,
             encoder_hidden_states=sample["encoder_hidden_states"],
             pooled_projections=sample["pooled_prompt_embeds"],
-            timestep=sample["timesteps"][:, _] / 1000,
+            timestep=sample["timesteps"][:, k] / 1000,
             guidance=torch.tensor([3.5]),
             txt_ids=torch.zeros(512, 3),
             img_ids=sample["image_ids"][0],
@@ -64,9 +64,9 @@ def host_loss(args, transformer, sample, _, index, sigmas, weighted=False):
         w = allocate(maps.read(), (4, 6), patch=1).flatten(1)[..., None]
         density = density.detach() + (density - density.detach()) * w
     log_prob = density.mean((1, 2))
-    a, r = sample["advantages"], (log_prob - sample["log_probs"][:, _]).exp()
+    a, r = sample["advantages"], (log_prob - sample["log_probs"][:, k]).exp()
     loss = torch.maximum(-a * r, -a * r.clamp(1 - args.clip_range, 1 + args.clip_range)).mean()
-    return loss + args.kl_coeff * 0.5 * (log_prob - sample["log_probs"][:, _]).square().mean(), r, maps.read()
+    return loss + args.kl_coeff * 0.5 * (log_prob - sample["log_probs"][:, k]).square().mean(), r, maps.read()
 
 
 def gradient(loss, transformer):
@@ -99,15 +99,15 @@ def test_values_are_the_hosts_and_the_gradient_is_the_weighted_one(rolled, host)
     args, transformer, batched, perms, sigmas = rolled[host]
     changed = unclipped = 0
     for sample, perm in list(zip(batched, perms, strict=True))[:3]:
-        for _ in trained(args):
-            loss, ratio = loop.loss_of(args, transformer, sample, _, perm[_], sigmas)
-            plain, r, _maps = host_loss(args, transformer, sample, _, perm[_], sigmas)
+        for k in trained(args):
+            loss, ratio = loop.loss_of(args, transformer, sample, k, perm[k], sigmas)
+            plain, r, _maps = host_loss(args, transformer, sample, k, perm[k], sigmas)
             assert r != 1
             # Log-probs of order one in float32; a step of small variance magnifies rounding in the mean.
             torch.testing.assert_close(ratio, r, rtol=0, atol=512 * EPS)
             torch.testing.assert_close(loss, plain, rtol=0, atol=1024 * EPS)
             got, unweighted = gradient(loss, transformer), gradient(plain, transformer)
-            expected = gradient(host_loss(args, transformer, sample, _, perm[_], sigmas, True)[0], transformer)
+            expected = gradient(host_loss(args, transformer, sample, k, perm[k], sigmas, True)[0], transformer)
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * unweighted.abs().max().item())
             changed += not torch.allclose(got, unweighted, rtol=0, atol=0.02 * unweighted.abs().max().item())
             unclipped += unweighted.abs().max().item() > 0
@@ -117,10 +117,10 @@ def test_values_are_the_hosts_and_the_gradient_is_the_weighted_one(rolled, host)
 @each_host
 def test_uniform_weights_are_the_hosts_gradient(rolled, host, monkeypatch):
     args, transformer, batched, perms, sigmas = rolled[host]
-    sample, perm, _ = batched[1], perms[1], 1
+    sample, perm, k = batched[1], perms[1], 1
     silent = sample | {"token_index": torch.full_like(sample["token_index"], -1)}  # no concept: weights of exactly 1
-    loss = loop.loss_of(args, transformer, silent, _, perm[_], sigmas)[0]
-    got, plain = (gradient(x, transformer) for x in (loss, host_loss(args, transformer, sample, _, perm[_], sigmas)[0]))
+    loss = loop.loss_of(args, transformer, silent, k, perm[k], sigmas)[0]
+    got, plain = (gradient(x, transformer) for x in (loss, host_loss(args, transformer, sample, k, perm[k], sigmas)[0]))
     torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
 
 
@@ -131,8 +131,8 @@ def test_maps_are_those_of_the_samples_own_prompt_and_step(rolled, host):
     captions = [c for c in loop.CAPTIONS for _ in range(args.num_generations)]
     embeds = loop.embed(captions)[0]
     for sample, perm in zip(batched, perms, strict=True):
-        place = int((embeds == sample["encoder_hidden_states"]).all(-1).all(-1).nonzero()[0])
-        own = locate([captions[place]], [parse(captions[place])], None, loop.make_tokenizer(), max_sequence_length=512)
+        at = int((embeds == sample["encoder_hidden_states"]).all(-1).all(-1).nonzero()[0])
+        own = locate([captions[at]], None, loop.make_tokenizer(), max_sequence_length=512)
         used = sample["token_index"][sample["token_index"] >= 0]
         assert torch.equal(used, own.index[own.index >= 0])
         assert sample["timesteps"][0].tolist() == [int(sigmas[i] * 1000) for i in perm]

@@ -24,9 +24,9 @@ def rolled():
 
 def test_rollout(rolled):
     *_, latents, means, weights = rolled
-    assert len(latents) == loop.STEPS + 1 and len(weights) == loop.STEPS and set(means) == set(loop.TRAINED)
-    assert weights[1].shape == (6, LATENT_SIZE, LATENT_SIZE)
-    # The pictures of a prompt part at the first trained step.
+    assert len(latents) == loop.STEPS + 1 and set(means) == set(loop.TRAINED)
+    assert weights.shape == (6, loop.STEPS, LATENT_SIZE, LATENT_SIZE)
+    # The images of a prompt part at the first trained step.
     assert torch.equal(latents[1][0], latents[1][2]) and not torch.equal(latents[2][0], latents[2][2])
 
 
@@ -43,17 +43,17 @@ def test_loss(rolled, i):
     )
     # The stored means are float32 in another order of operations than the kernel's.
     assert abs(call(on_policy, None).statistics.ratio_mean - 1) < 64 * EPS
-    loss, weighted = call(v, None).loss, call(v, weights[i]).loss
+    loss, weighted = call(v, None).loss, call(v, weights[:, i]).loss
     sigmas = plan.sigmas[i].expand(6), plan.sigmas[i + 1].expand(6), plan.sigmas[1].item()
     args = (latents[i].double(), 0.7, "sde", latents[i + 1].double())
     new, old = (step_by_formula(*sigmas, x.double(), *args)[0] for x in (v, on_policy))
     torch.testing.assert_close(loss.double(), clipped(new, old, advantages.double(), 0.5), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weighted, loss, rtol=1e-5, atol=1e-6)
     (plain,), (allocated,) = (torch.autograd.grad(x, v) for x in (loss, weighted))
-    torch.testing.assert_close(allocated, plain * weights[i][:, None], rtol=1e-4, atol=1e-6 * plain.abs().max().item())
+    torch.testing.assert_close(allocated, plain * weights[:, i, None], rtol=1e-4, atol=1e-6 * plain.abs().max().item())
     # The same from log-probs, in plain PyTorch.
     at = lambda x: sde_step_with_logprob(plan, x, t, latents[i], prev_sample=latents[i + 1], per_location=True)[1]
-    again = grpo_loss(at(v), at(on_policy), advantages, weights[i], clip_range=0.5).loss
+    again = grpo_loss(at(v), at(on_policy), advantages, weights[:, i], clip_range=0.5).loss
     torch.testing.assert_close(again, weighted, rtol=1e-4, atol=1e-5)
     (again,) = torch.autograd.grad(again, v)
     torch.testing.assert_close(again, allocated, rtol=1e-3, atol=1e-5 * plain.abs().max().item())

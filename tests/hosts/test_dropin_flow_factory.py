@@ -1,6 +1,6 @@
 """Flow-Factory: its update through an adapter of fourteen lines, over the host's adapter where it is importable.
 
-What the host holds at its commit a0b2bc5: latents in the storage type at the trained positions with an index map,
+What the host holds at its commit a0b2bc5: latents in the storage type at the trained steps with an index map,
 log_probs of the stored values, (lower, upper) clip ranges, the whole batch (prompts too) handed to `adapter.forward`.
 """
 
@@ -10,7 +10,7 @@ import torch
 from builders import EPS, step_by_formula
 from dropin import EXAMPLES, MOST_LINES, load_example
 from star.capture import capture
-from star.concepts import locate, parse
+from star.concepts import concept_tokens
 from star.shapes.model import GRID
 from star_kernels import allocate
 
@@ -31,8 +31,8 @@ def rolled():
 
 def host_loss(adapter, batch, i):
     """The trainer's loss from its formulas, without weights; and the guided velocity's pass."""
-    at, count = batch["latent_index_map"], len(batch["prompt"])
-    x, prev = (batch["all_latents"][:, at[k]].float() for k in (i, i + 1))
+    index, count = batch["latent_index_map"], len(batch["prompt"])
+    x, prev = (batch["all_latents"][:, index[k]].float() for k in (i, i + 1))
     both = adapter.pipeline.transformer(
         hidden_states=torch.cat([x, x]),
         encoder_hidden_states=torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]]),
@@ -42,9 +42,8 @@ def host_loss(adapter, batch, i):
     )[0]
     v = both[:count] + loop.GUIDANCE * (both[count:] - both[:count])
     sigmas = adapter.scheduler.sigmas
-    log_prob, _, _ = step_by_formula(
-        *(sigmas[i].expand(count), sigmas[i + 1].expand(count), sigmas[1].item()), v, x, 0.7, "sde", prev
-    )
+    at = (sigmas[i].expand(count), sigmas[i + 1].expand(count), sigmas[1].item())
+    log_prob, _, _ = step_by_formula(*at, v, x, 0.7, "sde", prev)
     r = (log_prob - batch["log_probs"][:, batch["log_prob_index_map"][i]]).exp()
     a = batch["advantage"].clamp(-5, 5)
     return torch.maximum(-a * r, -a * r.clamp(1 - 1e-4, 1 + 1e-4)).mean(), r, v
@@ -76,7 +75,7 @@ def test_values_are_the_hosts_and_the_gradient_is_the_weighted_one(rolled):
         assert (r != 1).any()
         torch.testing.assert_close(ratio, r, rtol=0, atol=128 * EPS)
         torch.testing.assert_close(loss, plain, rtol=0, atol=256 * EPS)
-        tokens = locate(batch["prompt"], [parse(p) for p in batch["prompt"]], adapter.pipeline.tokenizer)
+        tokens = concept_tokens(adapter.pipeline, batch["prompt"])
         x = batch["all_latents"][:, batch["latent_index_map"][i]].float()
         with torch.no_grad(), capture(adapter.pipeline.transformer, tokens, grid=GRID, rows=slice(6, 12)) as maps:
             adapter.pipeline.transformer(

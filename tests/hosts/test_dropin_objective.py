@@ -24,13 +24,13 @@ SHAPE = (3, 4, 6, 8)
 
 
 @pytest.mark.parametrize(
-    ("shape", "places"), [(SHAPE, (3, 6, 8)), ((2, 4, 3, 6, 8), (2, 3, 6, 8)), ((2, 24, 16), (2, 24))]
+    ("shape", "locations"), [(SHAPE, (3, 6, 8)), ((2, 4, 3, 6, 8), (2, 3, 6, 8)), ((2, 24, 16), (2, 24))]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_stay_and_gradients_are_weighted(shape, places, dtype):
+def test_values_stay_and_gradients_are_weighted(shape, locations, dtype):
     x, weights, outside = (
         torch.randn(shape, dtype=dtype, requires_grad=True),
-        random_weights(places),
+        random_weights(locations),
         torch.randn(shape),
     )
     y = weighted_gradient(x, weights)

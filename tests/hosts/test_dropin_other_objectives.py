@@ -10,7 +10,7 @@ from builders import random_weights, scheduler
 from star.objective import diffusion_dpo_loss, nft_loss, reinforce_loss, sde_step_with_logprob, weighted_gradient
 
 SHAPES = pytest.mark.parametrize(
-    ("shape", "places"), [((4, 3, 4, 5), (4, 4, 5)), ((4, 3, 2, 4, 5), (4, 2, 4, 5)), ((4, 20, 3), (4, 20))]
+    ("shape", "locations"), [((4, 3, 4, 5), (4, 4, 5)), ((4, 3, 2, 4, 5), (4, 2, 4, 5)), ((4, 20, 3), (4, 20))]
 )
 
 
@@ -116,11 +116,11 @@ def original_nft(v, old, x0, xt, t, r, beta, factor, floor):
 
 @SHAPES
 @pytest.mark.parametrize("floor", [1e-5, 10.0, None])
-def test_nft(shape, places, floor):
+def test_nft(shape, locations, floor):
     v, old, x0, noise = draw(*shape).requires_grad_(), draw(*shape), draw(*shape), draw(*shape)
     t, r = torch.tensor([0.1, 0.4, 0.7, 1.0]).double(), torch.tensor([0.0, 0.3, 0.8, 1.0]).double()
     xt = (1 - t.view(-1, *(1,) * (v.ndim - 1))) * x0 + t.view(-1, *(1,) * (v.ndim - 1)) * noise
-    weights = random_weights(places, torch.float64)
+    weights = random_weights(locations, torch.float64)
     loss = lambda w, v=v: nft_loss(v, old, x0, xt, t, r, w, beta=0.4, adv_clip_max=3.0, adaptive_weight_min=floor)
     expected = original_nft(v, old, x0, xt, t, r, 0.4, 3.0, floor)
     (plain,) = torch.autograd.grad(expected, v)
@@ -163,9 +163,9 @@ def original_dpo(pred, pred_ref, target, beta):
 
 
 @SHAPES
-def test_diffusion_dpo(shape, places):
+def test_diffusion_dpo(shape, locations):
     pred, target = draw(*shape).requires_grad_(), draw(*shape)
-    pred_ref, weights = pred.detach() + 0.1 * draw(*shape), random_weights(places, torch.float64)
+    pred_ref, weights = pred.detach() + 0.1 * draw(*shape), random_weights(locations, torch.float64)
     expected = original_dpo(pred, pred_ref, target, 7.0)
     (plain,) = torch.autograd.grad(expected, pred)
     for w in (None, torch.ones_like(weights)):
@@ -185,7 +185,7 @@ def test_diffusion_dpo(shape, places):
 
 def test_diffusion_dpo_errors():
     x = draw(3, 2, 4, 5)
-    with pytest.raises(ValueError, match="target: got 3 rows, expected the chosen pictures and as many rejected ones"):
+    with pytest.raises(ValueError, match="target: got 3 rows, expected the chosen images and as many rejected ones"):
         diffusion_dpo_loss(x, x, x, beta=1.0)
     with pytest.raises(
         ValueError, match=r"model_pred_ref: got shape \(2, 2, 4, 5\), expected \(3, 2, 4, 5\) of target"

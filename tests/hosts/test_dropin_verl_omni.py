@@ -10,7 +10,7 @@ import torch
 from builders import EPS, step_by_formula
 from dropin import EXAMPLES, MOST_LINES, load_example
 from star.capture import capture
-from star.concepts import locate, parse
+from star.concepts import locate
 from star.shapes.model import GRID, load_pipeline
 from star_kernels import allocate
 
@@ -47,7 +47,7 @@ def test_the_log_probs_are_the_hosts_and_the_gradient_is_the_weighted_one(rolled
     step, index, transformer = 1, loop.WINDOW[1], pipeline.transformer
     x, prev = data["all_latents"][:, step], data["all_latents"][:, step + 1]
     text = [p for p in loop.PROMPTS for _ in range(loop.GROUP)]
-    tokens = locate(text, [parse(p) for p in text], pipeline.tokenizer)
+    tokens = locate(text, pipeline.tokenizer)
     positive, negative = loop.model_inputs(data, step)
     with capture(transformer, tokens, grid=GRID) as maps:
         v = transformer(**positive)[0]

@@ -192,7 +192,7 @@ def test_opcheck(impl):
         (dict(smooth=-1.0), ValueError, "smooth: got -1.0, expected a number >= 0"),
         (dict(patch=0), ValueError, "patch: got 0, expected a number >= 1"),
         (dict(combine="sum"), ValueError, "combine: got 'sum'"),
-        (dict(impl="triton"), ValueError, "impl: got 'triton', expected 'auto' or one of"),
+        (dict(impl="cuda"), ValueError, "impl: got 'cuda', expected 'auto' or one of"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(change, error, words):

@@ -95,7 +95,7 @@ def test_capture_keeps_the_bits_of_the_layer(dtype):
     block = JointTransformerBlock(256, 4, 64, qk_norm="rms_norm").to(dtype)
     image, text, condition = (torch.randn(2, *size).to(dtype) for size in ((64, 256), (20, 256), (256,)))
     tokens = ConceptTokens(torch.tensor([[[1, 2, 3], [7, -1, -1]]]).expand(2, -1, -1), torch.ones(2, 2, 3))
-    maps = Maps(torch.zeros(1, 2, 2, 64), tokens, (8, 8), torch.ones(1), "raw", None, None, True, "auto")
+    maps = Maps(tokens=tokens, grid=(8, 8))
     with torch.no_grad():
         plain = block(image, text, condition)
         seen = []

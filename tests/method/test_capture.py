@@ -4,7 +4,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -14,9 +14,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import star.capture
-from builders import GRID, HEADS, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
+from builders import (
+    GRID,
+    HEADS,
+    TEXT,
+    clip_tokenizer,
+    flux_inputs,
+    small_flux,
+    small_inputs,
+    small_sd35,
+    small_transformer,
+    t5_tokenizer,
+)
 from star.capture import allocated, capture, record
-from star.concepts import ConceptTokens
+from star.concepts import ConceptTokens, concept_tokens
 from star.objective import Allocation
 from star_kernels import allocate
 
@@ -146,7 +157,7 @@ def test_projections_are_not_held_over_the_attention(build, make, monkeypatch):
 
 
 def test_rows_and_columns_of_a_grid_that_is_not_square():
-    """An image that differs in one token only changes the map most at that token's place."""
+    """An image that differs in one token only changes the map most at that token."""
     model, inputs = small_transformer(layers=1, dual=()), small_inputs(1)
     tokens = concepts([1], batch=1)
     changed = {**inputs, "hidden_states": inputs["hidden_states"].clone()}
@@ -157,8 +168,8 @@ def test_rows_and_columns_of_a_grid_that_is_not_square():
         with torch.no_grad(), capture(model, tokens, grid=GRID) as maps:
             model(**arguments)
         fields.append(maps.read()[0, 0].view(GRID))
-    place = int((fields[1] - fields[0]).abs().argmax())
-    assert divmod(place, GRID[1]) == (row, column)
+    token = int((fields[1] - fields[0]).abs().argmax())
+    assert divmod(token, GRID[1]) == (row, column)
 
 
 def test_the_unconditional_half_is_never_read():
@@ -177,10 +188,17 @@ def test_the_unconditional_half_is_never_read():
 def test_record_keeps_the_maps_of_every_pass():
     model = small_transformer()
     inputs = [small_inputs() | dict(timestep=torch.full((2,), t)) for t in (900.0, 500.0, 100.0)]
-    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as passes:
+    with torch.no_grad(), record(model, concepts([1], [2, 4], batch=1), rows=[1], layers=[0, 2]) as recorded:
         for arguments in inputs:
             model(**arguments)
-    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3
+    passes = recorded.maps
+    assert [tuple(maps.shape) for maps in passes] == [(1, 2, N)] * 3 and recorded.grid == GRID
+    expected = torch.stack([allocate(maps, GRID) for maps in passes], 1)
+    assert torch.equal(recorded.weights(), expected) and expected.shape == (1, 3, 2 * GRID[0], 2 * GRID[1])
+    flat = recorded.weights(Allocation(mix=0.0))
+    torch.testing.assert_close(flat, torch.ones_like(flat))
+    with pytest.raises(ValueError, match="allocation: got strategy 'shuffled'"):
+        recorded.weights(Allocation(strategy="shuffled"))
     for arguments, maps in zip(inputs, passes, strict=True):
         with torch.no_grad(), capture(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as one:
             model(**arguments)
@@ -191,14 +209,27 @@ def test_record_keeps_the_maps_of_every_pass():
 
 def test_record_of_a_module_that_is_not_called_says_so():
     model = small_transformer()
-    with (
-        pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"),
-        record(model, TOKENS, grid=GRID),
-    ):
+    with pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"), record(model, TOKENS):
+        pass
+    with pytest.raises(RuntimeError, match="transformer: its forward was called"), record(model, TOKENS) as recorded:
         model.forward(**small_inputs())
-    with pytest.raises(KeyError), record(model, TOKENS, grid=GRID):
+    with pytest.raises(RuntimeError, match="weights: no pass was made"):
+        recorded.weights()
+    with pytest.raises(KeyError), record(model, TOKENS):
         raise KeyError
-    assert not model._forward_hooks
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_the_passes_of_a_record_have_one_grid():
+    model = small_transformer()
+    with (
+        torch.no_grad(),
+        record(model, TOKENS) as recorded,
+        pytest.raises(ValueError, match=r"grid: got a pass with \(2, 4\) after one with \(3, 5\)"),
+    ):
+        model(**small_inputs())
+        model(**small_inputs(grid=(2, 4)))
+    assert len(recorded.maps) == 1
 
 
 @pytest.mark.parametrize("build", ["sd3", "flux"])
@@ -240,6 +271,43 @@ def test_allocated_over_two_passes_of_guidance(first_pass):
         weight = model.proj_out.weight
         (got,), (expected,) = (torch.autograd.grad(x, weight) for x in (output.sum(), (model(**inputs)[0] * w).sum()))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("build", ["sd3", "flux"])
+def test_prompts_and_a_pipeline_are_their_tokens(build):
+    prompts = ["a red bench left of two green cats", "a dog"]
+    if build == "sd3":
+        pipeline = small_sd35(prompts)
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        inputs = dict(hidden_states=torch.randn(2, 16, 6, 10), encoder_hidden_states=embeds, pooled_projections=pooled)
+        inputs["timestep"] = torch.full((2,), 500.0)
+        shape = (2, 1, 6, 10)
+    else:
+        pipeline = FluxPipeline(
+            transformer=small_flux(), tokenizer=clip_tokenizer(prompts), tokenizer_2=t5_tokenizer(prompts),
+            scheduler=None, vae=None, text_encoder=None, text_encoder_2=None,
+        )  # fmt: skip
+        inputs = flux_inputs() | dict(encoder_hidden_states=torch.randn(2, 512, 24), txt_ids=torch.zeros(512, 3))
+        shape = (2, 1, N)
+    model, tokens = pipeline.transformer, concept_tokens(pipeline, prompts)
+    with torch.no_grad(), record(model, prompts, pipeline) as by_prompts:
+        model(**inputs)
+    with torch.no_grad(), record(model, tokens) as by_tokens:
+        model(**inputs)
+    assert torch.equal(by_prompts.maps[0], by_tokens.maps[0]) and by_prompts.weights().shape == shape
+    gradients = []
+    for arguments in ((prompts, pipeline), (tokens,)):
+        with allocated(model, *arguments):
+            output = model(**inputs)[0]
+        gradients.append(torch.autograd.grad(output.square().sum(), model.proj_out.weight)[0])
+    (plain,) = torch.autograd.grad(model(**inputs)[0].square().sum(), model.proj_out.weight)
+    assert torch.equal(*gradients) and not torch.allclose(gradients[0], plain, rtol=1e-3)
+    for context in (record, allocated):
+        with pytest.raises(ValueError, match="pipeline: got None"), context(model, prompts):
+            pass
+        with pytest.raises(ValueError, match="pipeline: got one beside ready tokens"), context(model, tokens, pipeline):
+            pass
 
 
 def test_allocated_as_a_decorator_in_no_grad_and_with_other_strategies():
@@ -328,7 +396,7 @@ def test_adapters_are_part_of_the_policy_that_is_read():
     model.enable_adapters()
     # PEFT's own wrapper around the same kind of model.
     wrapped = get_peft_model(small_transformer(), LoraConfig(r=4, target_modules=["attn.to_q"]))
-    with torch.no_grad(), capture(wrapped, TOKENS, grid=GRID) as maps:
+    with torch.no_grad(), capture(wrapped, TOKENS) as maps:
         wrapped(**inputs)
     torch.testing.assert_close(maps.read(), off)  # a new adapter changes nothing
     assert not torch.equal(on, off) and torch.equal(read(), on)
@@ -450,9 +518,138 @@ def test_gathered_rows_and_rows_that_are_not_there():
     with (
         torch.no_grad(),
         capture(model, TOKENS, grid=GRID, rows=slice(2, 4)) as maps,
-        pytest.raises(ValueError, match="tokens: have 2 rows, the model runs 1 of those asked for"),
+        pytest.raises(ValueError, match=r"rows: got \[2\] of the 3 rows of the pass, expected one for each of the 2"),
     ):
         model(**inputs)
+
+
+# --- what a pass shows: its grid and its rows -------------------------------------------------------------------------
+
+
+def guided(inputs: dict[str, Tensor], images: int) -> dict[str, Tensor]:
+    """The batch of guidance: the same latents twice, an empty text in the first half."""
+    inputs = {name: x[:images] if len(x) == 2 * images else x for name, x in inputs.items()}
+    double = {name: torch.cat([x, x]) for name, x in inputs.items() if len(x) == images}
+    double["encoder_hidden_states"] = double["encoder_hidden_states"].clone()
+    double["encoder_hidden_states"][:images] = 0.5
+    return inputs | double
+
+
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grid_and_rows_are_what_the_pass_shows(build, make, compiled):
+    model, inputs = build(), guided(make(4), 2)
+    flux = build is small_flux
+    grid = GRID if compiled and flux else None  # the values of img_ids are unknown to a compiler
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        with capture(run, TOKENS, grid=GRID, rows=slice(2, 4)) as given:
+            run(**inputs)
+        with capture(run, TOKENS, grid=grid) as inferred:
+            assert inferred.grid is None
+            run(**inputs)
+            first = inferred.read()
+            assert inferred.grid == GRID and inferred.rows == slice(2, 4)
+            run(**(make() | dict(hidden_states=inputs["hidden_states"][:2])))
+            assert inferred.rows == slice(0, 2)
+    torch.testing.assert_close(first, given.read())
+    assert not torch.equal(inferred.read(), first)
+
+
+@pytest.mark.parametrize("grid", [(5, 3), (1, 15), (4, 4)])
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_a_grid_that_the_pass_does_not_have_is_refused(build, make, grid):
+    words = rf"grid: got \({grid[0]}, {grid[1]}\), the pass has \(rows, columns\) = \(3, 5\)"
+    for context in (capture, record, allocated):
+        model = build()
+        with torch.no_grad(), pytest.raises(ValueError, match=words), context(model, TOKENS, grid=grid):
+            model(**make())
+        assert not model._forward_pre_hooks
+
+
+def test_the_grid_of_packed_latents_is_that_of_diffusers_ids():
+    model, inputs = small_flux(), flux_inputs()
+    ids = inputs["img_ids"]
+    for shown in (ids.bfloat16(), ids[None]):
+        with torch.no_grad(), capture(model, TOKENS) as maps:
+            model(**(inputs | dict(img_ids=shown)))
+        assert maps.grid == GRID
+    for other in (ids / 15, ids.flip(0), ids + 0.25, ids * torch.tensor([0.0, 2.0, 2.0]), ids * torch.nan):
+        with (
+            torch.no_grad(),
+            capture(model, TOKENS) as maps,
+            pytest.raises(ValueError, match=r"grid: the pass does not show it, give \(rows, columns\) of its 15"),
+        ):
+            model(**(inputs | dict(img_ids=other)))
+    with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
+        model(**(inputs | dict(img_ids=ids / 15)))
+    assert maps.read().isfinite().all()
+
+
+@pytest.mark.parametrize("layers", [[0], [3]])
+def test_reference_images_beside_the_latents_are_refused(layers):
+    """FLUX's single-stream blocks cannot tell text from images by themselves."""
+    model, inputs = small_flux(), flux_inputs()
+    reference = inputs["img_ids"] + torch.tensor([1.0, 0.0, 0.0])
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], reference])
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"]] * 2, 1)
+    for grid, words in ((GRID, r"grid: \(3, 5\) has 15 tokens, the model runs 30"), (None, "does not show it")):
+        with torch.no_grad(), pytest.raises(ValueError, match=words), capture(model, TOKENS, grid=grid, layers=layers):
+            model(**inputs)
+
+
+def test_a_batch_of_several_images_for_each_row_of_tokens_is_refused():
+    model, tokens = small_transformer(), concepts([1], batch=1)
+    four = guided(small_inputs(4), 2)
+    # Two images of one prompt, from one noise: the same latents, but not guidance.
+    two_of_a_prompt = {name: x[:1].expand(2, *x.shape[1:]) for name, x in small_inputs(2).items()}
+    for rows, inputs, words in (
+        (None, four, r"tokens: got 1 rows, the pass has 4; give one row for each image, 4 of them or 2 with guidance"),
+        (slice(1, 2), four, r"rows: got \[1\], but the pass guides 2 images and its first 2 rows are unconditional"),
+        (None, small_inputs(2), "tokens: got 1 rows, the pass has 2 and no guidance"),
+        (None, two_of_a_prompt, "tokens: got 1 rows, the pass has 2 and no guidance"),
+        (None, small_inputs(3), "tokens: got 1 rows, the pass has 3;"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=words), capture(model, tokens, rows=rows):
+            model(**inputs)
+    for rows in ([3], [2]):  # one of the conditional rows
+        with torch.no_grad(), capture(model, tokens, rows=rows) as maps:
+            model(**four)
+        assert maps.read().isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [1, 3], slice(1, 3), [0, 3]])
+def test_weights_need_all_conditional_rows_one_after_the_other(rows):
+    model, inputs = small_transformer(), small_inputs(4)
+    words = r"rows: got .* of 4; weights need all of the conditional rows"
+    with pytest.raises(ValueError, match=words), allocated(model, TOKENS, rows=rows):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_skipped_block_has_no_map(compiled):
+    model, inputs = small_transformer(), small_inputs()
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.no_grad(), capture(run, TOKENS, layers=[1, 0]) as maps:
+        with pytest.raises(RuntimeError, match=r"maps: no pass has run the captured blocks \[1, 0\]"):
+            maps.read()
+        run(**inputs)
+        kept, before = maps.read(), maps.layers()
+        run(**inputs, skip_layers=[1])
+        after = maps.layers()
+        assert after[0].isnan().all() and torch.equal(after[1], before[1]) and kept.isfinite().all()
+        with pytest.raises(RuntimeError, match=r"layers: the last pass skipped blocks \[1\]; capture others"):
+            maps.read()
+        model(**inputs, skip_layers=[0, 1])  # torch.compile takes this list for the shorter one, captured or not
+        with pytest.raises(RuntimeError, match="maps: no pass has run"):
+            maps.read()
+        run(**inputs)
+        assert torch.equal(maps.read(), kept)
+    with torch.no_grad(), record(model, TOKENS, layers=[0, 2]) as recorded:
+        model(**inputs, skip_layers=[1])
+    assert recorded.maps[0].isfinite().all()
 
 
 def test_normalizations():
@@ -498,7 +695,6 @@ def test_head_weights():
     [
         (dict(layers=[3]), ValueError, r"layers: got \[3\], expected distinct blocks in 0..2"),
         (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
-        (dict(rows=[0]), ValueError, "rows: got 1, expected one for each of the 2 rows"),
         (dict(normalize="minmax"), ValueError, "normalize: got 'minmax'"),
     ],
 )
@@ -524,7 +720,7 @@ def test_refusals_name_the_reason():
     with (
         torch.no_grad(),
         capture(model, TOKENS, grid=(4, 4)),
-        pytest.raises(ValueError, match=r"grid: \(4, 4\) has 16 tokens, the model runs 15"),
+        pytest.raises(ValueError, match=r"grid: got \(4, 4\), the pass has \(rows, columns\) = \(3, 5\)"),
     ):
         model(**small_inputs())
 
@@ -546,7 +742,7 @@ def distributed_rank(rank: int, folder: str) -> None:
             for block in model.transformer_blocks:
                 fully_shard(block, mesh=mesh)
             wrapped = fully_shard(model, mesh=mesh)
-        with capture(wrapped, tokens, grid=GRID) as maps:
+        with capture(wrapped, tokens) as maps:
             wrapped(**half, return_dict=False)[0].square().mean().backward()
         gradient = model.transformer_blocks[0].attn.to_q.weight.grad
         saved[kind] = (maps.read(), gradient.full_tensor() if kind == "fsdp" else gradient)

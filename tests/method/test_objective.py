@@ -10,10 +10,10 @@ from star.objective import (
     TEMPORAL,
     Allocation,
     allocation_weights,
-    another,
     captured_steps,
-    inverted,
+    invert_ranks,
     neighbor_correlation,
+    permute_across_groups,
     random_like,
     temporal_weights,
     uniform_rows,
@@ -72,7 +72,7 @@ def test_controls_keep_the_values_and_move_them():
 
 
 def autocorrelation(x, shift):
-    """Over all fields (B, rows, columns): correlation of places `shift` apart along a row or a column."""
+    """Over all fields (B, rows, columns): correlation of locations `shift` apart along a row or a column."""
     x = x - x.mean((1, 2), keepdim=True)
     pairs = torch.cat([(x[:, :, shift:] * x[:, :, :-shift]).flatten(), (x[:, shift:] * x[:, :-shift]).flatten()])
     return (pairs.mean() / x.square().mean()).item()
@@ -139,8 +139,8 @@ def test_inverted_has_the_same_values_low_where_attention_is_high():
     own, reverse = (weights(s)[:, ::2, ::2].flatten(1) for s in ("attention", "inverted"))
     assert torch.equal(own.sort(1).values, reverse.sort(1).values)
     assert torch.equal(own.argsort(1), reverse.argsort(1).flip(1))
-    assert inverted(torch.tensor([[[3.0, 0.5, 0.5], [0.0, 1.0, 1.0]]])).flatten()[[0, 3]].tolist() == [0.0, 3.0]
-    assert torch.equal(inverted(torch.ones(2, 3, 3)), torch.ones(2, 3, 3))
+    assert invert_ranks(torch.tensor([[[3.0, 0.5, 0.5], [0.0, 1.0, 1.0]]])).flatten()[[0, 3]].tolist() == [0.0, 3.0]
+    assert torch.equal(invert_ranks(torch.ones(2, 3, 3)), torch.ones(2, 3, 3))
 
 
 def test_final_step_wants_the_last_maps_for_all_steps():
@@ -158,7 +158,7 @@ def test_oracle_follows_the_masks():
 def test_another_is_a_permutation_that_avoids_its_group_where_it_can(sizes, seed):
     groups = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
     batch = len(groups)
-    source = another(groups, batch, torch.Generator().manual_seed(seed))
+    source = permute_across_groups(groups, batch, torch.Generator().manual_seed(seed))
     assert sorted(source.tolist()) == list(range(batch))
     if max(sizes) * 2 <= batch:
         assert (groups[source] != groups).all()

@@ -127,7 +127,11 @@ def test_wandb_gets_the_configuration_and_the_metrics(tmp_path, monkeypatch):
     wandb.config = type("Config", (dict,), {"update": lambda self, values, **o: dict.update(self, values)})()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     training.train(small_run(tmp_path / "run", run={"trackers": ["wandb"]}))
-    assert wandb.options["project"] == "star" and wandb.options["id"] == "run" and wandb.finished
+    assert (
+        wandb.options["project"] == "star"
+        and wandb.options["id"] == (tmp_path / "run/run_id").read_text()
+        and wandb.finished
+    )
     assert wandb.config["optimization"]["iterations"] == 2
     assert [step for step, _ in wandb.logged] == [0, 1] and "reward" in wandb.logged[0][1]
 

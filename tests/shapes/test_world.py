@@ -36,8 +36,8 @@ def pipeline():
 
 
 def test_prompts_and_scenes_are_inverse():
-    for category, found in all_scenes().items():
-        for scene in found:
+    for category, scenes in all_scenes().items():
+        for scene in scenes:
             assert scene.category == category and parse_scene(scene.prompt) == scene
     with pytest.raises(ValueError, match="prompt: 'a dog' is not a prompt of the shapes world"):
         parse_scene("a dog")
@@ -54,11 +54,11 @@ def test_held_out_prompts_are_never_trained_on():
 
 
 def test_every_concept_of_every_scene_is_found(pipeline):
-    for found in all_scenes().values():
-        for scene in found[:40]:
+    for scenes in all_scenes().values():
+        for scene in scenes[:40]:
             concepts = parse(scene.prompt)
             assert len(concepts) == len(scene.things) + bool(scene.background)
-            index = locate([scene.prompt], [concepts], pipeline.tokenizer).index
+            index = locate([scene.prompt], pipeline.tokenizer, concepts=[concepts]).index
             assert (index >= 0).any(-1).all() and index.max() < TEXT_LENGTH
 
 
@@ -102,7 +102,7 @@ def test_relations_hold_in_what_is_drawn():
             assert (bx - ax) * dx + (by - ay) * dy > 8
 
 
-def test_noise_and_an_empty_picture_are_judged_without_error():
+def test_noise_and_an_empty_image_are_judged_without_error():
     scene = parse_scene("a red circle left of a blue square")
     assert verify(np.zeros((36, 36, 3)), scene).soft == 0
     verify(np.random.default_rng(0).random((36, 36, 3)), scene)
@@ -125,8 +125,8 @@ def test_shipped_base_leaves_room_for_reinforcement(pipeline):
 
 
 def test_shipped_attention_localizes_in_the_default_layers(pipeline):
-    found = measure.localization(pipeline, (0.5,), n=64)
-    for entry in found:
+    measured = measure.measure_localization(pipeline, (0.5,), n=64)
+    for entry in measured:
         if entry.layer in measure.DEFAULT_LAYERS:
             assert entry.auc >= 0.9 and entry.auc_any >= 0.9 and entry.mass_ratio > 2
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,18 +15,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.text import Text
 
 from star import config as configuration
+from star import document, rewards
 from star.cli import main
 from star.config import ConfigError
 from star.objective import STRATEGIES
+from star.reports import figures
 from star.reports.evaluations import read_evaluations, write_evaluation
 from star.rewards.worker import RewardWorker
+from star.shapes import diagnosis, scenes
 from star.shapes import reward as study_rewards
-from star.shapes import scenes
 from star.shapes.reward import shapes_reward
 from star.shapes.verifier import verify
-from star.study import diagnose, document, gradient_signal, intervals, page, runs, spec
+from star.study import diagnose, gradient_signal, intervals, page, runs, spec
+from star.study.diagnose import gradient
 from star.study.results import Results
 from star.train import Trainer
 from star.training import checkpoint
@@ -51,26 +56,28 @@ def study(**fields):
 
 @pytest.mark.parametrize("name", sorted(spec.PRESETS))
 def test_presets_are_whole_and_their_arms_differ_in_nothing_but_what_they_say(name, tmp_path):
-    found = spec.preset(name)
-    found.check()
-    configs = {arm: configuration.to_dict(found.config(arm, 3, tmp_path)) for arm in found.arms}
+    preset = spec.preset(name)
+    preset.check()
+    configs = {arm: configuration.to_dict(preset.config(arm, 3, tmp_path)) for arm in preset.arms}
     for arm, config in configs.items():
         assert config["run"].pop("out") == str(tmp_path / "runs" / f"{arm}-3") and config["run"]["seed"] == 3
         del config["allocation"], config["loss"], config["optimization"]["learning_rate"], config["run"]["reward"]
     assert all(config == configs["uniform"] for config in configs.values())
-    assert len({str(changes) for changes in found.arms.values()}) == len(found.arms)
+    assert len({str(changes) for changes in preset.arms.values()}) == len(preset.arms)
 
 
 def test_the_shapes_study_has_every_strategy_with_five_seeds():
-    found = spec.preset("shapes")
-    assert {changes["allocation"]["strategy"] for changes in found.arms.values()} == set(STRATEGIES)
-    assert len(found.seeds) == 5 and set(found.baselines) <= set(found.arms)
-    assert {changes.get("loss", {}).get("ratio", "token") for changes in found.arms.values()} == {
-        *("token", "location", "sample")
+    preset = spec.preset("shapes")
+    assert {changes["allocation"]["strategy"] for changes in preset.arms.values()} == set(STRATEGIES)
+    assert len(preset.seeds) == 5 and set(preset.baselines) <= set(preset.arms)
+    assert {changes.get("loss", {}).get("ratio", "token") for changes in preset.arms.values()} == {
+        "token",
+        "location",
+        "sample",
     }
 
 
-def test_the_noise_reward_knows_nothing_of_the_picture_but_its_masks():
+def test_the_noise_reward_knows_nothing_of_the_image_but_its_masks():
     prompts, metadata = ["a red circle"] * 64, [{}] * 64
     images = torch.rand(64, 3, 36, 36)
     scores, plain = study_rewards.noise(images, prompts, metadata), shapes_reward(images, prompts, metadata)
@@ -78,13 +85,13 @@ def test_the_noise_reward_knows_nothing_of_the_picture_but_its_masks():
     assert torch.equal(scores.reward, study_rewards.noise(images, prompts, metadata).reward)
     assert scores.reward.min() >= 0 and scores.reward.max() <= 1
     assert scores.reward.mean() == pytest.approx(0.5, abs=0.15) and scores.reward.std() == pytest.approx(0.29, abs=0.08)
-    # Equally good pictures, and one that is next to nothing brighter.
+    # Equally good images, one of them next to nothing brighter.
     assert (study_rewards.noise(images * (1 + 1e-6), prompts, metadata).reward - scores.reward).abs().max() > 0.2
 
 
 def test_every_object_is_in_the_masks_and_the_reward_is_the_worlds():
-    picture, _ = scenes.render(scenes.parse_scene("a red circle left of a blue square"), random.Random(0))
-    images = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    image, _ = scenes.render(scenes.parse_scene("a red circle left of a blue square"), random.Random(0))
+    images = torch.from_numpy(image).permute(2, 0, 1)[None]
     prompts, metadata = ["a red circle"], [{}]
     scores, plain = study_rewards.every_object(images, prompts, metadata), shapes_reward(images, prompts, metadata)
     assert torch.equal(scores.reward, plain.reward) and plain.reward < 1  # the square costs something
@@ -113,8 +120,8 @@ def test_a_study_that_cannot_be_run_is_one_clear_line(fields, words):
 
 
 def test_a_study_survives_yaml(tmp_path):
-    configuration.save(spec.preset("global"), tmp_path / "study.yaml")
-    assert configuration.load(tmp_path / "study.yaml", spec.Study()) == spec.preset("global")
+    spec.save_study(spec.preset("global"), tmp_path / "study.yaml")
+    assert spec.load_study(tmp_path / "study.yaml") == spec.preset("global")
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ def test_arms_of_a_seed_share_prompts_noise_and_budget(stopped_and_continued):
     first = {}
     for run in scored:
         first[run] = json.loads((out / "runs" / run / "metrics.jsonl").read_text().splitlines()[0])
-    # Before the first update they have drawn and scored the very same pictures.
+    # Before the first update they have drawn and scored the very same images.
     assert first["uniform-0"]["reward"] == first["attention-0"]["reward"] != first["uniform-1"]["reward"]
     assert first["uniform-0"]["update_norm"] > 0
 
@@ -200,7 +207,7 @@ def test_seeds_of_an_earlier_call_stay_and_a_document_is_looked_at_first(stopped
     """What would only be found out after hours of training is found out before."""
     out, command = stopped_and_continued["out"], stopped_and_continued["command"]
     assert main([*command, "--seeds", "1"]) == 0
-    assert tuple(configuration.load(out / "study.yaml", spec.Study()).seeds) == (0, 1)
+    assert tuple(spec.load_study(out / "study.yaml").seeds) == (0, 1)
     assert "Seeds 0, 1; 2 iterations, scored 3 times on 8 held-out images of" in (out / "report.md").read_text()
     capsys.readouterr()
     assert main([*command, "--seeds", "0", "1", "2", "--diagnose"]) == 1
@@ -238,7 +245,7 @@ def test_a_run_of_an_earlier_call_that_still_goes_on_is_left_alone(tmp_path):
     with Path(f"{config.run.out}.log").open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         assert runs.start(config) is None
-    assert not config.run.out.exists() and not runs.finished(config)
+    assert not config.run.out.exists() and not runs.is_finished(config)
 
 
 # --- scores in the course of a run, and the norm of updates -----------------------------------------------------------
@@ -250,8 +257,8 @@ def test_the_curve_is_of_the_averaged_policy_and_earlier_lines_stay(tmp_path):
     config = study(seeds=(0,)).config("attention", 0, tmp_path)
     config.optimization.ema_decay, config.optimization.ema_every = 0.9, 1
     train(config)
-    first, second, last = found = read_evaluations(config.run.out)
-    assert [one.iteration for one in found] == [0, 1, 2]
+    first, second, last = scorings = read_evaluations(config.run.out)
+    assert [one.iteration for one in scorings] == [0, 1, 2]
     resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
     trainer = Trainer(resumed)
     with trainer.policy.averaged(), RewardWorker(trainer.reward) as worker:
@@ -323,10 +330,10 @@ def synthetic(shift, seeds=5, prompts=60, seed=0, missing=()):
 def test_an_arm_that_is_better_is_found_with_its_amount():
     results = synthetic(0.05)
     final = intervals.difference(results, "attention", "uniform")
-    assert final.shown and final.better == final.seeds == 5
+    assert final.significant and final.better == final.seeds == 5
     assert final.estimate.low < 0.05 < final.estimate.high and final.estimate.high - final.estimate.low < 0.02
     area = intervals.difference(results, "attention", "uniform", summary="area")
-    assert area.estimate.mean == pytest.approx(0.05 * 50 / 60, abs=0.01) and area.shown
+    assert area.estimate.mean == pytest.approx(0.05 * 50 / 60, abs=0.01) and area.significant
     part = intervals.difference(results, "attention", "uniform", category="counting")
     assert part.estimate.low < 0.05 < part.estimate.high
     other = intervals.difference(results, "uniform", "attention")
@@ -334,10 +341,10 @@ def test_an_arm_that_is_better_is_found_with_its_amount():
 
 
 def test_an_equal_arm_is_not_found_more_often_than_promised():
-    found = [intervals.difference(synthetic(0.0, prompts=30, seed=i), "attention", "uniform") for i in range(60)]
+    differences = [intervals.difference(synthetic(0.0, prompts=30, seed=i), "attention", "uniform") for i in range(60)]
     # 5 % of 60, and what a binomial leaves with 99.9 %: at most 9.
-    assert sum(one.shown for one in found) <= 9
-    assert abs(np.mean([one.estimate.mean for one in found])) < 0.003
+    assert sum(one.significant for one in differences) <= 9
+    assert abs(np.mean([one.estimate.mean for one in differences])) < 0.003
 
 
 def test_differences_by_hand():
@@ -352,34 +359,34 @@ def test_differences_by_hand():
     scores["b"][1] = scores["b"][0]
     names = np.array(["x", "y"])
     results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in ("reward", "strict")}, {}, ())
-    found = intervals.difference(results, "a", "b")
+    difference = intervals.difference(results, "a", "b")
     # Means of three scorings: 0.2 and 0.4 less 0.1; 0.4 and 0.4 less 0.1. Seed 7 has no partner. t = 0.25 / 0.05 with
     # one degree of freedom.
-    assert found.seeds == found.better == 2 and found.estimate.mean == pytest.approx(0.25)
-    assert found.p == pytest.approx(2 * (0.5 - np.arctan(5) / np.pi))
+    assert difference.seeds == difference.better == 2 and difference.estimate.mean == pytest.approx(0.25)
+    assert difference.p == pytest.approx(2 * (0.5 - np.arctan(5) / np.pi))
     assert intervals.difference(results, "a", "b", category="y").estimate.mean == pytest.approx(0.3)
     assert intervals.difference(results, "a", "b", summary="area").estimate.mean == pytest.approx(0.5 / 3)
     # a's mean curve is 0, 0, 0.35, 0.7; b's final score is 0.1.
     assert intervals.iterations_to_reach(results, "a", "b") == pytest.approx(10 + 10 * 0.1 / 0.35)
-    assert intervals.reached(np.array([0.1, 0.2]), np.array([0, 5]), 0.3) is None
-    assert intervals.reached(np.array([0.4, 0.2]), np.array([0, 5]), 0.3) == 0
+    assert intervals.first_crossing(np.array([0.1, 0.2]), np.array([0, 5]), 0.3) is None
+    assert intervals.first_crossing(np.array([0.4, 0.2]), np.array([0, 5]), 0.3) == 0
 
 
 def test_intervals_are_as_wide_as_their_two_sources_make_them():
     rng = np.random.default_rng(3)
     by_seed, by_prompt = rng.standard_normal(40), 2 * rng.standard_normal(80)
-    found = intervals.interval(by_seed[:, None] + by_prompt, np.arange(80))
+    estimate = intervals.interval(by_seed[:, None] + by_prompt, np.arange(80))
     expected = 2 * 1.96 * (by_seed.var() / 40 + by_prompt.var() / 80) ** 0.5
     # The ends of 2000 resamples are themselves uncertain by a few per cent.
-    assert found.high - found.low == pytest.approx(expected, rel=0.1)
-    assert found.mean == pytest.approx(by_seed.mean() + by_prompt.mean())
+    assert estimate.high - estimate.low == pytest.approx(expected, rel=0.1)
+    assert estimate.mean == pytest.approx(by_seed.mean() + by_prompt.mean())
     alone = intervals.interval(by_prompt[None], np.arange(80))
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * (by_prompt.var() / 80) ** 0.5, rel=0.1)
     assert np.isnan(intervals.interval(np.ones((1, 1)), np.zeros(1)).low)
 
 
 @pytest.mark.parametrize("seeds", [1, 40])
-def test_pictures_of_the_same_prompt_are_not_more_prompts(seeds):
+def test_images_of_the_same_prompt_are_not_more_prompts(seeds):
     values = np.random.default_rng(4).standard_normal((seeds, 30))
     once = intervals.interval(values, np.arange(30))
     repeated = intervals.interval(np.tile(values, 5), np.tile(np.arange(30), 5))
@@ -403,8 +410,39 @@ def test_the_page_stands_alone_and_says_what_is_missing(tmp_path):
     missing = ("left out, by seed: attention 3 4.", "Not finished with any seed: random.")
     for words in (*missing, "difference to uniform", "reward at the end", "position"):
         assert words in html and words in text
-    mean = results.of("reward", "attention")[:, -intervals.LAST :].mean()
+    mean = results.curves("reward", "attention")[:, -intervals.LAST :].mean()
     assert f"{mean:.3f} [" in html
+
+
+def test_an_arm_with_one_seed_is_a_pilot_in_tables_of_its_own(tmp_path, monkeypatch):
+    results = synthetic(0.05, seeds=3, prompts=12)
+    for by_arm in results.scores.values():
+        by_arm["random"] = {0: by_arm["attention"][0] - 0.1}
+    results.logged["random"] = {"update_norm": 4.7e-7}
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), path.write_bytes(b"png")))
+    text = page.write(study(arms={**ARMS, "random": {}}), results, tmp_path)
+    evidence, pilots = (part.split("**\n\n", 1) for part in text.split("**pilots, one seed: no evidence; ", 1))
+    assert "| random |" not in evidence[1] and "| attention | 3 |" in evidence[1]
+    assert pilots[0] == "difference to uniform, paired by seed and prompt"
+    assert "| random | 1 |" in pilots[1] and "| attention |" not in pilots[1] and "| 4.7e-07 |" in pilots[1]
+    assert text.count("**pilots, one seed: no evidence; ") == text.count("\n\n**") / 2
+    words = {one.get_text() for one in drawn[0].findobj(Text)}
+    assert words >= {"attention (n=3)", "gray: uniform (n=3); bands: 95% over seeds and prompts"}
+    assert not any("random" in one for one in words)
+
+
+def test_an_archived_study_of_an_earlier_version_is_reported_as_it_was(tmp_path, capsys):
+    archive = Path(__file__).parents[2] / "docs/evidence/global-runs.tar.xz"
+    with tarfile.open(archive) as runs_of_study:
+        runs_of_study.extractall(tmp_path, filter="data")
+    assert "optimisation:" in (tmp_path / "global/runs/uniform-0/config.yaml").read_text()
+    assert main(["compare", "--no-train", "--out", str(tmp_path / "global")]) == 0
+    lines = (tmp_path / "global/report.md").read_text().splitlines()
+    assert lines[0] == "Seeds 0, 1, 2; 120 iterations, scored 5 times on 192 held-out images of 3 prompts."
+    row = next(line for line in lines if line.startswith("| attention_mix_1 |"))
+    assert row.startswith("| attention_mix_1 | +0.005 [-0.020, +0.033] | 0.288 | 3/3 | +0.004 [-0.013, +0.019] |")
+    assert "| attention_mix_1 | 3 | 0.676 [0.234, 0.999] |" in lines
 
 
 def test_a_document_without_marks_is_left_alone(tmp_path):
@@ -415,11 +453,11 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
     assert path.read_text() == "# Evidence\n"
 
 
-def test_the_documentation_has_a_place_for_the_results_of_every_preset():
+def test_the_documentation_has_marks_for_the_results_of_every_preset():
     text = (Path(__file__).parents[2] / "docs/evidence.md").read_text()
-    places = [f"results of {name}" for name in spec.PRESETS] + ["diagnosis of shapes", "diagnosis of global"]
-    for place in places:
-        assert text.index(f"<!-- {place} -->") < text.index(f"<!-- end of {place} -->")
+    marks = [f"results of {name}" for name in spec.PRESETS] + ["diagnosis of shapes", "diagnosis of global"]
+    for mark in marks:
+        assert text.index(f"<!-- {mark} -->") < text.index(f"<!-- end of {mark} -->")
 
 
 # --- diagnosis --------------------------------------------------------------------------------------------------------
@@ -438,8 +476,8 @@ def test_signal_to_noise_of_known_gradients():
     assert gradient_signal.signal_to_noise(noisy * 7)[0] == pytest.approx(ratio)
 
 
-def compared(gradients, scalar):
-    return gradient_signal.compared({"all": scalar, "own": gradients}, "all")["own"]
+def compare(gradients, scalar):
+    return gradient_signal.compare_with_scalar({"all": scalar, "own": gradients}, "all")["own"]
 
 
 def test_agreement_of_known_gradients():
@@ -450,19 +488,19 @@ def test_agreement_of_known_gradients():
     helped, misled = scalar + signal, (scalar - signal) + other
     length = (signal @ signal + 500) ** 0.5
     for gradients, along in ((scalar, signal), (helped, 2 * signal), (misled, other)):
-        found = compared(gradients, scalar)
+        found = compare(gradients, scalar)
         expected = (along @ signal) / length / (along @ along + 500) ** 0.5
         assert abs(found["agreement"] - expected) < 4 * found["agreement_error"]
         assert 0 < found["agreement_error"] < 0.03
-        assert compared(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
+        assert compare(3 * gradients, scalar)["agreement"] == pytest.approx(found["agreement"])
         # Every coordinate has about the same size here: AdamW changes little but the scale.
         assert found["adamw_agreement"] == pytest.approx(found["agreement"], rel=0.3, abs=0.03)
-    nothing, helped, misled = (compared(g, scalar) for g in (scalar, helped, misled))
+    nothing, helped, misled = (compare(g, scalar) for g in (scalar, helped, misled))
     assert nothing["agreement_gain"] == nothing["agreement_gain_error"] == nothing["adamw_agreement_gain"] == 0
     # A difference is known better than what it is of: both share their batches.
     assert 0 < helped["agreement_gain_error"] < helped["agreement_error"]
     assert helped["agreement_gain"] > 4 * helped["agreement_gain_error"] and misled["agreement_gain"] < 0
-    assert compared(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
+    assert compare(np.zeros((4, 5)), np.ones((4, 5)))["agreement"] is None
 
 
 def test_adamw_divides_every_coordinate_by_its_own_size():
@@ -475,9 +513,9 @@ def test_adamw_divides_every_coordinate_by_its_own_size():
 
 def test_shares_of_variance_by_hand():
     # Two groups of two: object 1 differs by 0.4 in the first; the extras by 0.2 in the second; means do not count.
-    pictures = [{"object 1": 0.1, "unasked objects": 0.0}, {"object 1": 0.5, "unasked objects": 0.0}]
-    pictures += [{"object 1": 0.9, "unasked objects": -0.2}, {"object 1": 0.9, "unasked objects": 0.0}]
-    shares = diagnose.variance_shares(pictures, np.array([0, 0, 1, 1]))
+    images = [{"object 1": 0.1, "unasked objects": 0.0}, {"object 1": 0.5, "unasked objects": 0.0}]
+    images += [{"object 1": 0.9, "unasked objects": -0.2}, {"object 1": 0.9, "unasked objects": 0.0}]
+    shares = diagnosis.variance_shares(images, np.array([0, 0, 1, 1]))
     assert shares == pytest.approx({"object 1": 0.08 / 0.1, "unasked objects": 0.02 / 0.1})
 
 
@@ -487,7 +525,7 @@ def test_a_score_is_the_sum_of_its_components():
         other, _ = scenes.render(scenes.parse_scene("a red circle and a green cross"), random.Random(3))
         for image in (scenes.render(scene, random.Random(0))[0], other):
             verdict = verify(image, scene)
-            assert sum(diagnose.components(verdict, scene).values()) == pytest.approx(verdict.soft)
+            assert sum(diagnosis.score_components(verdict, scene).values()) == pytest.approx(verdict.soft)
 
 
 def test_localization_of_perfect_and_flat_maps():
@@ -495,13 +533,13 @@ def test_localization_of_perfect_and_flat_maps():
     verdict = verify(scenes.render(scene, random.Random(0))[0], scene)
     masks = torch.from_numpy(verdict.masks).float()
     perfect = torch.nn.functional.adaptive_avg_pool2d(masks[None], (9, 9)).flatten(2)  # (1, 2, 81)
-    sharp, flat = diagnose.localization(torch.stack([perfect, torch.ones_like(perfect)]), [verdict], (9, 9))
+    sharp, flat = diagnosis.localization(torch.stack([perfect, torch.ones_like(perfect)]), [verdict], (9, 9))
     assert len(sharp) == len(flat) == 2
     assert all(auc == 1 and mass > 5 for auc, mass in sharp)
     assert all(auc == 0.5 and mass == pytest.approx(1) for auc, mass in flat)
 
 
-def test_the_gradient_is_that_of_the_places_inside_and_outside(tmp_path):
+def test_the_gradient_is_that_of_the_locations_inside_and_outside(tmp_path):
     config = study().config("attention", 0, tmp_path)
     config.optimization.updates_per_iteration = 1
     trainer = Trainer(config)
@@ -511,34 +549,62 @@ def test_the_gradient_is_that_of_the_places_inside_and_outside(tmp_path):
     inside = (torch.rand(1, 4, 18, 18) > 0.7).float()
     chosen = torch.arange(sum(p.numel() for p in trainer.policy.parameters.values()))
     fields = {"all": None, "inside": inside, "outside": 1 - inside}
-    found = diagnose.gradients(trainer, rollout, torch.tensor([1.0, -1.0, 0.5, 2.0]), fields, chosen)
-    assert np.abs(found["inside"]).max() > 0
+    gradients = gradient.batch_gradients(trainer, rollout, torch.tensor([1.0, -1.0, 0.5, 2.0]), fields, chosen)
+    assert np.abs(gradients["inside"]).max() > 0
     np.testing.assert_allclose(
-        found["inside"] + found["outside"], found["all"], atol=1e-5 * np.abs(found["all"]).max(), rtol=1e-4
+        gradients["inside"] + gradients["outside"],
+        gradients["all"],
+        atol=1e-5 * np.abs(gradients["all"]).max(),
+        rtol=1e-4,
     )
     # An arm's weights there are those of its own trainer.
     last = trainer.rollout(prompts, torch.Generator().manual_seed(0), captured=(2,))
     config.allocation.strategy = "final_step"
-    weights = diagnose.arm_weights(trainer, config, rollout, None, 0)
+    weights = gradient.arm_weights(trainer, config, rollout, None, 0)
     assert torch.equal(weights, trainer.weights(last, None, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("name", ["shapes_reward", "noise", "every_object"])
+def test_rewards_share_one_verification(name, monkeypatch):
+    texts = ["a red circle left of a blue square", "a red ring on a white background"]
+    images = np.stack([scenes.render(scenes.parse_scene(text), random.Random(0))[0] for text in reversed(texts)])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    reward = rewards.load(f"star.shapes.reward:{name}")
+    expected, verified = reward(images, texts), study_rewards.verify_images(images, texts)
+    monkeypatch.setattr(study_rewards, "verify", None)
+    scores = diagnosis.score_verified(reward, verified)
+    for field in ("reward", "masks", "reward_map"):
+        assert torch.equal(getattr(scores, field), getattr(expected, field))
+    assert scores.masks.any() and torch.equal(scores.details["strict"], expected.details["strict"])
 
 
 def test_a_diagnosis_from_beginning_to_end(stopped_and_continued, monkeypatch):
     out = stopped_and_continued["out"]
-    monkeypatch.setattr(diagnose, "PICTURES", 3)
+    monkeypatch.setattr(diagnose, "PROMPTS", 3)
+    measured_fields, batch_gradients = [], gradient.batch_gradients
+    monkeypatch.setattr(
+        gradient,
+        "batch_gradients",
+        lambda trainer, rollout, advantages, fields, coordinates: (
+            measured_fields.append(list(fields)),
+            batch_gradients(trainer, rollout, advantages, fields, coordinates),
+        )[1],
+    )
     text = diagnose.diagnose(study(), out, batches=3)
+    # The arm without weights has the gradient of all locations, which is computed once.
+    assert measured_fields == 3 * [["all", "inside", "outside", "elsewhere", "attention"]]
     measured = json.loads((out / "diagnosis.json").read_text())
-    assert set(measured["gradients"]) == {*diagnose.REGIONS, "uniform", "attention"}
+    assert set(measured["gradients"]) == {*gradient.REGIONS, "uniform", "attention"}
     assert measured["gradients"]["all"] == measured["gradients"]["uniform"]
     assert all(0 <= share["auc"] <= 1 for share in measured["localization"] if share)
     assert set(measured["concentration"]) == {"untrained", "uniform", "attention"}
     assert measured["concentration"]["untrained"] != measured["concentration"]["attention"]
-    assert set(measured["makeup"]) == set(measured["concentration"])
-    runs_of_arm = [spec.folder(out, "attention", seed) for seed in study().seeds]
+    assert set(measured["composition"]) == set(measured["concentration"])
+    runs_of_arm = [spec.run_folder(out, "attention", seed) for seed in study().seeds]
     scored = np.mean([read_evaluations(run)[-1].mean("reward").mean for run in runs_of_arm])
-    made = measured["makeup"]["attention"]
-    assert made["requirements"] + made["unasked"] == pytest.approx(scored, abs=1e-4)
-    assert made["unasked"] <= 0 <= min(made["more"], made["fewer"]) and measured["trained_seeds"]["attention"] == 2
+    parts = measured["composition"]["attention"]
+    assert parts["requirements"] + parts["unasked"] == pytest.approx(scored, abs=1e-4)
+    assert parts["unasked"] <= 0 <= min(parts["more"], parts["fewer"]) and measured["trained_seeds"]["attention"] == 2
     for shares in measured["variance"].values():
         assert not shares or sum(shares.values()) == pytest.approx(1)
     assert "background alone" in text and text == (out / "diagnosis.md").read_text()

@@ -58,7 +58,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("heads", "queries", "width", "concepts", "slots", "processors", "dtype"),
     [
-        (4, 70, 64, 2, 20, 1, torch.bfloat16),  # one part: no sum
+        (4, 70, 64, 2, 20, 1, torch.bfloat16),  # one group: no sum
         (4, 70, 40, 2, 20, 7, torch.float32),  # every head a group, channels in two products
         (2, 130, 16, 3, 30, 4, torch.float32),  # two blocks of columns
     ],
@@ -82,12 +82,14 @@ def test_traffic_and_operations_of_the_maps(
 
 @pytest.mark.parametrize("device", model.DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize("shape", model.MODELS, ids=lambda shape: shape.name)
-def test_one_picture_fills_every_device(shape, device):
-    cut = kernels.tiling(1, shape.heads, shape.image, model.CONCEPTS * model.SLOTS, device.processors)
-    assert shape.heads % cut.head_groups == 0
-    assert prod(cut.grid) >= device.processors
-    # A row's programs do not depend on how many there are, and so neither do its bits.
-    assert kernels.tiling(9, shape.heads, shape.image, 16, device.processors) == cut._replace(batch=9)
+def test_a_batch_that_fills_the_device_is_cut_no_further(shape, device):
+    block = kernels.blocks_of(device.architecture, 2).queries
+    one, nine = (kernels.tiling(b, shape.heads, shape.image, 2, 8, device.processors, block) for b in (1, 9))
+    assert one.groups == one.chunks or prod(one.grid) >= device.processors
+    assert nine.groups <= min(2, one.groups) or nine.tiles * 9 < device.processors
+    assert nine.groups == 1 or nine.tiles * 9 < kernels.PROGRAMS * device.processors
+    # What a partial map is does not depend on the batch, and so neither do the bits.
+    assert (one.chunk, one.chunks) == (nine.chunk, nine.chunks)
 
 
 def test_traffic_of_what_runs_over_the_latents():

@@ -1,4 +1,5 @@
-"""The Triton kernels compile for GPUs that are not here, fit them, keep to registers and use their matrix units."""
+"""The Triton kernels compile for GPUs that are not here, fit them, keep to registers and use their matrix units; and
+what varies with prompts compiles no kernel of its own."""
 
 import json
 import os
@@ -6,16 +7,43 @@ import subprocess
 import sys
 
 
-def test_every_build_fits_without_spills_and_multiplies_on_the_matrix_units():
+def compiling(code: str) -> list:
+    """The JSON lines that the code prints in a process in which Triton compiles."""
     path = os.pathsep.join(str(folder) for folder in sys.path if folder)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
-    code = (
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_build_fits_without_spills_and_multiplies_on_the_matrix_units():
+    builds = compiling(
         "import json, triton_offline\n"
         "for build in triton_offline.builds(): print(json.dumps([build, triton_offline.problems(build)]))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    builds = [json.loads(line) for line in result.stdout.splitlines()]
     assert {build["target"] for build, _ in builds} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {build["kernel"] for build, _ in builds} == {"maps_kernel", "lse_kernel", "sum_kernel"}
+    kernels = {"maps_kernel", "lse_kernel", "sum_kernel", "step_kernel", "allocate_kernel"}
+    assert {build["kernel"] for build, _ in builds} == kernels
     assert not [(build, problems) for build, problems in builds if problems]
+
+
+def test_prompts_compile_few_kernels():
+    """Concepts and tokens of any number: what is compiled follows the blocks of columns (16, 32, 64), and whether one
+    program has all heads of a row or several share them."""
+    code = """
+import json, torch, triton_offline
+from star_kernels.triton import attention_maps as kernels
+names = ("maps_kernel", "lse_kernel", "sum_kernel")
+for name in names: setattr(kernels, name, triton_offline.Recorder(getattr(kernels, name)))
+query, key = torch.zeros(2, 1, 24, 128, 64, dtype=torch.bfloat16).unbind(0)
+for processors in (1, 1000):
+    kernels.processors = lambda device: processors
+    for concepts in range(1, 9):
+        for slots in range(1, 17):
+            index = torch.zeros(1, concepts, slots, dtype=torch.int64)
+            kernels.launch(query, key, index, torch.ones(index.shape), None, 1.0, None)
+    print(json.dumps([len(getattr(kernels, name).variants) for name in names]))
+"""
+    alone, both = compiling(code)
+    assert alone == [4, 1, 1]  # more than 64 columns: two blocks
+    assert both == [6, 1, 2]

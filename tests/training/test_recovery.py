@@ -147,7 +147,7 @@ def last_line(path):
 
 
 def test_a_sigterm_saves_and_ends_with_zero(ended):
-    assert last_line(ended / "stopped.log").startswith("stopped after ")
+    assert last_line(ended / "stopped.log").startswith("stopped by SIGTERM after ")
     assert_same_run(ended / "stopped", ended / "whole")
 
 

@@ -74,6 +74,28 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, rows, words):
     assert "\n" not in str(caught.value)
 
 
+def test_prompt_files_in_other_forms(tmp_path):
+    rows = [{"prompt": "a red circle", "tag": "colors"}, {"prompt": "two rings", "color": None, "tag": None}]
+    text = "\n".join(map(json.dumps, rows))
+    for name in ("p.jsonl", "p.JSONL", "p.json"):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+        assert [p.text for p in read_prompts(tmp_path / name)] == ["a red circle", "two rings"]
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    found = read_prompts(tmp_path / "array.json")
+    assert found[0].category == "colors" and found[1].category is None and "color" not in found[1].metadata
+    (tmp_path / "bom.txt").write_text("\ufeffa red circle\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "bom.txt") == [Prompt("a red circle")]
+    for name, content, words in (
+        ("p.csv", "prompt\na red circle\n", "is a .csv file, expected .txt"),
+        ("tags.jsonl", '{"prompt": "x", "tag": ["a"]}', r"tags.jsonl:1 has the tag \['a'\], expected text"),
+        ("half.jsonl", '{"prompt": "\\ud83d"}', "half.jsonl:1 has half a surrogate pair"),
+        ("cut.json", "[1, ", "cut.json is not JSON"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=words):
+            read_prompts(tmp_path / name)
+
+
 def tag_reward(images, prompts, metadata):
     assert all(m["prompt"] == p for p, m in zip(prompts, metadata, strict=True))
     return [float(m["tag"] == "colors") for m in metadata]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import signal
 import threading
+import typing
 
 import numpy as np
 import pytest
@@ -12,14 +14,17 @@ from builders import plain_images, small_run
 from star import config as configuration
 from star import train as training
 from star.config import ConfigError
+from star.files import FolderLock
 from star.objective import STRATEGIES
 from star.presets import preset
+from star.reports import figures
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.reports.metrics import meaning
 from star.rewards import RewardError, Scores
 from star.shapes.model import load_pipeline
 from star.train import Trainer
 from star.training import checkpoint
+from star.training.distributed import Termination
 from star.training.pipeline import load_pipeline as load_from
 
 
@@ -325,8 +330,11 @@ def test_a_damaged_checkpoint_is_refused_and_stays(tmp_path, damage):
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     trainer = Trainer(small_run(tmp_path))
     trainer.save()
-    with pytest.raises(checkpoint.CheckpointError, match="is of another model or adapter"):
+    with pytest.raises(ConfigError, match=r"model.lora_rank: got 4, the run was started with 16"):
         Trainer(small_run(tmp_path, model={"lora_rank": 4}, run={"resume": True}))
+    (tmp_path / "config.yaml").write_text("model: {lora_rank: 4, lora_alpha: 32}\n")  # not what the checkpoint is of
+    with pytest.raises(ConfigError, match="the run was started with"):
+        Trainer(small_run(tmp_path, run={"resume": True}))
 
 
 @pytest.mark.parametrize(
@@ -335,10 +343,10 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
         ({"sampling": {"trained_steps": [3]}}, r"sampling.trained_steps: got \(3,\), expected some of 0..2"),
         (
             {"sampling": {"images_per_prompt": 1, "prompts_per_iteration": 2}},
-            "sampling.images_per_prompt: got 1, a group needs at least 2",
+            "sampling.images_per_prompt: got 1, expected a number at least 2",
         ),
         ({"optimization": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 images"),
-        ({"optimization": {"adam_epsilon": 0.0}}, "optimization.adam_epsilon: got 0.0, expected above 0"),
+        ({"optimization": {"adam_epsilon": 0.0}}, "optimization.adam_epsilon: got 0.0, expected a number above 0"),
         (
             {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bf16"}},
             "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",
@@ -401,3 +409,136 @@ def test_a_prompt_file_without_enough_distinct_prompts_is_one_clear_line(tmp_pat
     path.write_text("a red circle\na red circle\n")
     with pytest.raises(ConfigError, match=r"sampling.prompts: .* has 1 distinct prompts, an iteration needs 3"):
         Trainer(small_run(tmp_path / "run", sampling={"prompts": str(path)}))
+
+
+# --- settings are checked before anything is loaded -------------------------------------------------------------------
+
+
+def numbers(config):
+    """(section, field, value) of every number in a configuration."""
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if dataclasses.is_dataclass(section) and field.name != "allocation":  # its operator checks those
+            hints = typing.get_type_hints(type(section), include_extras=True)
+            for name in hints:
+                kinds = str(hints[name])
+                if "int" in kinds.replace("hint", "") or "float" in kinds:
+                    yield field.name, name, getattr(section, name)
+
+
+NUMBERS = [(s, n) for s, n, v in numbers(preset("shapes")) if not isinstance(v, str | dict) and n != "reward"]
+
+
+@pytest.mark.parametrize(("section", "name"), NUMBERS)
+@pytest.mark.parametrize("wrong", [-1, -1.5, float("nan"), float("inf")])
+def test_every_number_has_a_range(section, name, wrong):
+    """A field of a number that declares no range fails here; guidance may be negative."""
+    if name == "guidance_scale" and np.isfinite(wrong):
+        return
+    config = preset("shapes")
+    old = getattr(getattr(config, section), name)
+    if isinstance(old, bool):
+        return
+    value = tuple(wrong for _ in old) if isinstance(old, tuple) else wrong
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}: got .*, expected"):
+        config.check()
+
+
+def test_a_resumed_run_uses_what_it_records_and_names_it(tmp_path, caplog):
+    average = {"ema_decay": 0.9, "ema_every": 1, "iterations": 1}
+    training.train(small_run(tmp_path, optimization={**average, "learning_rate": 1e-3}))
+    changed = {**average, "iterations": 2, "learning_rate": 1e-6, "weight_decay": 0.5, "ema_decay": 0.5}
+    trainer = Trainer(small_run(tmp_path, optimization=changed, run={"resume": True}))
+    (group,) = trainer.policy.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], trainer.policy.ema.decay) == (1e-6, 0.5, 0.5)
+    (message,) = (r.message for r in caplog.records if "run.resume" in r.message)
+    for name in ("learning_rate 1e-06 (was 0.001)", "weight_decay", "ema_decay 0.5 (was 0.9)"):
+        assert f"optimization.{name}" in message
+    assert "iterations" not in message
+    with pytest.raises(ConfigError, match=r"model.lora_alpha: got 5, the run was started"):
+        training.train(small_run(tmp_path, model={"lora_alpha": 5}, run={"resume": True}))
+
+
+def test_a_run_in_use_is_refused_and_touched_by_nobody(tmp_path):
+    training.train(small_run(tmp_path / "run", optimization={"iterations": 1}))
+    lock = FolderLock(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for how in ("resume", "overwrite"):
+        with pytest.raises(ConfigError, match="another process trains into"):
+            training.train(small_run(tmp_path / "run", run={how: True}))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    lock.release()
+    training.train(small_run(tmp_path / "run", optimization={"iterations": 1}, run={"overwrite": True}))
+
+
+def test_a_run_whose_first_file_was_cut_short_starts(tmp_path):
+    (tmp_path / ".config.yaml.writing").write_text("mod")
+    assert training.train(small_run(tmp_path, optimization={"iterations": 1}, run={"resume": True}))["iterations"] == 1
+
+
+@pytest.mark.parametrize(("height", "words"), [(37, "a multiple of 4"), (40, "at most 36")])
+def test_sizes_that_the_model_cannot_draw(tmp_path, height, words):
+    with pytest.raises(ConfigError, match=f"model.height: got {height}, expected .*{words}"):
+        Trainer(small_run(tmp_path / "run", model={"height": height}))
+
+
+def test_an_adapter_that_fits_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model.lora_targets: 'attn.to_kk' matches no linear layer"):
+        Trainer(small_run(tmp_path / "run", model={"lora_targets": ["attn.to_q", "attn.to_kk"]}))
+
+
+def test_the_launchers_environment_changes_nothing(tmp_path, monkeypatch):
+    plain = Trainer(small_run(tmp_path / "a")).step()["grad_norm"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert Trainer(small_run(tmp_path / "b")).step()["grad_norm"] == plain
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_DEEPSPEED is set"):
+        Trainer(small_run(tmp_path / "c"))
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for i in (999_998, 999_999, 1_000_000, 1_000_001):
+        checkpoint.save(tmp_path, i, {"x": torch.tensor(i)}, keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["iteration-1000000", "iteration-1000001"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_that_end_a_run_leave_a_checkpoint(tmp_path, monkeypatch, name):
+    step = Trainer.step
+
+    def interrupted(trainer):
+        metrics = step(trainer)
+        signal.raise_signal(getattr(signal, name))
+        return metrics
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    config = small_run(tmp_path, optimization={"iterations": 3}, run={"save_every": 50})
+    assert training.train(config) == {"iterations": 1, "stopped": name}
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["iteration-000001"]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with Termination() as termination:
+        signal.raise_signal(signal.SIGINT)
+        assert termination.received == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_figure_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fails(*arguments):
+        raise OSError("no font")
+
+    monkeypatch.setattr(figures, "rollout_grid", fails)
+    monkeypatch.setattr(figures, "reward_curve", fails)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('costs $a_{ and $ red circle\na sign "$5 and $10"\ntwo blue rings\n')
+    config = small_run(
+        tmp_path / "run",
+        sampling={"prompts": str(prompts)},
+        run={"grid_every": 1, "figures": True, "reward": "test_training:brightness"},
+    )
+    assert training.train(config)["iterations"] == 2
+    assert sum("could not be drawn (OSError: no font)" in r.message for r in caplog.records) == 3
+    assert (tmp_path / "run/allocation.png").exists()

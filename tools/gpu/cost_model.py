@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import torch
@@ -97,26 +97,28 @@ def attention_maps(
 ) -> list[Launch]:
     """With the attention's log-sum-exp, equal heads, the tokens' weights, every slot used. size: of an element."""
     columns = concepts * slots
-    cut = maps_code.tiling(batch, heads, queries, columns, processors)
+    block = maps_code.blocks_of("", size).queries
+    cut = maps_code.tiling(batch, heads, queries, concepts, slots, processors, block)
     block_d = maps_code.block_width(width, size, maps_code.dot_precision(size))
-    products = cut.tiles * maps_code.BLOCK_N * cut.column_blocks * maps_code.block_columns(columns)
+    products = cut.tiles * block * cut.column_blocks * maps_code.block_columns(columns)
     rows = batch * heads * queries
     result = 4 * batch * concepts * queries
     once = {"query": rows * width * size, "key": batch * heads * columns * width * size, "lse": 4 * rows,
-            "index": 8 * batch * columns, "weight": 4 * batch * columns, "partial": cut.parts * result}  # fmt: skip
+            "index": 8 * batch * columns, "weight": 4 * batch * columns,
+            "partial": result if cut.alone else cut.parts * result}  # fmt: skip
     # Every block of columns reads the queries, every tile of queries the columns, which each group of heads finds.
     times = {"query": cut.column_blocks, "lse": cut.column_blocks, "key": cut.tiles}
-    times |= {"index": cut.tiles * cut.head_groups, "weight": cut.tiles * cut.head_groups}
+    times |= {"index": cut.tiles * cut.groups, "weight": cut.tiles * cut.groups}
     asked = {name: times.get(name, 1) * count for name, count in once.items()}
     maps = Launch(
         "maps_kernel",
-        cut.tiles * batch * cut.parts,
+        prod(cut.grid),
         asked,
         repeated=sum(asked.values()) - sum(once.values()),
         flops=2 * batch * heads * products * ceil(width / block_d) * block_d,
-        trips=1 + heads // cut.head_groups,
+        trips=1 + cut.owned * cut.chunk,
     )
-    if cut.parts == 1:
+    if cut.alone:
         return [maps]
     programs = ceil(result / 4 / maps_code.BLOCK_SUM)
     return [maps, Launch("sum_kernel", programs, {"partial": cut.parts * result, "maps": result})]

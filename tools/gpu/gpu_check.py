@@ -158,8 +158,7 @@ def layer_overhead(shape, pictures: int) -> float:
     inputs.append(torch.randn(rows, width, dtype=torch.bfloat16))
     index = torch.randint(0, shape.text, (pictures, model.CONCEPTS, model.SLOTS))
     tokens, side = ConceptTokens(index, torch.ones(index.shape)), int(shape.image**0.5)
-    slots = torch.zeros(1, pictures, model.CONCEPTS, shape.image)
-    maps = Maps(slots, tokens, (side, side), torch.ones(1), "raw", slice(rows - pictures, rows), None, True, "auto")
+    maps = Maps(tokens=tokens, grid=(side, side), rows=slice(rows - pictures, rows))
     measures = []
     for processor in (JointAttnProcessor2_0(), CapturingJointAttnProcessor(maps, 0)):
         block.attn.processor = processor
@@ -176,13 +175,13 @@ def check_time() -> None:
 
 def losses() -> Iterator[Row]:
     """policy_loss and its gradient against Flow-GRPO's formulas, as a trainer calls them: the processor's part too."""
-    from test_loss import SHAPES, both
+    from losses import SHAPES, compared
 
     for compiled in (False, True):
         for shape in SHAPES:
             check_time()
             with torch.device("cuda"):
-                ours, theirs = both(shape, compiled)
+                ours, theirs = compared(shape, compiled=compiled)
             pair = alternate(*(lambda f=f: (f(), torch.cuda.synchronize()) for f in (ours, theirs)))
             name = f"policy_loss {shape} against {'compiled' if compiled else 'eager'} Flow-GRPO"
             told = f"{pair.ratio:.2f} x ({1e6 * pair.first:.0f} against {1e6 * pair.second:.0f} us)"
@@ -191,10 +190,10 @@ def losses() -> Iterator[Row]:
 
 def iteration(folder: str) -> Iterator[Row]:
     """What allocation adds to an iteration of the whole of SD3.5-medium, with random weights."""
-    from test_iteration import arms, medium_trainer
+    from iterations import arms, medium_trainer
 
     check_time()
-    trainer = medium_trainer(Path(folder), blocks=24, pictures=9, dtype="bfloat16")
+    trainer = medium_trainer(Path(folder), blocks=24, images=9, dtype="bfloat16")
     metrics, peaks = ([], []), []
 
     def arm(function, seen):

@@ -4,7 +4,7 @@
     PYTHONPATH=.:benchmarks python tools/gpu/kernel_times.py [FOLDER]    # default $OUT, else build/kernel_times
 
 Writes kernel_times.json and kernel_times.md into the folder, anew after every row, and ends within four minutes. Needs
-torch and Triton; the comparison with Flow-GRPO's loss needs what benchmarks/test_loss.py needs. With --once it calls
+torch and Triton; the comparison with Flow-GRPO's loss needs benchmarks/losses.py. With --once it calls
 the CUDA operators once, for compute-sanitizer.
 
 A time is that of one call in a CUDA graph of calls on different tensors, together larger than the second-level cache:
@@ -266,8 +266,8 @@ def kernels() -> Iterator[Row]:
 
 def calls() -> Iterator[Row]:
     """policy_loss from Python, and Flow-GRPO's formulas beside it."""
+    from losses import compared
     from pairs import alternate
-    from test_loss import both
 
     arguments = loss_arguments((9, CHANNELS, 64, 64), torch.float32)
     velocity, sample, prev_sample = arguments[:3]
@@ -296,7 +296,7 @@ def calls() -> Iterator[Row]:
             if left() < 30:
                 yield Row("calls", name, note="no time left", ok=False)
                 continue
-            ours, theirs = both(shape, compiled)
+            ours, theirs = compared(shape, compiled=compiled)
             pair = alternate(*(lambda f=f: (f(), torch.cuda.synchronize()) for f in (ours, theirs)), rounds=21)
             low, high = pair.quartiles
             note = f"{pair.ratio:.2f} x, quartiles {low:.2f} to {high:.2f} (goal {goal:g} x): "

@@ -11,15 +11,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from occupancy import PROCESSORS, occupancy
-from star_kernels.triton import attention_maps as kernels
+from star_kernels.triton import allocate, attention_maps, gaussian_step
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -30,45 +32,86 @@ TARGETS = {
 }
 MATRIX_INSTRUCTIONS = r"\bHMMA\.|\bHGMMA\.|\bUTC\w*MMA|v_mfma"
 VECTORS = r"\b(?:LDG|LDGSTS|STG)(?:\.\w+)*\.128|(?:global|buffer)_(?:load|store)_dwordx4"
-ALIGNED = {
-    *("query", "key", "index", "weight", "lse", "head_weight", "partial", "maps"),
-    *("query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "queries", "elements"),
-}
+CONTRACTED = r"\b[FD]FMA\d?\b|v_(?:pk_)?(?:fma|fmac|mad|mac)_f(?:16|32|64)"
 SIZES = {"bf16": 2, "fp32": 4}  # bytes of an element
-# kernel, type of query and key, channels of a head, columns: what SD3 (64) and FLUX (128) launch
-CASES = (
-    (kernels.maps_kernel, "bf16", 64, 16),
-    (kernels.maps_kernel, "bf16", 128, 16),
-    (kernels.maps_kernel, "bf16", 128, 64),
-    (kernels.maps_kernel, "fp32", 64, 16),
-    (kernels.maps_kernel, "fp32", 128, 64),
-    (kernels.lse_kernel, "bf16", 64, 0),
-    (kernels.lse_kernel, "bf16", 128, 0),
-    (kernels.lse_kernel, "fp32", 128, 0),
-    (kernels.sum_kernel, "fp32", 0, 0),
-)
+# Whose alignment a launch sees, beside that of every pointer.
+ALIGNED = {"query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "elements", "maps_b", "maps_g"}
 
 
-def source(kernel, dtype: str, precision: str, width: int, columns: int) -> ASTSource:
-    """What a launch on contiguous heads would compile: unit strides constant, other addresses divisible by 16."""
-    constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": kernels.BLOCK_N}
-    constants["BLOCK_D"] = kernels.block_width(width, SIZES[dtype], precision)
-    if kernel is kernels.maps_kernel:
-        constants |= {"lse_n": 1, "LOG2": kernels.LOG2_E, "BLOCK_C": kernels.block_columns(columns)}
-        constants |= {"HEADS_PER_GROUP": 3, "HEAD_GROUPS": 8, "head_weight": None}
-    elif kernel is kernels.lse_kernel:
-        constants |= {"LN2": 1 / kernels.LOG2_E, "BLOCK_S": kernels.BLOCK_S}
+class Case(NamedTuple):
+    """What a launch on contiguous tensors at a model's shapes compiles.
+
+    about: what it is a case of. types: of the elements that pointers point to, and of numbers that are not int32.
+    constants: arguments that are compiled in, strides of 1 too. products: by the matrix units. wide: accesses memory by
+    16 bytes. exact: nothing in it may be contracted.
+    """
+
+    kernel: object
+    about: str
+    types: dict[str, str]
+    constants: dict
+    options: dict
+    products: bool = False
+    wide: bool = True
+    exact: bool = False
+
+    def source(self) -> ASTSource:
+        names, constants = self.kernel.arg_names, self.constants
+        types = {name: self.types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
+        aligned = [i for i, name in enumerate(names) if types[name][0] == "*" or name in ALIGNED - set(constants)]
+        return ASTSource(
+            fn=self.kernel,
+            signature=types,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+
+
+def of_maps(target: str, kernel, dtype: str, width: int, columns: int = 0) -> Case:
+    """columns: of all concepts, for the maps; without them the log-sum-exp."""
+    code, size = attention_maps, SIZES[dtype]
+    precision, blocks = code.dot_precision(size, hip=target.startswith("gfx")), code.blocks_of(target, size)
+    constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": blocks.queries}
+    constants["BLOCK_D"] = code.block_width(width, size, precision)
+    if columns:
+        constants |= {"lse_n": 1, "LOG2": code.LOG2_E, "BLOCK_C": code.block_columns(columns), "head_weight": None}
+        constants |= {"HEADS": 38, "CHUNK": 5, "ALONE": True, "BLOCK_G": code.MOST_CONCEPTS}
     else:
-        constants = {"PARTS": 8, "BLOCK": kernels.BLOCK_SUM}
+        constants |= {"LN2": 1 / code.LOG2_E, "BLOCK_S": code.BLOCK_S}
     types = {"query": f"*{dtype}", "key": f"*{dtype}", "index": "*i64", "scale_log2": "fp32"}
-    types |= dict.fromkeys(("weight", "lse", "head_weight", "partial", "maps"), "*fp32")
-    names = kernel.arg_names
-    return ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED - set(constants)},
-    )
+    types |= dict.fromkeys(("weight", "lse", "maps"), "*fp32")
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    about = f"{dtype}, {width} channels" + (f", {columns} columns" if columns else "")
+    return Case(kernel, about, types, constants, options, products=True)
+
+
+def cases(target: str) -> Iterator[Case]:
+    """What SD3 (64 channels) and FLUX (128) launch."""
+    for dtype, width, columns in (("bf16", 64, 16), ("bf16", 128, 16), ("bf16", 128, 64), ("fp32", 64, 16),
+                                  ("fp32", 128, 64)):  # fmt: skip
+        yield of_maps(target, attention_maps.maps_kernel, dtype, width, columns)
+    for dtype, width in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
+        yield of_maps(target, attention_maps.lse_kernel, dtype, width)
+    parts = {"PARTS": attention_maps.CHUNKS, "BLOCK": attention_maps.BLOCK_SUM}
+    types = {"partial": "*fp32", "maps": "*fp32"}
+    yield Case(attention_maps.sum_kernel, f"{parts['PARTS']} parts", types, parts, {"num_warps": 1})
+
+    types = dict.fromkeys(("sample", "noise", "a", "b", "s", "prev_sample", "mean"), "*fp32")
+    constants = {"BLOCK": gaussian_step.BLOCK, "stride_a": 1, "stride_b": 1, "stride_s": 1}
+    options = {"num_warps": gaussian_step.WARPS, "enable_fp_fusion": False}
+    for dtype in ("bf16", "fp32"):
+        about = f"{dtype} velocity, fp32 latents"
+        types = types | {"velocity": f"*{dtype}"}
+        yield Case(gaussian_step.step_kernel, about, types, constants, options, exact=True)
+
+    block = allocate.MOST_TOKENS
+    constants = {"maps_n": 1, "LARGEST": False, "CAP": 4.0, "MIX": 0.5, "PATCH": 2, "BLOCK": block}
+    types = dict.fromkeys(("maps", "workspace", "weights"), "*fp32")
+    options = {"num_warps": block // allocate.TOKENS_OF_WARP}
+    for sigma, sharpen in ((0.0, 1.0), (1.0, 2.0)):
+        chosen = constants | {"SIGMA": sigma, "RADIUS": round(3 * sigma), "SHARPEN": sharpen}
+        about = f"smooth {sigma:g}, sharpen {sharpen:g}"
+        yield Case(allocate.allocate_kernel, about, types, chosen, options, wide=False)
 
 
 def resources(compiled) -> dict[str, int]:
@@ -92,21 +135,34 @@ def resources(compiled) -> dict[str, int]:
         report["local"] = int(re.search(r"LOCAL:(\d+)", usage)[1]) + len(re.findall(r"\b(?:LDL|STL)\b", code))
     report["matrix"] = len(re.findall(MATRIX_INSTRUCTIONS, code))
     report["vectors"] = len(re.findall(VECTORS, code))
+    report["contracted"] = len(re.findall(CONTRACTED, code))
     return report
 
 
 def builds() -> Iterator[dict]:
-    """Every case on every target. matrix, vectors: instructions of the matrix units, global accesses of 16 bytes."""
+    """Every case on every target. matrix, vectors, contracted: instructions of the matrix units, global accesses of 16
+    bytes, fused multiply-adds."""
     for name, target in TARGETS.items():
-        for kernel, dtype, width, columns in CASES:
-            precision = kernels.dot_precision(SIZES[dtype], hip=target.backend == "hip")
-            warps = kernels.warps(SIZES[dtype]) if width else 1
-            compiled = triton.compile(
-                source(kernel, dtype, precision, width, columns), target=target, options={"num_warps": warps}
-            )
-            case = {"kernel": kernel.fn.__name__, "target": name, "dtype": dtype, "width": width, "columns": columns}
-            build = case | {"warps": warps} | resources(compiled)
+        for case in cases(name):
+            compiled, warps = triton.compile(case.source(), target, case.options), case.options["num_warps"]
+            build = {"kernel": case.kernel.fn.__name__, "about": case.about, "target": name, "warps": warps}
+            build |= {"products": case.products, "wide": case.wide, "exact": case.exact} | resources(compiled)
             yield build | {"occupancy": occupancy(name, build["registers"], build["shared"], warps)}
+
+
+class Recorder:
+    """Stands for a kernel, starts nothing and keeps what each launch would compile."""
+
+    def __init__(self, kernel, target: str = "sm_90"):
+        self.binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target]))
+        self.variants = set()
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options) -> None:
+        _, specialization, options = self.binder(*args, **options)
+        self.variants.add(f"{specialization} {options}")
 
 
 def problems(build: dict) -> list[str]:
@@ -116,10 +172,12 @@ def problems(build: dict) -> list[str]:
         found.append("spills or has local memory")
     if build["shared"] > PROCESSORS[build["target"]].block_shared:
         found.append("needs more shared memory than a block can have")
-    if build["kernel"] != "sum_kernel" and not build["matrix"]:
+    if build["products"] and not build["matrix"]:
         found.append("multiplies without the matrix units")
-    if not build["vectors"]:
+    if build["wide"] and not build["vectors"]:
         found.append("has no global access of 16 bytes")
+    if build["exact"] and build["contracted"]:
+        found.append("contracts products and sums")
     if not build["occupancy"]:
         found.append("does not fit a processor")
     return found

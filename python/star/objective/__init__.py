@@ -1,4 +1,4 @@
-"""Which latent positions receive the update, and the losses that let them: for star's loop and for other trainers.
+"""Which latent locations receive the update, and the losses that let them: for star's loop and for other trainers.
 
 Needs torch and star_kernels only. Reading order: allocation (maps to weights), weighting (weights to gradients),
 grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, Diffusion-DPO).
@@ -9,10 +9,10 @@ from star.objective.allocation import (
     TEMPORAL,
     Allocation,
     allocation_weights,
-    another,
     captured_steps,
-    inverted,
+    invert_ranks,
     neighbor_correlation,
+    permute_across_groups,
     random_like,
     temporal_weights,
     uniform_rows,
@@ -35,14 +35,14 @@ __all__ = [
     "DPOLoss",
     "GRPOLoss",
     "allocation_weights",
-    "another",
     "captured_steps",
     "diffusion_dpo_loss",
     "fused_grpo_loss",
     "grpo_loss",
-    "inverted",
+    "invert_ranks",
     "neighbor_correlation",
     "nft_loss",
+    "permute_across_groups",
     "random_like",
     "reinforce_loss",
     "scheduler_transition",

@@ -1,4 +1,4 @@
-"""Allocation strategies: which latent positions, at which steps, receive the update. Needs torch and star_kernels only.
+"""Allocation strategies: which latent locations, at which steps, receive the update. Needs torch and star_kernels only.
 
 Every strategy has the same signature, so that a run can be repeated with another one by a flag: attention (STAR),
 uniform (scalar GRPO), shuffled, random, inverted, final_step (controls) and oracle (given masks).
@@ -40,7 +40,7 @@ class Allocation:
     """Exponent of the relative map."""
     temporal: Literal["none", "noise_level", "concentration"] = "none"
     """Over the trained steps. noise_level: as the noise of each step (TempFlow-GRPO). concentration: as how unevenly a
-    sample's weights lie over its positions."""
+    sample's weights lie over its locations."""
 
 
 def uniform_rows(weights: Tensor) -> int:
@@ -72,7 +72,7 @@ def allocation_weights(
         allocation: strategy and its options.
         maps: (B, G, N) concept maps of the steps that `captured_steps` names; may be None for "uniform" and "oracle".
         grid: (rows, columns) of the image tokens.
-        patch: latent positions per token and side; 1 for packed latents.
+        patch: latent locations per token and side; 1 for packed latents.
         groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
         masks: (B, N) for "oracle": share of each image token that is to be reinforced.
         generator: for "shuffled" and "random".
@@ -105,11 +105,11 @@ def allocation_weights(
         patch=1,
     )  # (B, rows, columns)
     if strategy == "shuffled":
-        weights = weights[another(groups, len(weights), generator)]
+        weights = weights[permute_across_groups(groups, len(weights), generator)]
     elif strategy == "random":
         weights = random_like(weights, generator)
     elif strategy == "inverted":
-        weights = inverted(weights)
+        weights = invert_ranks(weights)
     return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
 
 
@@ -143,8 +143,8 @@ def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Te
     return (share / share.mean(0)).float()
 
 
-def another(groups: Tensor | None, batch: int, generator: torch.Generator | None) -> Tensor:
-    """(batch,) int64: for each sample another one, of another group where there is one, each used once if possible."""
+def permute_across_groups(groups: Tensor | None, batch: int, generator: torch.Generator | None) -> Tensor:
+    """(batch,) int64, a random permutation that gives each sample one of another group, as far as there are enough."""
     order = torch.randperm(batch, generator=generator)
     groups = torch.zeros(batch, dtype=torch.int64) if groups is None else groups.cpu()
     by_group = order[groups[order].argsort(stable=True)]
@@ -164,7 +164,7 @@ def neighbor_correlation(fields: Tensor) -> Tensor:
 
 
 def random_like(weights: Tensor, generator: torch.Generator | None, draws: int = 4, halvings: int = 8) -> Tensor:
-    """Random fields with exactly the values of `weights` (B, rows, columns), as smooth as they are, placed elsewhere.
+    """Random fields with exactly the values of `weights` (B, rows, columns), as smooth as they are, in other locations.
 
     Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbors
     correlate as in its weights; of all that was tried the nearest one is kept. Samples with the very same weights, like
@@ -198,7 +198,7 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     return best
 
 
-def inverted(weights: Tensor) -> Tensor:
+def invert_ranks(weights: Tensor) -> Tensor:
     """The values of each field of `weights` (B, rows, columns) in reverse order: the largest where the smallest was."""
     values, order = weights.flatten(1).sort(dim=1, stable=True)
     return torch.empty_like(values).scatter_(1, order, values.flip(1)).view_as(weights)

@@ -1,4 +1,4 @@
-"""Objectives of the forward process, which are sums over latent positions: a weight for each is all they need."""
+"""Objectives of the forward process, which are sums over latent locations: a weight for each is all they need."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star.objective.weighting import over_channels
+from star.objective.weighting import with_channel_axis
 
 
-def _same_shape(**tensors: Tensor) -> None:
+def _check_same_shape(**tensors: Tensor) -> None:
     first, *others = tensors.items()
     for name, tensor in others:
         if tensor.shape != first[1].shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(first[1].shape)} of {first[0]}")
 
 
-def _per_sample(error: Tensor, weights: Tensor | None) -> Tensor:
+def _weighted_error(error: Tensor, weights: Tensor | None) -> Tensor:
     """(B,) mean of an elementwise error, weighted by location."""
-    return (error if weights is None else error * over_channels(weights, error)).flatten(1).mean(1)
+    return (error if weights is None else error * with_channel_axis(weights, error)).flatten(1).mean(1)
 
 
 def nft_loss(
@@ -54,7 +54,7 @@ def nft_loss(
     Returns: (). Raises TypeError, ValueError: shapes that do not fit.
     Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py.
     """
-    _same_shape(forward_prediction=forward_prediction, old_prediction=old_prediction, x0=x0, xt=xt)
+    _check_same_shape(forward_prediction=forward_prediction, old_prediction=old_prediction, x0=x0, xt=xt)
     for name, value in (("t", t), ("reward_prob", reward_prob)):
         if value.shape != (len(x0),):
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({len(x0)},)")
@@ -68,9 +68,9 @@ def nft_loss(
     def loss(prediction: Tensor) -> Tensor:  # (B,)
         error = xt - t * prediction - x0
         if adaptive_weight_min is None:
-            return _per_sample(error**2, weights)
+            return _weighted_error(error**2, weights)
         size = error.detach().double().abs().flatten(1).mean(1).clamp_min(adaptive_weight_min).to(error.dtype)
-        return _per_sample(error**2, weights) / size
+        return _weighted_error(error**2, weights) / size
 
     per_sample = reward_prob * loss(positive) + (1 - reward_prob) * loss(negative)
     return (per_sample * (adv_clip_max / beta)).mean()
@@ -92,21 +92,21 @@ def diffusion_dpo_loss(
     weights for the policy and the reference.
 
     Args:
-        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen pictures
+        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen images
             first, then the B rejected ones. target: noise - x0 for flow matching.
-        weights: one per location of all 2 B pictures, mean 1 over each.
+        weights: one per location of all 2 B images, mean 1 over each.
         beta: strength.
 
     Raises TypeError, ValueError: shapes that do not fit.
     Source: Diffusion-DPO (Wallace et al. 2023), as in Flow-GRPO's scripts/train_sd3_dpo.py.
     """
-    _same_shape(target=target, model_pred=model_pred, model_pred_ref=model_pred_ref)
+    _check_same_shape(target=target, model_pred=model_pred, model_pred_ref=model_pred_ref)
     if len(target) % 2:
-        raise ValueError(f"target: got {len(target)} rows, expected the chosen pictures and as many rejected ones")
+        raise ValueError(f"target: got {len(target)} rows, expected the chosen images and as many rejected ones")
     dtype = torch.promote_types(model_pred.dtype, torch.float32)
     target = target.to(dtype)
-    policy = _per_sample((model_pred.to(dtype) - target) ** 2, weights)
-    reference = _per_sample((model_pred_ref.detach().to(dtype) - target) ** 2, weights)
+    policy = _weighted_error((model_pred.to(dtype) - target) ** 2, weights)
+    reference = _weighted_error((model_pred_ref.detach().to(dtype) - target) ** 2, weights)
     chosen, rejected = (policy - reference).chunk(2)
     inside = -0.5 * beta * (chosen - rejected)
     return DPOLoss(-F.logsigmoid(inside).mean(), (inside.detach() > 0).to(dtype).mean())

@@ -16,6 +16,7 @@ from torch import Tensor
 from star.objective.weighting import check_weights, weighted_gradient
 from star.transition import cps, flow_sde
 from star_kernels import PolicyLoss, Transition, policy_loss
+from star_kernels.api import Implementation
 from star_kernels.transition import channel_dim
 
 SDE_TYPES = ("sde", "cps")
@@ -41,14 +42,14 @@ def _sigmas(scheduler: Scheduler, timestep: float | Tensor) -> tuple[Tensor, Ten
     return scheduler.sigmas[index], scheduler.sigmas[[i + 1 for i in index]]
 
 
-def _noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+def _draw_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """The numbers of diffusers' randn_tensor: drawn where the generator lives, by one for each sample if many."""
     if isinstance(generator, Sequence) and len(generator) == 1:
         generator = generator[0]
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise ValueError(f"generator: got {len(generator)}, expected one for each of {len(like)} samples")
-        return torch.cat([_noise(row[None], g) for row, g in zip(like, generator, strict=True)])
+        return torch.cat([_draw_noise(row[None], g) for row, g in zip(like, generator, strict=True)])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
@@ -119,18 +120,20 @@ def sde_step_with_logprob(
         variance = std_dev_t**2
         drift = model_output * (1 + variance * (1 - sigma) / (2 * sigma)) * dt
         prev_sample_mean = sample * (1 + variance / (2 * sigma) * dt) + drift
-        spread = std_dev_t * torch.sqrt(-1 * dt)
+        step_std = std_dev_t * torch.sqrt(-1 * dt)
     else:
         std_dev_t = sigma_next * math.sin(noise_level * math.pi / 2)
         image, noise = sample - sigma * model_output, sample + model_output * (1 - sigma)
         prev_sample_mean = image * (1 - sigma_next) + noise * torch.sqrt(sigma_next**2 - std_dev_t**2)
-        spread = std_dev_t
+        step_std = std_dev_t
     if prev_sample is None:
-        prev_sample = prev_sample_mean + spread * _noise(model_output, generator)
+        prev_sample = prev_sample_mean + step_std * _draw_noise(model_output, generator)
 
     log_prob = -((prev_sample.detach() - prev_sample_mean) ** 2)  # (B, C, H, W)
     if sde_type == "sde":
-        log_prob = log_prob / (2 * spread**2) - torch.log(spread) - torch.tensor(2 * math.pi, dtype=dtype).sqrt().log()
+        log_prob = (
+            log_prob / (2 * step_std**2) - torch.log(step_std) - torch.tensor(2 * math.pi, dtype=dtype).sqrt().log()
+        )
     if per_location:
         log_prob = log_prob.mean(channel_dim(log_prob))
     else:
@@ -149,7 +152,7 @@ class GRPOLoss(NamedTuple):
     clip_fraction_high: Tensor
 
 
-def _check(log_prob: Tensor, advantages: Tensor, weights: Tensor | None) -> None:
+def _check_shapes(log_prob: Tensor, advantages: Tensor, weights: Tensor | None) -> None:
     """Check that advantages and weights fit log_prob, (B,) or one per location."""
     if tuple(advantages.shape) not in ((len(log_prob),), tuple(log_prob.shape)):
         expected = f"({len(log_prob)},) or {tuple(log_prob.shape)}"
@@ -192,7 +195,7 @@ def grpo_loss(
     """
     if ratio not in ("token", "location", "sample"):
         raise ValueError(f"ratio: got {ratio!r}, expected one of ['token', 'location', 'sample']")
-    _check(log_prob, advantages, weights)
+    _check_shapes(log_prob, advantages, weights)
     if ratio == "sample" and advantages.ndim > 1:
         raise ValueError(f"advantages: ratio='sample' takes one per sample, got shape {tuple(advantages.shape)}")
     per_sample = (len(log_prob),)
@@ -233,7 +236,7 @@ def reinforce_loss(
     Returns (). Raises TypeError or ValueError for shapes that do not fit.
     Source: DDPO (Black et al. 2023), its estimator DDPO-SF.
     """
-    _check(log_prob, advantages, weights)
+    _check_shapes(log_prob, advantages, weights)
     adv = advantages.reshape(len(log_prob), -1).clamp(-adv_clip_max, adv_clip_max)
     rows = log_prob.reshape(len(log_prob), -1)
     return -(adv * (rows if weights is None else rows * weights.detach().reshape(rows.shape))).mean()
@@ -275,7 +278,7 @@ def fused_grpo_loss(
     adv_clip_max: float = 5.0,
     beta: float = 0.0,
     guard: bool = False,
-    impl: str = "auto",
+    impl: Implementation = "auto",
 ) -> PolicyLoss:
     """`star_kernels.policy_loss` in the words of Flow-GRPO's loop: step, log_prob, ratio, clip, KL in one kernel.
 

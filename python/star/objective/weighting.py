@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from star_kernels.transition import channel_dim
 
 
-def places(x: Tensor) -> tuple[int, ...]:
+def location_shape(x: Tensor) -> tuple[int, ...]:
     """Shape of a tensor that has one number for each location of x: x's shape without its channel axis."""
     channel = channel_dim(x)
     return tuple(x.shape[:channel] + x.shape[channel + 1 :])
@@ -23,9 +25,9 @@ def check_weights(weights: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(expected)}")
 
 
-def over_channels(weights: Tensor, x: Tensor) -> Tensor:
+def with_channel_axis(weights: Tensor, x: Tensor) -> Tensor:
     """Weights of x's locations with an axis for the channels, so that they multiply x."""
-    check_weights(weights, places(x))
+    check_weights(weights, location_shape(x))
     return weights.detach().to(x.device).unsqueeze(channel_dim(x))
 
 
@@ -37,17 +39,17 @@ class WeightedGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         return (gradient * weights).to(gradient.dtype), None
 
 
 def weighted_gradient(x: Tensor, weights: Tensor | None) -> Tensor:
-    """x itself, bit for bit; its gradient is multiplied by a weight for each latent position.
+    """x itself, bit for bit; its gradient is multiplied by a weight for each latent location.
 
     Put around the model's velocity, or around a log-density before it is averaged, this allocates the update of any
     trainer and leaves its loss, ratio, clipping and metrics what they were. For a clipped policy loss of one ratio per
@@ -63,4 +65,4 @@ def weighted_gradient(x: Tensor, weights: Tensor | None) -> Tensor:
     Raises:
         TypeError, ValueError: weights that are not floating-point or not one per location.
     """
-    return x if weights is None else WeightedGradient.apply(x, over_channels(weights, x))
+    return x if weights is None else WeightedGradient.apply(x, with_channel_axis(weights, x))

@@ -17,7 +17,7 @@ def write(folder: Path, config: Config, summary: dict, prompt: str) -> Path:
     model, adapter = config.model, config.model.lora_rank > 0
     tags = ["text-to-image", "diffusers", "reinforcement-learning", "grpo", "star", *(["lora"] if adapter else [])]
     # Only what the hub knows belongs into its field; a folder's path means nothing to others.
-    public = bool(model.path) and model.path.count("/") == 1 and not Path(model.path).exists()
+    public = model.path is not None and model.path.count("/") == 1 and not Path(model.path).exists()
     data = ModelCardData(
         base_model=model.path if public else None,
         library_name="diffusers",

@@ -19,14 +19,14 @@ from star_kernels import Statistics
 
 # name, or name with a * for what the run decides: meaning. The order is that of the documentation and of the report.
 MEANING = {
-    "reward": "mean reward of the iteration's pictures, those with a failed reward left out",
+    "reward": "mean reward of the iteration's images, those with a failed reward left out",
     "reward_std": "standard deviation of these rewards",
     "reward/*": "mean reward of a category of prompts (the embedded world's; the tag in GenEval's files)",
-    "reward_failed": "pictures whose reward raised, timed out or was not a number; they have no advantage",
-    "reward_*": "mean of one term of a weighted reward, before its weight, or of what else the reward told",
+    "reward_failed": "images whose reward raised, timed out or was not a number; they have no advantage",
+    "reward_*": "mean of one term of a weighted reward, before its weight, or of a detail that the reward returns",
     "advantage_abs": "mean size of the advantages, before adv_clip",
-    "advantage_zero": "share of pictures (or places) with an advantage of 0, which teach nothing",
-    "loss": "the clipped policy loss; near 0 when each picture's ratio is near 1",
+    "advantage_zero": "share of images (or locations) with an advantage of 0, which teach nothing",
+    "loss": "the clipped policy loss; near 0 when each image's ratio is near 1",
     "ratio_first": "ratio of the first pass, before any update: exactly 1, or the rollout is not what is trained on",
     "ratio_mean": "mean ratio of new to old density, over samples (over locations with loss.ratio 'location')",
     "ratio_min": "smallest ratio",
@@ -40,13 +40,13 @@ MEANING = {
     "update_norm": "norm of the step that an update took, before it is rescaled, where optimization.update_norm is set",
     "updates_skipped": "updates left out because their gradient was not finite",
     "nonfinite": "locations with a log-ratio that is not finite, mean over the passes; should be 0",
-    "gradient_share": "share of the weights' sum in the tenth of each image's locations that weigh most; 0.1: uniform",
-    "weights_max": "largest weight of a picture, mean over pictures and trained steps",
-    "weights_concentration": "mean square of a picture's weights: 1 if they are flat, k if they are all on 1/k of it",
+    "gradient_share": "share of the weights' sum in the tenth of each image's locations that weigh most; 0.1: flat",
+    "weights_max": "largest weight of an image, mean over images and trained steps",
+    "weights_concentration": "mean square of an image's weights: 1 if they are flat, k if they are all on 1/k of it",
     "weights_on_object": "mean weight inside the objects that the reward found (masks): 1 if allocation ignores them",
-    "weights_uniform": "pictures and steps without a usable map, whose weights are 1",
+    "weights_uniform": "images and steps without a usable map, whose weights are 1",
     "memory_gib": "peak memory so far: of the GPU, or of the process where there is none",
-    "seconds/rollout": "time to sample and decode the pictures",
+    "seconds/rollout": "time to sample and decode the images",
     "seconds/reward": "time to wait for their scores, which are made meanwhile",
     "seconds/update": "time of the passes with gradients and the optimizer",
 }
@@ -125,7 +125,9 @@ def weight_metrics(weights: Tensor, masks: Tensor | None) -> dict[str, float]:
         "gradient_share": gradient_share(weights).mean().item(),
     }
     if masks is not None and masks.any():
-        masks = F.adaptive_avg_pool2d(masks[:, None], weights.shape[2:])[:, 0].to(weights.device)  # (B, H, W)
+        masks = F.adaptive_avg_pool2d(masks[:, None], (weights.shape[2], weights.shape[3]))[:, 0].to(
+            weights.device
+        )  # (B, H, W)
         found["weights_on_object"] = ((weights * masks).sum() / (len(weights) * masks.sum())).item()
     return found
 

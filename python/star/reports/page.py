@@ -75,14 +75,14 @@ class Run:
                     error = "" if math.isnan(before.standard_error) else f" ± {before.standard_error:.4f}"
                     rows[label] = f"{before.mean:.4f}{error}"
                 else:
-                    error = found["standard_error"]
-                    change = f"{found['difference']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+                    spread = found["standard_error"]
+                    change = f"{found['difference']:+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
                     rows[label] = f"{found['before']:.4f} → {found['after']:.4f} ({change})"
         return rows
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, object]:
-    found = {}
+    found: dict[str, object] = {}
     for key, value in values.items():
         # Mappings with names of the user's own stay whole.
         nested = isinstance(value, dict) and not prefix
@@ -190,7 +190,7 @@ def held_out_curve(column: str, run: Run) -> Curve:
 
 def write(paths: Sequence[Path], out: Path) -> None:
     """Write the page of the runs in `paths`. Raises ValueError for a folder that is no run."""
-    colors = [to_hex(color) for color in matplotlib.colormaps["tab10"].colors]
+    colors = [to_hex(color) for color in matplotlib.color_sequences["tab10"]]
     runs = [
         read(path, name, colors[i % len(colors)])
         for i, (path, name) in enumerate(zip(paths, names(paths), strict=True))

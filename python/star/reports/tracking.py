@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +17,19 @@ from star.config import Config, ConfigError, to_dict
 
 
 @contextmanager
-def timed(seconds: dict[str, float], phase: str):
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Add the time of a `with` block to seconds["seconds/phase"]."""
     begin = time.perf_counter()
     yield
     seconds[f"seconds/{phase}"] += time.perf_counter() - begin
+
+
+def run_id(run: Path) -> str:
+    """A name that this run alone has, for services that many runs report to; it goes with the run's folder."""
+    path = run / "run_id"
+    if not path.exists():
+        files.replace_text(path, uuid.uuid4().hex[:12])
+    return path.read_text().strip()
 
 
 def board(name: str, config: Config, start: int) -> GeneralTracker:
@@ -30,9 +40,9 @@ def board(name: str, config: Config, start: int) -> GeneralTracker:
             tracker = TensorBoardTracker("tensorboard", run, purge_step=start)
         elif name == "wandb":
             # The same id continues the same run; what a killed run left behind stays there.
-            tracker = WandBTracker("star", name=run.name, id=run.name, resume="allow", dir=str(run))
+            tracker = WandBTracker("star", name=run.name, id=run_id(run), resume="allow", dir=str(run))
         else:
-            tracker = TrackioTracker("star", name=run.name, resume="allow")
+            tracker = TrackioTracker("star", name=f"{run.name}-{run_id(run)}", resume="allow")
         tracker.start()
     except ImportError as error:
         raise ConfigError(f"run.trackers: {name!r} needs {error.name}; pip install {error.name}") from error

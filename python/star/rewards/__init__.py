@@ -52,7 +52,7 @@ def as_scores(result: Scores | Tensor | Sequence[float], count: int) -> Scores:
     try:
         if not isinstance(result, Scores):
             result = Scores(torch.as_tensor(result, dtype=torch.float32))
-        fields = {
+        fields: dict[str, Any] = {
             "reward": result.reward.detach().float().cpu(),
             "details": {name: value.detach().float().cpu() for name, value in result.details.items()},
             "terms": {name: value.detach().float().cpu() for name, value in result.terms.items()},
@@ -139,7 +139,7 @@ class Weighted:
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
             return replace(next(iter(found.values())), terms=terms)
         # The sum is known only where every term is.
-        total = sum(self.weights[name] * value for name, value in terms.items())
+        total = sum((self.weights[name] * value for name, value in terms.items()), torch.zeros(()))
         masks = [scores.masks for scores in found.values() if scores.masks is not None]
         return Scores(
             total,
@@ -153,20 +153,21 @@ class Weighted:
         """A reward that does not localize earned the same everywhere."""
         if all(scores.reward_map is None for scores in found.values()):
             return None
-        return sum(
-            self.weights[name] * (scores.reward.view(-1, 1, 1) if scores.reward_map is None else scores.reward_map)
+        maps = {
+            name: scores.reward.view(-1, 1, 1) if scores.reward_map is None else scores.reward_map
             for name, scores in found.items()
-        )
+        }
+        return sum((self.weights[name] * one for name, one in maps.items()), torch.zeros(()))
 
 
 def parse(specification: str | Mapping[str, float]) -> dict[str, float]:
     """{name: weight} of "ocr", "ocr:1.0,pickscore:0.5", "module:function", "module:function:0.5" or such a dict."""
     if isinstance(specification, str):
-        weights = {}
+        weights: dict[str, float] = {}
         for item in filter(None, (part.strip() for part in specification.split(","))):
-            name, _, weight = item.rpartition(":")
+            name, _, number = item.rpartition(":")
             try:
-                value = (name, float(weight)) if name else (item, 1.0)
+                value = (name, float(number)) if name else (item, 1.0)
             except ValueError:
                 value = (item, 1.0)
             if value[0] in weights:

@@ -262,9 +262,9 @@ class Detector:
         masks = mask_logits > 0  # (Q, H, W)
         areas = masks.sum((1, 2))
         quality = (mask_logits.float().sigmoid() * masks).sum((1, 2)) / (areas + 1e-6)
-        masks = masks.cpu().numpy()
+        shown = masks.cpu().numpy()
         return [
-            Detection(self.names[label], score, _box(masks[query]), masks[query])
+            Detection(self.names[label], score, _box(shown[query]), shown[query])
             for query, label, score in zip(
                 queries.tolist(), labels.tolist(), (scores * quality[queries]).tolist(), strict=True
             )
@@ -324,8 +324,8 @@ class GenEval:
             verdicts.append(judge(groups, item, partial(self.classifier, image)))
         masks = np.zeros((len(images), *images.shape[-2:]), np.float32)
         for mask, verdict in zip(masks, verdicts, strict=True):
-            for item in verdict.found:
-                mask[item.mask] = 1.0
+            for detection in verdict.found:
+                mask[detection.mask] = 1.0
         correct = torch.tensor([float(verdict.correct) for verdict in verdicts])
         details = {"correct": correct, "strict": torch.tensor([float(verdict.strict) for verdict in verdicts])}
         for tag in TAGS:

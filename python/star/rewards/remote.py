@@ -63,10 +63,10 @@ def unpack_answer(body: bytes, count: int) -> tuple[Scores, list[str]]:
         raise ValueError("it has no list 'reward'")
 
     def column(name: str, values: object) -> Tensor:
-        number = isinstance(values, list) and all(v is None or type(v) in (int, float) for v in values)
-        if not number or len(values) != count:
+        numbers = values if isinstance(values, list) else []
+        if len(numbers) != count or any(v is not None and type(v) not in (int, float) for v in numbers):
             raise ValueError(f"{name!r} is no list of {count} numbers")
-        return torch.tensor([torch.nan if value is None else float(value) for value in values])
+        return torch.tensor([torch.nan if value is None else float(value) for value in numbers])
 
     details = answer.get("details") or {}
     if not isinstance(details, dict):

@@ -14,7 +14,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def unpack_request(body: bytes) -> tuple[Tensor, list[str], list[dict]]:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, prompts, metadata
 
 
-def _picture(data: object) -> np.ndarray:
+def _picture(data: Any) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["PNG"]) as image:
             if max(image.size) > SIDE:  # known before anything is unpacked

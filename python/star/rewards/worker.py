@@ -51,11 +51,11 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
     finite = torch.isfinite(scores.reward)
     bad = (~finite).nonzero().flatten().tolist()
     lines = [f"reward: got {scores.reward[i].item()} for the prompt {prompts[i]!r}" for i in bad]
-    reward = torch.where(finite, scores.reward, torch.nan)
+    known = torch.where(finite, scores.reward, torch.nan)
     field = scores.reward_map
     if field is not None:
         field = torch.where(finite.view(-1, 1, 1), field, torch.nan)
-    return replace(scores, reward=reward, reward_map=field), lines
+    return replace(scores, reward=known, reward_map=field), lines
 
 
 def _line(error: BaseException) -> str:
@@ -67,19 +67,20 @@ class Ticket:
 
     def __init__(self, worker: RewardWorker, batch: tuple) -> None:
         self.worker, self.batch = worker, batch
-        self.done, self.started = threading.Event(), None
+        self.done, self.started = threading.Event(), 0.0
         self.outcome: tuple[Scores, list[str]] | None = None
 
     def settle(self, outcome: tuple[Scores, list[str]]) -> None:
         """The first outcome counts: a batch that timed out stays failed when its reward returns after all."""
         if self.outcome is None:
-            self.outcome, self.batch = outcome, None
+            self.outcome, self.batch = outcome, ()
             self.done.set()
 
     def result(self) -> Scores:
         """Wait for the scores. Raises RewardError as RewardWorker says."""
         while not self.done.wait(0.05 if self.worker.timeout is None else min(0.05, self.worker.timeout / 4)):
             self.worker.look_after()
+        assert self.outcome is not None  # it is done
         return self.worker.accept(*self.outcome)
 
 

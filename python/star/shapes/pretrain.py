@@ -22,12 +22,13 @@ import tyro
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from rich.console import Console
 from tqdm import tqdm
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from star.reports.tables import evaluation_table
 from star.rewards.worker import RewardWorker
 from star.shapes import measure
 from star.shapes.model import TEXT_LENGTH, load_pipeline, make_pipeline, make_vae
+from star.shapes.reward import shapes_reward
 from star.shapes.scenes import parse_scene, prompts, render
 from star.shapes.task import TASK
 from star.training.scoring import evaluate
@@ -106,7 +107,9 @@ def train_vae(config: Config) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def make_latents(config: Config, vae: AutoencoderKL, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def make_latents(
+    config: Config, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (scenes, C, H, W) float16 and token ids (scenes, TEXT_LENGTH) of the training scenes."""
     path = config.out / "latents.pt"
     if path.exists():
@@ -122,7 +125,7 @@ def make_latents(config: Config, vae: AutoencoderKL, tokenizer) -> tuple[torch.T
     return torch.cat(latents), ids
 
 
-def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
 
 
@@ -204,7 +207,7 @@ def train_transformer(config: Config, pipeline: StableDiffusion3Pipeline) -> Non
 
 def report(pipeline: StableDiffusion3Pipeline) -> None:
     """Print held-out scores by category, and localization by layer and noise level."""
-    with RewardWorker(TASK.reward) as worker:
+    with RewardWorker(shapes_reward) as worker:
         evaluation = evaluate(pipeline, TASK.prompts("held_out", 512, "0"), worker, TASK.images)
     Console().print(evaluation_table(evaluation, f"held-out prompts, {TASK.images.steps} steps, no guidance"))
     measure.print_localization(pipeline)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,35 +17,57 @@ from star.shapes.scenes import Scene, parse_scene
 from star.shapes.verifier import Verdict, verify
 
 
-def shapes_reward(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-    """Soft scores in 0..1, `strict` as a detail, masks of what was found, and what each place earned."""
-    return scores_of(*judged(images, prompts), images.shape[2:])
+@dataclass(frozen=True)
+class Verified:
+    """B images that the verifier has judged.
+
+    images: (B, 3, H, W) in 0..1. scenes, verdicts: one for each image, what was asked for and what is there.
+    """
+
+    images: Tensor
+    scenes: list[Scene]
+    verdicts: list[Verdict]
 
 
-def judged(images: Tensor, prompts: Sequence[str]) -> tuple[list[Verdict], list[Scene]]:
-    """What the verifier says of pictures (B, 3, H, W), and the scenes that were asked for."""
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+def verify_images(images: Tensor, prompts: Sequence[str]) -> Verified:
+    """Judge images (B, 3, H, W) by their prompts. Raises ValueError for a prompt outside this world."""
     scenes = [parse_scene(prompt) for prompt in prompts]
-    return [verify(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)], scenes
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    return Verified(images, scenes, [verify(image, scene) for image, scene in zip(arrays, scenes, strict=True)])
 
 
-def scores_of(verdicts: list[Verdict], scenes: list[Scene], size: tuple[int, int]) -> Scores:
-    """`shapes_reward` of pictures that have been verified. size: (H, W)."""
-    masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(size, bool) for v in verdicts])
-    maps = [reward_map(v, scene, size) for v, scene in zip(verdicts, scenes, strict=True)]
+class VerifierReward:
+    """A reward that follows from what the verifier says; `score` takes images that are verified already, so that
+    several rewards can share one verification."""
+
+    def __init__(self, score: Callable[[Verified], Scores]) -> None:
+        self.score = score
+        functools.update_wrapper(self, score)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
+        return self.score(verify_images(images, prompts))
+
+
+@VerifierReward
+def shapes_reward(verified: Verified) -> Scores:
+    """Soft scores in 0..1, `strict` as a detail, masks of the requested objects, and what each location earned."""
+    height, width = verified.images.shape[2:]
+    size = (height, width)
+    masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(size, bool) for v in verified.verdicts])
+    maps = [reward_map(v, scene, size) for v, scene in zip(verified.verdicts, verified.scenes, strict=True)]
     return Scores(
-        reward=torch.tensor([v.soft for v in verdicts], dtype=torch.float32),
-        details={"strict": torch.tensor([float(v.strict) for v in verdicts])},
+        reward=torch.tensor([v.soft for v in verified.verdicts], dtype=torch.float32),
+        details={"strict": torch.tensor([float(v.strict) for v in verified.verdicts])},
         masks=torch.from_numpy(masks).float(),
         reward_map=torch.from_numpy(np.stack(maps)),
     )
 
 
 def reward_map(verdict: Verdict, scene: Scene, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32: what the picture would earn if all its objects were like the nearest one.
+    """(H, W) float32: what the image would earn if all its objects were like the nearest one.
 
-    An object that nobody asked for is worth 0. If there are fewer objects than asked for, none of them is to blame for
-    it: the places between them then earn what the picture earned.
+    An object that was not requested is worth 0. If there are fewer objects than requested, none of them is to blame for
+    it: the locations between them then earn what the image earned.
     """
     things = len(scene.things)
     # A relation whose objects are not both there is missed where they are missed.
@@ -69,20 +93,22 @@ def reward_map(verdict: Verdict, scene: Scene, size: tuple[int, int]) -> np.ndar
 # --- for studies alone: `run.reward: star.shapes.reward:NAME` ---------------------------------------------------------
 
 
-def noise(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-    """As good as random in 0..1, but the same for the same picture; with the true masks and the true `strict`.
+@VerifierReward
+def noise(verified: Verified) -> Scores:
+    """A pseudo-random number in 0..1 that depends on the image's pixels alone, with the true masks and the true
+    `strict`.
 
-    It knows nothing of the picture: what training with it changes is the harm that a step's noise does.
+    The score says nothing about the image: training with it shows the harm that a step's noise does.
     """
-    digits = (images.double().flatten(1).mean(1) * 1e6).frac()
-    return dataclasses.replace(shapes_reward(images, prompts, metadata), reward=digits.to(torch.float32).cpu())
+    digits = (verified.images.double().flatten(1).mean(1) * 1e6).frac()
+    return dataclasses.replace(shapes_reward.score(verified), reward=digits.to(torch.float32).cpu())
 
 
-def every_object(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-    """The world's reward, with masks of all objects that are there, those that nobody asked for among them."""
-    verdicts, scenes = judged(images, prompts)
-    masks = np.zeros((len(prompts), *images.shape[2:]), np.float32)
-    for mask, verdict in zip(masks, verdicts, strict=True):
+@VerifierReward
+def every_object(verified: Verified) -> Scores:
+    """The world's reward with masks of every object in the image, also of those that were not requested."""
+    masks = np.zeros((len(verified.verdicts), *verified.images.shape[2:]), np.float32)
+    for mask, verdict in zip(masks, verified.verdicts, strict=True):
         for detection in verdict.detections:
             mask[detection.mask] = 1
-    return dataclasses.replace(scores_of(verdicts, scenes, images.shape[2:]), masks=torch.from_numpy(masks))
+    return dataclasses.replace(shapes_reward.score(verified), masks=torch.from_numpy(masks))

@@ -1,7 +1,7 @@
 """Synthetic scenes: what a prompt asks for, which prompts there are, and how a scene is drawn.
 
 Seven categories in the manner of GenEval (Ghosh et al. 2023). A prompt is everything that is needed to know what
-its picture must show: `parse_scene` is the inverse of `Scene.prompt`.
+its image must show: `parse_scene` is the inverse of `Scene.prompt`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ PROPORTIONS = {
 }
 CATEGORIES = tuple(PROPORTIONS)
 WORDS = (
-    *("a", "and", "on", "background", *COUNTS, "left", "right", "of", "above", "below"),
-    *(*COLORS, *BACKGROUNDS, *SHAPES, *SHAPES.values()),
+    *"a and on background".split(),
+    *COUNTS,
+    *"left right of above below".split(),
+    *COLORS,
+    *BACKGROUNDS,
+    *SHAPES,
+    *SHAPES.values(),
 )
 HELD_OUT_SHARE = 0.2
 SUPERSAMPLING = 3
@@ -68,7 +73,7 @@ class Things:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture must show.
+    """What an image must show.
 
     things: what must be seen, and nothing besides. relation: a key of RELATIONS between the first and the second
     of two things, or None. background: a key of BACKGROUNDS, or None for any.
@@ -146,7 +151,7 @@ def split_scenes(split: str) -> dict[str, tuple[Scene, ...]]:
 
 
 def prompts(
-    n: int, seed: int, split: str = "train", categories: tuple[str, ...] | None = None, distinct: bool = False
+    n: int, seed: int | str, split: str = "train", categories: tuple[str, ...] | None = None, distinct: bool = False
 ) -> list[str]:
     """n prompts drawn with a seed, categories in the shares of PROPORTIONS (restricted to `categories` if given).
 
@@ -210,7 +215,7 @@ def _cells(scene: Scene, rng: random.Random) -> list[tuple[int, int]]:
 
 
 def render(scene: Scene, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene; what the prompt leaves open (places, sizes, free colors, background) is drawn from rng.
+    """Draw a scene; what the prompt leaves open (cells, sizes, free colors, background) is drawn from rng.
 
     Returns (image (SIZE, SIZE, 3) float32 in 0..1, masks (objects, SIZE, SIZE) float32 coverage in 0..1).
     """

@@ -1,4 +1,4 @@
-"""Decides from the pixels alone whether a picture shows what its prompt asks for, and where.
+"""Decides from the pixels alone whether an image shows what its prompt asks for, and where.
 
 Objects are found by color segmentation (the backgrounds are gray, so chroma tells object from ground) and named by
 matching templates of every shape. Strict: everything right and nothing besides, as in GenEval. Soft: partial credit.
@@ -64,7 +64,7 @@ def _crop(image: np.ndarray, center_x: float, center_y: float) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Every shape at several sizes and sub-pixel places: (T, WINDOW**2) coverage and (T,) shape indices."""
+    """Every shape at several sizes and sub-pixel offsets: (T, WINDOW**2) coverage and (T,) shape indices."""
     crops, labels = [], []
     for index, shape in enumerate(_SHAPE_NAMES):
         for radius in np.arange(3.4, 5.4, 0.3):
@@ -78,14 +78,14 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def detect(image: np.ndarray) -> tuple[Detection, ...]:
-    """Find the objects of a picture. image: (S, S, 3) float in 0..1."""
+    """Find the objects of an image. image: (S, S, 3) float in 0..1."""
     image = np.clip(image, 0, 1).astype(np.float32)
     low = image.min(-1)
     tint = image - low[..., None]
     norm = np.linalg.norm(tint, axis=-1) + 1e-6
     color = ((tint @ _HUES.T) / norm[..., None]).argmax(-1)  # (S, S)
     cover = np.clip((image.max(-1) - low) / _CHROMA[color], 0, 1)
-    found, crops = [], []
+    objects, crops = [], []
     for index in np.unique(color[cover > FOREGROUND]):
         labels, number = ndimage.label((cover > FOREGROUND) & (color == index))
         for label in range(1, number + 1):
@@ -94,20 +94,20 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
                 continue
             soft = np.where(ndimage.binary_dilation(mask) & (color == index), cover, 0)
             y, x = ndimage.center_of_mass(soft)
-            found.append((_COLOR_NAMES[index], (x, y), mask))
+            objects.append((_COLOR_NAMES[index], (x, y), mask))
             crops.append(_crop(soft, x, y).ravel())
-    if not found:
+    if not objects:
         return ()
-    templates, labels = _templates()
-    crops = np.stack(crops)  # (objects, WINDOW**2)
+    templates, template_shapes = _templates()
+    drawn = np.stack(crops)  # (objects, WINDOW**2)
     # min(a, b) = (a + b - |a - b|) / 2 needs one elementwise pass instead of two.
-    difference = np.abs(crops[:, None] - templates[None]).sum(-1)
-    total = crops.sum(-1)[:, None] + templates.sum(-1)[None]
+    difference = np.abs(drawn[:, None] - templates[None]).sum(-1)
+    total = drawn.sum(-1)[:, None] + templates.sum(-1)[None]
     overlap = (total - difference) / (total + difference)  # (objects, T)
-    scores = np.stack([overlap[:, labels == i].max(1) for i in range(len(_SHAPE_NAMES))], 1)  # (objects, 5)
+    scores = np.stack([overlap[:, template_shapes == i].max(1) for i in range(len(_SHAPE_NAMES))], 1)  # (objects, 5)
     return tuple(
         Detection(name, _SHAPE_NAMES[s.argmax()], float(s.max()), center, mask, s)
-        for (name, center, mask), s in zip(found, scores, strict=True)
+        for (name, center, mask), s in zip(objects, scores, strict=True)
     )
 
 
@@ -122,10 +122,10 @@ def _credit(detection: Detection, things: Things) -> float:
 
 
 def verify(image: np.ndarray, scene: Scene) -> Verdict:
-    """Judge a picture against a scene. image: (S, S, 3) float in 0..1.
+    """Judge an image against a scene. image: (S, S, 3) float in 0..1.
 
     Soft is the mean credit over the requirements (each group of things, the relation, the background), times
-    EXTRA_PENALTY for each object that nobody asked for.
+    EXTRA_PENALTY for each object that was not requested.
     """
     image = np.asarray(image, np.float32)
     if image.ndim != 3 or image.shape[-1] != 3:
@@ -142,8 +142,11 @@ def verify(image: np.ndarray, scene: Scene) -> Verdict:
         masks.append(np.any([detections[i].mask for i in best], 0) if best else np.zeros(image.shape[:2], bool))
     if scene.relation:
         (dx, dy), (first, second) = RELATIONS[scene.relation], centers
-        held = bool(first and second) and ((second[0] - first[0]) * dx + (second[1] - first[1]) * dy > RELATION_MARGIN)
-        parts.append(float(held))
+        if first is None or second is None:
+            parts.append(0.0)
+        else:
+            along = (second[0] - first[0]) * dx + (second[1] - first[1]) * dy
+            parts.append(float(along > RELATION_MARGIN))
     if scene.background:
         ground = image[~np.any([d.mask for d in detections], 0)] if detections else image.reshape(-1, 3)
         level = float(np.median(ground)) if ground.size else 0.0

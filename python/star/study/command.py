@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from star import config as configuration
+from star import document
 from star.config import EMBEDDED, ConfigError
-from star.study import document, runs
+from star.study import runs
 from star.study import spec as specification
 from star.study.spec import Study
 
@@ -18,37 +18,37 @@ class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
     preset: str = EMBEDDED
-    """A study: "shapes", "large_batch", "plain" gradients without AdamW, "global" with prompts of one global attribute,
-    or "noise" with rewards that are noise."""
+    """The study: `shapes`, `large_batch`, `plain` (gradients without AdamW), `global` (prompts of one global attribute)
+    or `noise` (rewards that are noise)."""
     spec: Path | None = None
-    """A YAML file over the preset; `arms` or `changes` in it replace the preset's."""
+    """A YAML file whose values replace the preset's; `arms` and `changes` are replaced as a whole."""
     out: Path = Path("runs/study")
     arms: tuple[str, ...] | None = None
-    """Of the study's arms, those to train now; all. The report has every run that is finished."""
+    """The arms to train now. None: all. The report has every run that is finished."""
     seeds: tuple[int, ...] | None = None
-    """Instead of the study's."""
+    """The seeds to train now. None: the study's."""
     iterations: int | None = None
-    """Instead of the preset's; may grow from call to call."""
+    """The length of every run; it may grow from call to call. None: the study's."""
     update_norm: float | None = None
-    """Rescale every update of every run to this norm: the equal-norm control. Needs a folder of its own."""
+    """The norm to which every update of every run is rescaled: the equal-norm control. It needs a folder of its own."""
     jobs: int | None = None
-    """Runs at a time, each on one thread; None: as many as there are cores."""
+    """The number of runs at a time, each on one thread. None: the number of cores."""
     train: bool = True
-    """--no-train: report what is there, and train nothing."""
+    """--no-train: write the report of the finished runs, and train nothing."""
     diagnose: bool = False
     """Also measure where the gradient's signal is; see docs/evidence.md."""
     document: Path | None = None
-    """A Markdown file whose place `<!-- results of NAME -->` takes the tables; NAME is the last part of `out`."""
+    """A Markdown file that takes the tables at its mark `<!-- results of NAME -->`; NAME is the last part of `out`."""
 
 
-def study_of(options: Compare) -> Study:
+def requested_study(options: Compare) -> Study:
     """The study that the options ask for, checked."""
     if options.train:
         study = specification.preset(options.preset)
     else:
-        study = configuration.load(options.out / "study.yaml", Study())
+        study = specification.load_study(options.out / "study.yaml")
     if options.spec is not None:
-        study = configuration.load(options.spec, study)
+        study = specification.load_study(options.spec, study)
     if options.seeds is not None:
         study.seeds = options.seeds
     optimization = {
@@ -65,11 +65,11 @@ def study_of(options: Compare) -> Study:
 
 
 def prepare(study: Study, out: Path) -> None:
-    """Make the study's folder; never touch what is in one that is none."""
+    """Make the study's folder. Raises ConfigError for a folder that holds something else."""
     path = out / "study.yaml"
     if path.is_file():
         # Seeds of an earlier call stay in the report.
-        study.seeds = tuple(dict.fromkeys([*configuration.load(path, Study()).seeds, *study.seeds]))
+        study.seeds = tuple(dict.fromkeys([*specification.load_study(path).seeds, *study.seeds]))
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty and no study (it has no study.yaml)")
     for arm in study.arms:
@@ -78,12 +78,12 @@ def prepare(study: Study, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if study.prompts:
         (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in study.prompts))
-    configuration.save(study, path)
+    specification.save_study(study, path)
 
 
 def compare(options: Compare) -> str | None:
     """Run a study and write its report. Returns the report's Markdown, or None after a SIGTERM."""
-    study, out = study_of(options), options.out
+    study, out = requested_study(options), options.out
     if options.document is not None:
         for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
             document.surroundings(options.document, f"{kind} of {out.name}")
@@ -96,14 +96,14 @@ def compare(options: Compare) -> str | None:
             return None
     from star.study import diagnose, page, results  # matplotlib, scipy and diffusers are slow to import
 
-    found = results.load(study, out)
-    results.write(found, out / "results.jsonl")
-    text = page.write(study, found, out)
+    scores = results.load(study, out)
+    results.write(scores, out / "results.jsonl")
+    text = page.write(study, scores, out)
     if options.document is not None:
         document.insert(options.document, f"results of {out.name}", document.folded(text))
     if options.diagnose:
-        measured = diagnose.diagnose(study, out)
-        text += "\n" + measured
+        diagnosis = diagnose.diagnose(study, out)
+        text += "\n" + diagnosis
         if options.document is not None:
-            document.insert(options.document, f"diagnosis of {out.name}", measured)
+            document.insert(options.document, f"diagnosis of {out.name}", diagnosis)
     return text

@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 
-def spread(left_out: np.ndarray) -> float:
+def jackknife_error(left_out: np.ndarray) -> float:
     """Jackknife standard error of a statistic of n batches, from its n values with one of them left out."""
     n = len(left_out)
     return float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
 
 
-def across(gram: np.ndarray, chosen: np.ndarray) -> float:
+def mean_inner_product(gram: np.ndarray, chosen: np.ndarray) -> float:
     """Mean inner product over pairs of different batches, unbiased for that of the means."""
     part, m = gram[np.ix_(chosen, chosen)], chosen.sum()
     return (part.sum() - np.trace(part)) / (m * (m - 1))
@@ -27,12 +27,12 @@ def signal_to_noise(gradients: np.ndarray) -> tuple[float, float, float]:
     gram = wide @ wide.T
 
     def ratio(chosen: np.ndarray) -> float:
-        signal = across(gram, chosen)
+        signal = mean_inner_product(gram, chosen)
         noise = np.trace(gram[np.ix_(chosen, chosen)]) / chosen.sum() - signal
         return signal / noise if noise > 0 else np.nan
 
     left_out = np.array([ratio(np.arange(n) != i) for i in range(n)])
-    return ratio(np.ones(n, bool)), spread(left_out), float(np.sqrt(np.trace(gram) / n))
+    return ratio(np.ones(n, bool)), jackknife_error(left_out), float(np.sqrt(np.trace(gram) / n))
 
 
 def agreement(gradients: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def agreement(gradients: np.ndarray, others: np.ndarray) -> np.ndarray:
     if 0 in lengths:
         return np.full(n + 1, np.nan)
     chosen = [np.ones(n, bool), *(np.arange(n) != i for i in range(n))]
-    return np.array([across(gram, one) for one in chosen]) / (lengths[0] * lengths[1])
+    return np.array([mean_inner_product(gram, one) for one in chosen]) / (lengths[0] * lengths[1])
 
 
 def adamw_steps(gradients: np.ndarray) -> np.ndarray:
@@ -63,15 +63,18 @@ def agreements(gradients: np.ndarray, scalar: np.ndarray) -> dict[str, np.ndarra
     }
 
 
-def compared(gradients: dict[str, np.ndarray], scalar: str) -> dict[str, dict[str, float | None]]:
-    """What is told of each weights' (n, D) gradients, beside those of none, which `scalar` names."""
-    plain, told = agreements(gradients[scalar], gradients[scalar]), {}
+def compare_with_scalar(gradients: dict[str, np.ndarray], scalar: str) -> dict[str, dict[str, float | None]]:
+    """Signal, norm and agreement of the (n, D) gradients of several fields of weights, by the name of the field.
+
+    scalar: the name of the gradients without weights, with which all are compared. A value that is not finite is None.
+    """
+    baseline, compared = agreements(gradients[scalar], gradients[scalar]), {}
     for weights, own in gradients.items():
         snr, error, norm = signal_to_noise(own)
-        found = {"snr": snr, "standard_error": error, "norm": norm}
+        numbers = {"snr": snr, "standard_error": error, "norm": norm}
         for name, values in agreements(own, gradients[scalar]).items():
-            gains = values - plain[name]
-            found |= {name: values[0], f"{name}_error": spread(values[1:])}
-            found |= {f"{name}_gain": gains[0], f"{name}_gain_error": spread(gains[1:])}
-        told[weights] = {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
-    return told
+            gains = values - baseline[name]
+            numbers |= {name: values[0], f"{name}_error": jackknife_error(values[1:])}
+            numbers |= {f"{name}_gain": gains[0], f"{name}_gain_error": jackknife_error(gains[1:])}
+        compared[weights] = {name: float(value) if math.isfinite(value) else None for name, value in numbers.items()}
+    return compared

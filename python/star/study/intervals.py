@@ -24,14 +24,14 @@ class Estimate:
     high: float
 
     @property
-    def decided(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm less another, paired by seed and prompt.
+    """The score of an arm minus that of another arm, paired by seed and prompt.
 
     estimate: with the interval over seeds and prompts. p: of a t-test over the seeds' means, which is wary of few seeds
     where the bootstrap is not. better, seeds: in how many of how many seeds the arm is ahead.
@@ -43,9 +43,9 @@ class Difference:
     seeds: int
 
     @property
-    def shown(self) -> bool:
+    def significant(self) -> bool:
         """Whether both the interval and the t-test say that there is a difference."""
-        return self.estimate.decided and self.p < 1 - CONFIDENCE
+        return self.estimate.excludes_zero and self.p < 1 - CONFIDENCE
 
 
 def summarize(scores: np.ndarray, iterations: np.ndarray, summary: str) -> np.ndarray:
@@ -56,7 +56,7 @@ def summarize(scores: np.ndarray, iterations: np.ndarray, summary: str) -> np.nd
 
 
 def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
-    """Of the mean of (S, P) values, in percentiles; prompts: (P,), which one each column is of.
+    """The percentile interval of the mean of (S, P) values. prompts: (P,), the prompt of each column.
 
     Seeds and prompts are drawn again independently of each other: both are samples, and all prompts share a seed (the
     pigeonhole bootstrap; Owen, Ann. Appl. Stat. 1, 386, 2007). A prompt comes or stays away with all its columns.
@@ -66,16 +66,16 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     totals = np.stack([np.bincount(which, row, len(names)) for row in values])  # (S, prompts)
 
     def statistic(*index: np.ndarray, axis: int) -> np.ndarray:  # each (R, S) or (R, prompts)
-        found, once = list(index), np.zeros(1, np.int64)  # one seed, or one prompt, cannot be drawn again
-        seeds = found.pop(0) if len(totals) > 1 else once
-        chosen = found.pop(0) if len(names) > 1 else once
+        indices, once = list(index), np.zeros(1, np.int64)  # one seed, or one prompt, cannot be drawn again
+        seeds = indices.pop(0) if len(totals) > 1 else once
+        chosen = indices.pop(0) if len(names) > 1 else once
         sums = totals[seeds[..., :, None], chosen[..., None, :]].mean(-2).sum(-1)
         return sums / counts[chosen].sum(-1)
 
     mean, drawn = float(values.mean()), [np.arange(count) for count in totals.shape if count > 1]
     if not drawn:
         return Estimate(mean, np.nan, np.nan)
-    found = stats.bootstrap(
+    ends = stats.bootstrap(
         drawn,
         statistic,
         n_resamples=RESAMPLES,
@@ -85,7 +85,7 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Estimate(mean, float(found.low), float(found.high))
+    return Estimate(mean, float(ends.low), float(ends.high))
 
 
 def difference(
@@ -96,7 +96,7 @@ def difference(
     if not seeds:
         return None
     ours, theirs = (
-        summarize(results.of(metric, name, category, seeds), results.iterations, summary) for name in (arm, other)
+        summarize(results.curves(metric, name, category, seeds), results.iterations, summary) for name in (arm, other)
     )
     values = ours - theirs
     by_seed = values.mean(1)
@@ -107,12 +107,12 @@ def difference(
     else:
         p = float(stats.ttest_1samp(by_seed, 0).pvalue)
     return Difference(
-        interval(values, results.prompts[results.chosen(category)]), p, int((by_seed > 0).sum()), len(seeds)
+        interval(values, results.prompts[results.category_mask(category)]), p, int((by_seed > 0).sum()), len(seeds)
     )
 
 
-def reached(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | None:
-    """Iteration at which a (E,) curve first comes to a level, between its points on straight lines; None: never."""
+def first_crossing(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | None:
+    """Iteration at which a (E,) curve first reaches a level, interpolated linearly. None: it never does."""
     above = np.flatnonzero(curve >= level)
     if not len(above):
         return None
@@ -124,11 +124,11 @@ def reached(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | 
 
 
 def iterations_to_reach(results: Results, arm: str, baseline: str, metric: str = "reward") -> float | None:
-    """Until the arm's mean curve first comes to the baseline's final score, over the seeds that both have. The baseline
-    itself may come there before its end."""
+    """Iterations until an arm's mean curve first reaches the baseline's final score, over the seeds that both have. The
+    baseline itself may reach it before its end. None: the arm never does, or they share no seed."""
     seeds = results.common_seeds(arm, baseline)
     if not seeds:
         return None
-    ours, theirs = (results.of(metric, name, None, seeds) for name in (arm, baseline))
+    ours, theirs = (results.curves(metric, name, None, seeds) for name in (arm, baseline))
     level = summarize(theirs, results.iterations, "final").mean()
-    return reached(ours.mean((0, 2)), results.iterations, level)
+    return first_crossing(ours.mean((0, 2)), results.iterations, level)

@@ -11,13 +11,13 @@ import numpy as np
 from star import files
 from star.config import ConfigError
 from star.reports import tracking
-from star.reports.evaluations import read_evaluations
+from star.reports.evaluations import Evaluation, read_evaluations
 from star.study import runs
 from star.study.spec import Study
 from star.training.scoring import HeldOut
 from star.training.task import configured_task
 
-# Of metrics.jsonl, what tells the arms apart besides their scores.
+# The metrics of metrics.jsonl that may differ between arms.
 LOGGED = ("reward", "grad_norm", "update_norm", "weights_concentration", "clip_fraction", "approx_kl")
 
 
@@ -46,19 +46,26 @@ class Results:
     def arms(self) -> list[str]:
         return list(self.scores["reward"])
 
+    def seed_count(self, arm: str) -> int:
+        return len(self.scores["reward"][arm])
+
+    def replicated(self) -> list[str]:
+        """The arms with more than one seed."""
+        return [arm for arm in self.arms if self.seed_count(arm) > 1]
+
     def category_names(self) -> list[str | None]:
         """The categories that occur, in order, and None for all prompts."""
         names = list(dict.fromkeys(self.categories.tolist()))
         return [*names, None] if len(names) > 1 else [None]
 
-    def chosen(self, category: str | None) -> np.ndarray:
+    def category_mask(self, category: str | None) -> np.ndarray:
         """(P,) whether a prompt is of a category; None for all prompts."""
         return np.array([category in (None, name) for name in self.categories])
 
-    def of(self, metric: str, arm: str, category: str | None = None, seeds: list[int] | None = None) -> np.ndarray:
+    def curves(self, metric: str, arm: str, category: str | None = None, seeds: list[int] | None = None) -> np.ndarray:
         """(S, E, P') scores of an arm's seeds on the prompts of a category."""
         by_seed = self.scores[metric][arm]
-        return np.stack([by_seed[seed] for seed in (seeds or sorted(by_seed))])[:, :, self.chosen(category)]
+        return np.stack([by_seed[seed] for seed in (seeds or sorted(by_seed))])[:, :, self.category_mask(category)]
 
     def common_seeds(self, arm: str, other: str) -> list[int]:
         by_arm = self.scores["reward"]
@@ -67,38 +74,41 @@ class Results:
 
 def load(study: Study, out: Path) -> Results:
     """Read the finished runs of the study in `out`. Raises ConfigError if there is none, or if they do not compare."""
-    lines, logged, missing = {}, {}, []
+    evaluations: dict[tuple[str, int], dict[int, Evaluation]] = {}
+    logged: dict[str, list[list[dict[str, float]]]] = {}
+    missing = []
     for arm in study.arms:
         for seed in study.seeds:
             config = study.config(arm, seed, out)
-            if runs.finished(config):
-                lines[arm, seed] = {one.iteration: one for one in read_evaluations(config.run.out)}
+            if runs.is_finished(config):
+                scorings = read_evaluations(config.run.out)
+                evaluations[arm, seed] = {one.iteration: one for one in scorings if one.iteration is not None}
                 logged.setdefault(arm, []).append(tracking.read(config.run.out))
             else:
                 missing.append(config.run.out.name)
-    if not lines:
+    if not evaluations:
         raise ConfigError(f"out: {out} has no finished run")
-    iterations = sorted(set.intersection(*(set(found) for found in lines.values())))
+    iterations = sorted(set.intersection(*(set(run) for run in evaluations.values())))
     if len(iterations) < 2:
         raise ConfigError(f"out: the runs of {out} were scored at different iterations")
-    categories = [found[i].categories for found in lines.values() for i in iterations]
+    categories = [run[i].categories for run in evaluations.values() for i in iterations]
     if any(names != categories[0] for names in categories):
         raise ConfigError(f"out: the runs of {out} were scored on different prompts")
-    shared = set.intersection(*(set(found[i].values) for found in lines.values() for i in iterations))
-    metrics = [name for name in next(iter(lines.values()))[iterations[0]].values if name in shared]
+    shared = set.intersection(*(set(run[i].values) for run in evaluations.values() for i in iterations))
+    metrics = [name for name in next(iter(evaluations.values()))[iterations[0]].values if name in shared]
     scores: dict[str, dict[str, dict[int, np.ndarray]]] = {metric: {} for metric in metrics}
     for metric in metrics:
-        for (arm, seed), found in lines.items():
-            scores[metric].setdefault(arm, {})[seed] = np.stack([found[i].values[metric] for i in iterations])
-    means = {arm: _means([line for run in found for line in run]) for arm, found in logged.items()}
+        for (arm, seed), run in evaluations.items():
+            scores[metric].setdefault(arm, {})[seed] = np.stack([run[i].values[metric] for i in iterations])
+    means = {arm: _means([line for lines in by_seed for line in lines]) for arm, by_seed in logged.items()}
     texts = [prompt.text for prompt in HeldOut.of_run(configured_task(config), config).prompts]
     return Results(np.array(iterations), np.array(categories[0]), np.array(texts), scores, means, tuple(missing))
 
 
 def _means(lines: list[dict[str, float]]) -> dict[str, float]:
     """Means over the iterations in which a metric is there, and the seconds of an iteration."""
-    found = {name: [line[name] for line in lines if name in line] for name in LOGGED}
-    means = {name: float(np.nanmean(values)) for name, values in found.items() if values}
+    columns = {name: [line[name] for line in lines if name in line] for name in LOGGED}
+    means = {name: float(np.nanmean(values)) for name, values in columns.items() if values}
     seconds = [sum(value for name, value in line.items() if name.startswith("seconds/")) for line in lines]
     return means | {"seconds": float(np.mean(seconds))}
 
@@ -111,7 +121,8 @@ def write(results: Results, path: Path) -> None:
             for e, iteration in enumerate(results.iterations.tolist()):
                 scores = {
                     category or "all": {
-                        m: round(float(results.of(m, arm, category, [seed])[0, e].mean()), 5) for m in results.metrics
+                        m: round(float(results.curves(m, arm, category, [seed])[0, e].mean()), 5)
+                        for m in results.metrics
                     }
                     for category in results.category_names()
                 }

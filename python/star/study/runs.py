@@ -21,7 +21,7 @@ from star.training.distributed import Termination
 POLL = 0.1  # seconds
 
 
-def finished(config: Config) -> bool:
+def is_finished(config: Config) -> bool:
     """Whether a run has reached its end."""
     path = config.run.out / "summary.json"
     return path.exists() and json.loads(path.read_text())["iterations"] >= config.optimization.iterations
@@ -86,12 +86,13 @@ def execute(configs: Sequence[Config], parallel: int) -> bool:
 
     Raises RuntimeError, after all others have ended, if a run failed.
     """
-    waiting, running, failures = list(configs), {}, []
+    waiting, failures = list(configs), []
+    running: dict[subprocess.Popen, Config] = {}
     with Termination() as termination, tqdm(total=len(waiting), desc="runs", dynamic_ncols=True) as bar:
         try:
             while (waiting or running) and not termination.received:
                 for config in list(waiting):
-                    if finished(config):
+                    if is_finished(config):
                         bar.update()
                     elif len(running) == parallel or (process := start(config)) is None:
                         continue
@@ -102,7 +103,7 @@ def execute(configs: Sequence[Config], parallel: int) -> bool:
                 for process in [process for process in running if process.poll() is not None]:
                     config = running.pop(process)
                     bar.update()
-                    if process.returncode or not finished(config):
+                    if process.returncode or not is_finished(config):
                         failures.append(f"{config.run.out.name} ({last_line(config)})")
         finally:
             for process in running:

@@ -1,4 +1,4 @@
-"""What a study is made of: arms, seeds and what all its runs share; presets."""
+"""The specification of a study: its arms, its seeds and what all its runs share; presets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from star import config as configuration
+from star import files
 from star.config import EMBEDDED, Config, ConfigError
 from star.presets import preset as run_preset
 
@@ -16,17 +19,18 @@ class Study:
     """Arms x seeds. A run is the configuration `preset`, changed by `changes`, then by its arm, with its seed."""
 
     preset: str = EMBEDDED
-    """Of `star train`."""
+    """The preset of `star train` that every run starts from."""
     baselines: tuple[str, ...] = ("uniform", "shuffled", "random")
-    """The arms that all others are compared with; the first one's final score is what they are to reach earlier."""
+    """The arms that all others are compared with. The report counts the iterations until an arm reaches the final score
+    of the first one."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """They decide prompts, noise and adapters; runs of one seed share all of these."""
+    """A seed decides prompts, noise and adapters; runs of one seed share all of these."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Of every run, nested as in a configuration file."""
+    """Changes of every run, nested as in a configuration file."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name what sets an arm apart, nested as in a configuration file."""
+    """The changes of each arm by its name, nested as in a configuration file."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the embedded world that all runs are trained and scored on; none: its train and held-out prompts."""
+    """Prompts that all runs are trained and scored on. Empty: the train and held-out prompts of the task."""
 
     def config(self, arm: str, seed: int, out: Path) -> Config:
         """The configuration of one run of the study in the folder `out`."""
@@ -36,7 +40,7 @@ class Study:
             path = str(out / "prompts.txt")
             shared = {"sampling": {"prompts": path}, "scoring": {"prompts": path}}
             config = configuration.update(config, shared)
-        config = configuration.update(config, {"run": {"seed": seed, "out": str(folder(out, arm, seed))}})
+        config = configuration.update(config, {"run": {"seed": seed, "out": str(run_folder(out, arm, seed))}})
         config.check()
         return config
 
@@ -54,8 +58,17 @@ class Study:
                 raise ConfigError("scoring.every: a study needs it, and scoring.count")
 
 
-def folder(out: Path, arm: str, seed: int) -> Path:
-    """Where a run of the study in `out` lives."""
+def load_study(path: Path, base: Study | None = None) -> Study:
+    """Read a YAML file over a base (default: plain defaults)."""
+    return configuration.update(base or Study(), configuration.read(path))
+
+
+def save_study(study: Study, path: Path) -> None:
+    files.replace_text(path, yaml.safe_dump(configuration.to_dict(study), sort_keys=False))
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    """The folder of a run of the study in `out`."""
     return out / "runs" / f"{arm}-{seed}"
 
 
@@ -85,13 +98,13 @@ def shapes() -> Study:
             "attention_mix_1": _allocation("attention", mix=1.0),
             "random_mix_1": _allocation("random", mix=1.0),
             "oracle_mix_1": _allocation("oracle", mix=1.0),
-            # Ratios per place are sqrt(18 * 18) times noisier than those of a picture, and so is their clip range.
+            # Ratios per location are sqrt(18 * 18) times noisier than those of an image, and so is their clip range.
             "attention_location": _allocation("attention") | {"loss": {"ratio": "location", "clip_range": 0.036}},
             "attention_sample": _allocation("attention") | {"loss": {"ratio": "sample"}},
-            # The verifier says what each place earned: a good object is not blamed for a bad one.
+            # The verifier says what each location earned: a good object is not blamed for a bad one.
             "uniform_credit": _allocation("uniform") | {"loss": {"advantage": "location"}},
             "attention_credit": _allocation("attention") | {"loss": {"advantage": "location"}},
-            # The others are blind for an object that nobody asked for, though it costs reward.
+            # The other masks leave out objects that were not requested, though they cost reward.
             "oracle_every_object": _allocation("oracle") | {"run": {"reward": "star.shapes.reward:every_object"}},
             # The scalar arm's best learning rate need not be the others'.
             "uniform_half_rate": _allocation("uniform") | half_rate,
@@ -102,7 +115,7 @@ def shapes() -> Study:
     )
 
 
-def _some_of_shapes(*arms: str) -> Study:
+def _shapes_with_arms(*arms: str) -> Study:
     """The main study with fewer arms."""
     study = shapes()
     study.arms = {arm: study.arms[arm] for arm in arms}
@@ -110,8 +123,8 @@ def _some_of_shapes(*arms: str) -> Study:
 
 
 def global_attribute() -> Study:
-    """Prompts that name nothing but the background: there is no place to favor, so the arms should agree."""
-    study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1")
+    """Prompts that name nothing but the background: there is no location to favor, so the arms should agree."""
+    study = _shapes_with_arms("uniform", "attention", "attention_mix_1", "random_mix_1")
     study.prompts = tuple(f"a {background} background" for background in ("black", "gray", "white"))
     study.changes["sampling"] = {"prompts_per_iteration": 3, "images_per_prompt": 32}
     study.changes["scoring"] |= {"count": 192}
@@ -122,7 +135,7 @@ def global_attribute() -> Study:
 
 def noise() -> Study:
     """Rewards that are noise: there is nothing to learn, and the scores fall by the harm that each arm's steps do."""
-    study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
+    study = _shapes_with_arms("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
     study.changes["run"] |= {"reward": "star.shapes.reward:noise"}
     study.changes["scoring"] |= {"reward": "star.shapes.reward:shapes_reward"}
     study.changes["optimization"] |= {"iterations": 120}
@@ -131,8 +144,8 @@ def noise() -> Study:
 
 
 def plain() -> Study:
-    """Plain gradients with momentum instead of AdamW's steps, all of one norm: what weights gain in them is kept."""
-    study = _some_of_shapes("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
+    """Plain gradients with momentum instead of AdamW's steps, all of one norm. AdamW takes out what weights gain."""
+    study = _shapes_with_arms("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
     # Half the norm of AdamW's updates: the one at which the scalar arm does best; see docs/evidence.md.
     study.changes["optimization"] |= {"adam_epsilon": 1.0, "weight_decay": 0.0, "update_norm": 0.0093}
     study.baselines = ("uniform", "shuffled")
@@ -140,8 +153,8 @@ def plain() -> Study:
 
 
 def large_batch() -> Study:
-    """Four times the pictures for each of a quarter of the updates: less noise in a step, for the same pictures."""
-    study = _some_of_shapes(
+    """Four times the images in a quarter of the updates: less noise in a step, for the same number of images."""
+    study = _shapes_with_arms(
         "uniform", "attention", "shuffled", "random", "oracle_every_object", "attention_mix_1", "final_step"
     )
     study.changes["sampling"] = {"prompts_per_iteration": 64}

@@ -1,4 +1,4 @@
-"""Group-relative advantages: how much better than its siblings, pictures of the same prompt, a picture is.
+"""Group-relative advantages: how much better than its siblings, images of the same prompt, an image is.
 
 A reward of NaN is one that failed: it is left out of its group's mean and deviation, and its own advantage is 0.
 """
@@ -20,7 +20,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, global_std: bool = Fals
 
     Args:
         rewards: (B,) floating; with several processes, gathered over all of them before the call.
-        groups: (B,) int64, equal for pictures of one prompt. Ids, not hashes: they must mean the same on every rank.
+        groups: (B,) int64, equal for images of one prompt. Ids, not hashes: they must mean the same on every rank.
         global_std: divide by the standard deviation of all rewards, as Flow-GRPO does by default, not of the group.
         eps: added to the standard deviation.
 
@@ -38,19 +38,19 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, global_std: bool = Fals
 
 
 def location_advantages(reward_maps: Tensor, groups: Tensor, *, global_std: bool = False, eps: float = 1e-4) -> Tensor:
-    """Group-relative advantages of places instead of pictures, for a reward that says what each place earned.
+    """Group-relative advantages of locations instead of images, for a reward that says what each location earned.
 
-    (reward of the place - mean of the group at this place) / (standard deviation over the group and its places + eps).
-    The baseline is the place's own, so that a place is compared with the same place of its siblings; the deviation is
-    the picture's, so that places at which the group hardly differs are not blown up to the size of those where it does.
-    Maps that are constant over each picture give `group_advantages` everywhere.
+    (reward of the location - mean of the group at this location) / (standard deviation over the group and its locations
+    + eps). The baseline is the location's own, so that a location is compared with the same one of its siblings; the
+    deviation is the image's, so that locations at which the group hardly differs are not blown up to the size of those
+    where it does. Maps that are constant over each image give `group_advantages` everywhere.
 
     Args:
         reward_maps: (B, H, W) floating.
-        groups, global_std, eps: as in `group_advantages`; global_std: over all pictures and their places.
+        groups, global_std, eps: as in `group_advantages`; global_std: over all images and their locations.
 
     Returns:
-        (B, H, W) in the type of reward_maps; 0 over pictures whose map is not finite somewhere.
+        (B, H, W) in the type of reward_maps; 0 over images whose map is not finite somewhere.
 
     Raises:
         ValueError: shapes that differ. TypeError: groups that are not int64.
@@ -64,23 +64,27 @@ def location_advantages(reward_maps: Tensor, groups: Tensor, *, global_std: bool
 
 
 def weighted_advantages(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, *, global_std: bool = False,
+    rewards: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    groups: Tensor,
+    *,
+    global_std: bool = False,
     eps: float = 1e-4,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Rewards that are normalized before they are weighed: sum of weight * group_advantages(reward) / sum of |weight|.
 
     In a weighted sum of raw rewards the one with the widest spread decides; here each has the say that its weight
-    gives it, whatever its scale. rewards: (B,) by name. A picture for which one reward failed is judged by the others.
+    gives it, whatever its scale. rewards: (B,) by name. An image for which one reward failed is judged by the others.
     """
     parts = [
         weights[name] * group_advantages(value, groups, global_std=global_std, eps=eps)
         for name, value in rewards.items()
     ]
-    return sum(parts) / sum(abs(weights[name]) for name in rewards)
+    return torch.stack(parts).sum(0) / sum(abs(weights[name]) for name in rewards)
 
 
 def _advantages(rewards: Tensor, groups: Tensor, global_std: bool, eps: float) -> Tensor:
-    """(B, P) rewards of P places -> (B, P)."""
+    """(B, P) rewards of P locations -> (B, P)."""
     if groups.dtype != torch.int64:
         raise TypeError(f"groups: got {groups.dtype}, expected int64")
     ids, member = groups.unique(return_inverse=True)
@@ -110,14 +114,14 @@ def compute_advantages(
 
     weights: of the rewards in `scores.terms`. size: latent (height, width). Raises ConfigError if there is no map.
     """
-    options = {"global_std": loss.global_std, "eps": loss.advantage_eps}
+    std, eps = loss.global_std, loss.advantage_eps
     if scores.reward.isnan().all():  # every reward of this iteration failed: nothing is better than anything
         return group_advantages(scores.reward, groups)
     if loss.advantage == "location":
         if scores.reward_map is None:
             raise ConfigError(f"loss.advantage: 'location' needs a reward that localizes, not {', '.join(weights)}")
         maps = F.adaptive_avg_pool2d(scores.reward_map[:, None], size)[:, 0]
-        return location_advantages(maps, groups, **options)
+        return location_advantages(maps, groups, global_std=std, eps=eps)
     if loss.normalize_rewards:
-        return weighted_advantages(scores.terms, weights, groups, **options)
-    return group_advantages(scores.reward, groups, **options)
+        return weighted_advantages(scores.terms, weights, groups, global_std=std, eps=eps)
+    return group_advantages(scores.reward, groups, global_std=std, eps=eps)

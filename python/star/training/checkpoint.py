@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 
 from star import config as configuration
+from star import files
 from star.config import Config, ConfigError
 from star.files import sync
 from star.training.distributed import full_tensor
@@ -76,7 +78,10 @@ def save(run: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("iteration-*"))
+    found = [
+        path for path in (run / "checkpoints").glob("iteration-*") if path.name.removeprefix("iteration-").isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iteration-")))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -88,24 +93,34 @@ def load(path: Path) -> dict[str, Any]:
         if _checksum(path / "state.pt") != meta["sha256"]:
             raise CheckpointError(f"checkpoint: {path} is damaged (its checksum differs); {EARLIER}")
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be read ({error}); {EARLIER}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"checkpoint: {path} cannot be read ({' '.join(str(error).split())}); {EARLIER}"
+        ) from error
 
 
 def prepare_folder(config: Config) -> None:
     """Make the run's folder, with its configuration; never touch what is in it unless told to."""
     out = config.run.out
-    if config.run.overwrite and out.exists() and any(out.iterdir()):
+    if config.run.overwrite and not files.is_empty(out):
         # A slip in --out must not cost anyone a folder that is no run.
         if not (out / "config.yaml").is_file():
             raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
-        shutil.rmtree(out)
-    if not config.run.resume and out.exists() and any(out.iterdir()):
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != files.LOCK:
+                path.unlink()
+    if not config.run.resume and not files.is_empty(out):
         raise ConfigError(f"run.out: {out} is not empty; --run.resume continues it, --run.overwrite deletes it")
-    if config.run.resume and not (out / "config.yaml").is_file():
+    # A job that was killed while it wrote its first file left only the beginning of that.
+    begun = (out / "config.yaml").is_file() or (files.is_empty(out) and (out / ".config.yaml.writing").is_file())
+    if config.run.resume and not begun:
         raise ConfigError(f"run.resume: {out} has no checkpoint, it is no run of star")
     out.mkdir(parents=True, exist_ok=True)
-    if not config.run.resume:
+    if not (out / "config.yaml").is_file():
         configuration.save(config, out / "config.yaml")
 
 
@@ -114,7 +129,7 @@ def random_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
     }
@@ -138,7 +153,7 @@ def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
         if main:
             StableDiffusion3Pipeline.save_lora_weights(
                 out / "lora",
-                transformer_lora_layers={name: x.contiguous() for name, x in layers.items()},
+                transformer_lora_layers={name: x.contiguous() for name, x in layers.items() if x is not None},
                 # Without it the loader takes alpha = rank and applies the adapter with another strength.
                 transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
             )

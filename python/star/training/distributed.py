@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, Literal, overload
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from star.config import Config
+from star.config import Config, ConfigError
 from star.rewards import Scores
 
 # How a metric of every process becomes one; the mean where nothing is said.
-REDUCTIONS = {
+REDUCTIONS: dict[str, Any] = {
     "ratio_min": Tensor.amin,
     "ratio_max": Tensor.amax,
     "weights_uniform": Tensor.sum,
@@ -32,8 +40,13 @@ class LostProcess(RuntimeError):
 
 def make_accelerator(config: Config) -> Accelerator:
     """The process group is that of `accelerate launch`; without it there is one process."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+            raise ConfigError(f"accelerate: {name} is set, but runs go on one process, DDP or FSDP2; unset it")
     return Accelerator(
         mixed_precision=config.optimization.mixed_precision,
+        # Given as a number it would be overruled by the launcher's environment, which divides the gradients.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes)),
             DistributedDataParallelKwargs(
@@ -55,7 +68,7 @@ class Share:
     """Which of an iteration's images this process makes: an equal, contiguous part of each update.
 
     The micro batches are those of a single process, and a group may be spread over processes: rewards are gathered
-    before its statistics are taken. rows: (b,) int64 places among the iteration's images.
+    before its statistics are taken. rows: (b,) int64 rows among the iteration's images.
     """
 
     def __init__(self, accelerator: Accelerator, images: int, updates: int) -> None:
@@ -65,7 +78,7 @@ class Share:
         self.order = parts.flatten()
 
     def gather(self, x: Tensor) -> Tensor:
-        """(b, ...) of this process -> (B, ...) of all of them, each row in its place."""
+        """(b, ...) of this process -> (B, ...) of all of them, each row where it belongs."""
         if self.accelerator.num_processes == 1:
             return x
         gathered = self.accelerator.gather(x.to(self.accelerator.device).contiguous()).to(x.device)
@@ -75,7 +88,7 @@ class Share:
         """The same of what a reward said. Masks stay with the process whose images they are of."""
         if self.accelerator.num_processes == 1:
             return scores
-        # Where the reward failed for every picture of a process, it said less than elsewhere.
+        # Where the reward failed for every image of a process, it said less than elsewhere.
         shape = None if scores.reward_map is None else tuple(scores.reward_map.shape[1:])
         said = gather_object([(list(scores.details), list(scores.terms), shape)])
         nothing = torch.full_like(scores.reward, torch.nan)
@@ -132,31 +145,48 @@ def is_lost_process(error: RuntimeError) -> bool:
 
 
 class Termination:
-    """Remembers a SIGTERM, in a `with` block, instead of dying of it. Only a main thread can hear one."""
+    """Remembers a signal that ends a process, in a `with` block, instead of dying of it, so that the run can save.
+
+    SIGTERM (a scheduler), SIGINT (Ctrl-C), SIGHUP (a terminal that was closed) and SIGUSR1 (a warning ahead of the time
+    limit). A second Ctrl-C interrupts at once. Only a main thread can hear them. received: the signal's name, or None.
+    """
+
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: str | None = None
+        self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
-        self.listening = threading.current_thread() is threading.main_thread()
-        if self.listening:
-            self.previous = signal.signal(signal.SIGTERM, self.handle)
+        if threading.current_thread() is threading.main_thread():
+            for name in self.SIGNALS:
+                number = getattr(signal, name, None)
+                # One that is ignored, as under nohup, stays ignored.
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def handle(self, number: int, frame: object) -> None:
-        self.received = True
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
 
     def __exit__(self, *error: object) -> None:
-        if self.listening:
-            signal.signal(signal.SIGTERM, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all of them stop after the same iteration."""
         if accelerator.num_processes == 1:
-            return self.received
-        return bool(accelerator.gather(torch.tensor([self.received], device=accelerator.device)).any())
+            return self.received is not None
+        asked = self.received is not None
+        return bool(accelerator.gather(torch.tensor([asked], device=accelerator.device)).any())
 
 
+@overload
+def full_tensor(x: Tensor, keep: Literal[True] = True) -> Tensor: ...
+@overload
+def full_tensor(x: Tensor, keep: bool) -> Tensor | None: ...
 def full_tensor(x: Tensor, keep: bool = True) -> Tensor | None:
     """A possibly sharded tensor whole and on the CPU. A collective; keep=False takes part and returns None."""
     x = x.detach()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
@@ -15,17 +18,63 @@ def load_pipeline(
 ) -> StableDiffusion3Pipeline:
     """A pipeline in evaluation mode from a folder or hub id. The autoencoder stays in float32 whatever the dtype: its
     last layers overflow in float16."""
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        raise ConfigError(f"model.path: {path!r} is no pipeline (there is no such folder)")
     try:
         index = StableDiffusion3Pipeline.load_config(path)
+        kind = index.get("_class_name", "StableDiffusion3Pipeline")
+        if kind != "StableDiffusion3Pipeline":
+            raise ConfigError(f"model.path: {path!r} is a {kind}, expected a StableDiffusion3Pipeline (SD3, SD3.5)")
         # A pipeline that was saved without T5 is loaded only if told so.
         absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             path, dtype={"default": dtype, "vae": torch.float32}, **dict.fromkeys(absent)
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {path!r} is no pipeline ({str(error).splitlines()[0]})") from error
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def reason(error: BaseException) -> str:
+    """A library's message on one line, and what to do about the failures that users of gated models meet first."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__} {cause}".lower())
+        cause = cause.__cause__ or cause.__context__
+    everything = " ".join(causes)
+    if "gated" in everything or "401" in everything or "403" in everything:
+        return f"{text}; the model is gated: ask for access on its page, then log in with `hf auth login`"
+    if "offline" in everything or "local_files_only" in everything:
+        return f"{text}; the hub is not asked while HF_HUB_OFFLINE is set: unset it, or name a folder"
+    if "no space left" in everything:
+        return f"{text}; the disk is full"
+    if "connection" in everything or "resolve" in everything or "timed out" in everything:
+        return f"{text}; the hub cannot be reached: try again, or name a folder"
+    return text
+
+
+def check_size(pipeline: StableDiffusion3Pipeline, config: Config) -> None:
+    """Raise ConfigError for images that the model cannot draw."""
+    model, transformer = config.model, pipeline.transformer.config
+    unit = pipeline.vae_scale_factor * transformer.patch_size
+    largest = unit * transformer.pos_embed_max_size
+    for name, value in (("height", model.height), ("width", model.width)):
+        if value % unit or value > largest:
+            raise ConfigError(f"model.{name}: got {value}, expected a multiple of {unit}, at most {largest}")
+
+
+def check_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
+    """Raise ConfigError for a name in model.lora_targets that ends no linear layer's name."""
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(f"model.lora_targets: {target!r} matches no linear layer of the transformer")
 
 
 def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[torch.nn.Parameter]:
@@ -39,7 +88,12 @@ def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[t
     if not model.lora_rank:
         if transformer.dtype != torch.float32:
             transformer.float()
+    elif getattr(transformer, "peft_config", None):  # it begins with an adapter from a file, whose copy stays frozen
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(".default." in name)
+        cast_training_params(transformer, torch.float32)
     else:
+        check_targets(transformer, model.lora_targets)
         adapter = LoraConfig(
             r=model.lora_rank,
             lora_alpha=model.lora_alpha,

@@ -7,10 +7,11 @@ communication library and attention's workspaces need comes on top.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -27,13 +28,28 @@ from star.training.task import Task, configured_task
 
 CONCEPTS = 3  # of a prompt, for the size of the maps; GenEval's have one or two
 
-_MEDIUM = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
-               dual_attention_layers=tuple(range(13)))  # fmt: skip
-_LARGE = dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192)
+_MEDIUM: dict[str, Any] = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+}
+_LARGE: dict[str, Any] = dict(
+    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192
+)
 # Public models that need an account to download even their configuration.
 KNOWN = {"stabilityai/stable-diffusion-3.5-medium": _MEDIUM, "stabilityai/stable-diffusion-3.5-large": _LARGE}
-_SD35 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
-             joint_attention_dim=4096, pooled_projection_dim=2048, qk_norm="rms_norm")  # fmt: skip
+_SD35: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "qk_norm": "rms_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,8 @@ def architecture(path: str) -> Architecture:
             )
             t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128,
                           feed_forward_proj="gated-gelu")  # fmt: skip
-            encoders = (_clip(768, 12), _clip(1280, 32), T5EncoderModel(t5))
-            return Architecture(SD3Transformer2DModel(**_SD35, **KNOWN[path]), vae, encoders)
+            known = (_clip(768, 12), _clip(1280, 32), T5EncoderModel(t5))
+            return Architecture(SD3Transformer2DModel(**_SD35, **KNOWN[path]), vae, known)
         folder = Path(path)
         if not (folder / "model_index.json").is_file():
             raise ConfigError(
@@ -113,19 +129,19 @@ def faked(module: nn.Module) -> Iterator[None]:
             for name, x in part._parameters.items():
                 if x is not None:
                     part._parameters[name] = nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
-            for name, x in part._buffers.items():
-                if x is not None:
-                    part._buffers[name] = torch.empty(x.shape, dtype=x.dtype)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         yield
 
 
 def flop_counter() -> FlopCounterMode:
     """Counts the CPU's attention too, which torch's own table leaves out."""
 
-    def forward(query, key, value, *_, out_shape=None, **__):
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    def backward(grad, query, key, value, *_, out_shape=None, **__):
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
     aten = torch.ops.aten
@@ -146,10 +162,6 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self.seen = {x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers())}
         super().__init__(self.pack, lambda x: x)
 
-    def __enter__(self) -> SavedBytes:
-        super().__enter__()
-        return self
-
     def pack(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in self.seen:
@@ -158,7 +170,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return x
 
 
-def count_bytes(tensors) -> int:
+def count_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -200,6 +212,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     transformer, dtype = models.transformer, getattr(torch, config.model.frozen_dtype)
     for module in (transformer, *models.text_encoders):
         module.to(dtype)
+    # One that training starts from takes what a new one takes, and once more for its frozen copy.
     trained = make_trainable(_Parts(transformer, models.vae, *models.text_encoders), config)
     images = sampling.prompts_per_iteration * sampling.images_per_prompt
     own = images // gpus
@@ -248,7 +261,8 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
             forward = flops.get_total_flops()
             out.sum().backward()  # with what gradient checkpointing computes again
             backward = flops.get_total_flops() - forward
-        with SavedBytes(transformer) as saved:
+        saved = SavedBytes(transformer)
+        with saved:
             predict(transformer, guided * largest, size, text, config)
         memory["activations"] = saved.bytes
         reference = 0
@@ -287,7 +301,8 @@ class _Parts:
 def predict(transformer: nn.Module, rows: int, size: tuple[int, ...], text: int, config: Config) -> Tensor:
     """One forward pass, in the run's precision."""
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.optimization.mixed_precision)
-    dtype, shapes = getattr(torch, config.model.frozen_dtype), transformer.config
+    dtype = getattr(torch, config.model.frozen_dtype)
+    shapes: Any = transformer.config
     with torch.autocast("cpu", precision) if precision else nullcontext():
         return transformer(
             torch.empty(rows, *size, dtype=dtype),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from star.config import Config, ConfigError
+from star.training.adapter import REFERENCE, TRAINED, has_reference, start_from
 from star.training.distributed import full_tensor, shard_like
 from star.training.pipeline import make_trainable
 
@@ -27,11 +28,13 @@ class Policy:
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, config: Config, accelerator: Accelerator) -> None:
         self.accelerator, self.bare, self.config = accelerator, pipeline.transformer, config.optimization
+        if config.model.adapter:
+            start_from(pipeline, config.model)
         trained = make_trainable(pipeline, config)
         optimizer = torch.optim.AdamW(
             trained,
             self.config.learning_rate,
-            betas=tuple(self.config.betas),
+            betas=self.config.betas,
             eps=self.config.adam_epsilon,
             weight_decay=self.config.weight_decay,
         )
@@ -57,7 +60,7 @@ class Policy:
             self.optimizer.step()
             skipped = skipped or self.optimizer.step_was_skipped
         self.optimizer.zero_grad()
-        if measured:
+        if self.config.update_norm is not None:
             moved = self.rescale(before, self.config.update_norm)
         self.updates += 1
         if self.ema is not None and self.updates % self.config.ema_every == 0:
@@ -92,11 +95,26 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The model without its adapter, and without gradients."""
+        """The model before this run, without gradients: with the adapter that it began with, or with none."""
+        with self.starting_adapter() if has_reference(self.bare) else self.without_adapter(), torch.no_grad():
+            yield self.accelerator.unwrap_model(self.transformer)
+
+    @contextmanager
+    def starting_adapter(self) -> Iterator[None]:
+        trained = {name: p.requires_grad for name, p in self.bare.named_parameters()}
+        self.bare.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            self.bare.set_adapter(TRAINED)
+            for name, p in self.bare.named_parameters():  # which set_adapter changes
+                p.requires_grad_(trained[name])
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
         self.bare.disable_adapters()
         try:
-            with torch.no_grad():
-                yield self.accelerator.unwrap_model(self.transformer)
+            yield
         finally:
             self.bare.enable_adapters()
 
@@ -115,7 +133,7 @@ class Policy:
             with torch.no_grad():
                 for layer, weight in zip(layers, plain, strict=True):
                     layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
-            with self.reference():
+            with self.without_adapter(), torch.no_grad():
                 yield
         finally:
             for layer, weight in zip(layers, plain, strict=True):
@@ -158,12 +176,17 @@ class Policy:
             i: {name: shard_like(x, own[i]) if x.shape == own[i].shape else x for name, x in values.items()}
             for i, values in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        # The moments are the checkpoint's, the settings this run's.
+        groups = [
+            {**saved, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}}
+            for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.ema is not None and state["ema"] is None:
             self.ema = EMAModel(own, decay=self.config.ema_decay)  # an average that begins now
         elif self.ema is not None:
             average = [shard_like(x, p) for x, p in zip(state["ema"]["shadow_params"], own, strict=True)]
-            self.ema.load_state_dict({**state["ema"], "shadow_params": average})
+            self.ema.load_state_dict({**state["ema"], "shadow_params": average, "decay": self.config.ema_decay})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]

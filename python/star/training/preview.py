@@ -76,8 +76,8 @@ def attention_weights(pipeline: StableDiffusion3Pipeline, rollout: Rollout, allo
     """(S, B, h, w): what the strategy "attention" allocates at every step of a trace, whatever the run's own is."""
     attention = dataclasses.replace(allocation, strategy="attention")
     patch = pipeline.transformer.config.patch_size
-    weights = [allocation_weights(attention, maps, rollout.grid, patch=patch) for maps in rollout.maps]
-    return torch.stack(weights).cpu().numpy()
+    weights = [allocation_weights(attention, maps, rollout.grid, patch=patch) for maps in rollout.captured_maps()]
+    return torch.stack([field for field in weights if field is not None]).cpu().numpy()
 
 
 def _arrays(images: Tensor) -> np.ndarray:
@@ -109,7 +109,7 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
 
     out = config.run.out
     metrics = tracking.read(out)
-    iterations, rewards = [line["iteration"] + 1 for line in metrics], [line["reward"] for line in metrics]
+    iterations, rewards = [int(line["iteration"]) + 1 for line in metrics], [line["reward"] for line in metrics]
     _attempt(out / "reward_curve.png", lambda: figures.reward_curve(iterations, rewards, out / "reward_curve.png"))
     evaluations = read_evaluations(out)
     if len(evaluations) > 1:

@@ -50,16 +50,26 @@ def pick_from_file(path: str, count: int, seed: str) -> list[Prompt]:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The distinct prompts of a file, in its order. Raises ConfigError, naming the line, for one that is no prompt."""
+    """The distinct prompts of a file, in its order.
+
+    Raises:
+        ConfigError: a file that cannot be read, of another format, or with a line that is no prompt; it names the line.
+    """
+    path = Path(path).expanduser()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Notepad and Excel begin files with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"prompts: {path} cannot be read ({reason})") from error
     # Not splitlines(), which also breaks at characters that JSON allows within a string.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
-    if Path(path).suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and not text.lstrip().startswith("[")):
         prompts = [_parse(f"{path}:{number}", line) for number, line in lines if line]
+    elif suffix == ".json":
+        prompts = [_prompt(f"{path}: entry {i}", entry) for i, entry in enumerate(_json(str(path), text), 1)]
+    elif suffix in (".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml"):
+        raise ConfigError(f"prompts: {path} is a {suffix} file, expected .txt with a prompt a line, .jsonl or .json")
     else:
         prompts = [Prompt(line) for _, line in lines if line]
     distinct: dict[str, Prompt] = {}
@@ -68,15 +78,38 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return list(distinct.values())
 
 
-def _parse(place: str, line: str) -> Prompt:
+def _json(place: str, text: str) -> Any:
     try:
-        metadata = json.loads(line)
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"prompts: {place} is not JSON ({error})") from error
+
+
+def _parse(place: str, line: str) -> Prompt:
+    return _prompt(place, _json(place, line))
+
+
+def _prompt(place: str, entry: Any) -> Prompt:
+    metadata = _without_nulls(entry)
+    if isinstance(metadata, str):
+        metadata = {"prompt": metadata}
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"prompts: {place} has no text under 'prompt'")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompts: {place} has half a surrogate pair, which is no text") from error
+    if not isinstance(metadata.get("tag", ""), str):
+        raise ConfigError(f"prompts: {place} has the tag {metadata['tag']!r}, expected text")
     return Prompt(text.strip(), metadata)
+
+
+def _without_nulls(value: Any) -> Any:
+    """JSON without its nulls: a table of records has them for what an entry does not say."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value if item is not None] if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=2)

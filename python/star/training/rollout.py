@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
 from star.capture import capture, unwrapped
-from star.concepts import ConceptTokens, locate, parse
+from star.concepts import ConceptTokens, concept_tokens
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
@@ -51,17 +51,6 @@ class Conditions:
         )
 
 
-def find_tokens(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int) -> ConceptTokens:
-    """Where each prompt's concepts are in the text that the pipeline makes of it."""
-    return locate(
-        prompts,
-        [parse(prompt) for prompt in prompts],
-        pipeline.tokenizer,
-        pipeline.tokenizer_3,
-        max_sequence_length=max_sequence_length,
-    )
-
-
 @torch.no_grad()
 def encode(
     pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int, guidance_scale: float
@@ -76,7 +65,7 @@ def encode(
         do_classifier_free_guidance=guided,
         max_sequence_length=max_sequence_length,
     )
-    tokens = find_tokens(pipeline, prompts, max_sequence_length)
+    tokens = concept_tokens(pipeline, prompts, max_sequence_length=max_sequence_length)
     # The empty prompt is the same in every row.
     negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
     return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
@@ -111,8 +100,11 @@ class PromptEncoder:
         while len(self.cache) > self.cached:
             self.cache.popitem(last=False)
         embeds, pooled = (torch.cat(x).to(self.device) for x in zip(*(found[p] for p in prompts), strict=True))
-        negative = (x.to(self.device) for x in found[""]) if guidance_scale > 1 else (None, None)
-        return Conditions(tuple(prompts), embeds, pooled, *negative, find_tokens(self.pipeline, prompts, self.length))
+        negative_embeds, negative_pooled = None, None
+        if guidance_scale > 1:
+            negative_embeds, negative_pooled = (x.to(self.device) for x in found[""])
+        tokens = concept_tokens(self.pipeline, prompts, max_sequence_length=self.length)
+        return Conditions(tuple(prompts), embeds, pooled, negative_embeds, negative_pooled, tokens)
 
     def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -149,7 +141,9 @@ class Steps:
     trained: tuple[int, ...]
 
 
-def make_steps(scheduler, count: int, trained: Sequence[int], sampler: str, noise_level: float) -> Steps:
+def make_steps(
+    scheduler: FlowMatchEulerDiscreteScheduler, count: int, trained: Sequence[int], sampler: str, noise_level: float
+) -> Steps:
     """`count` steps of a diffusers flow-matching scheduler, stochastic (and trained on) at `trained`, else ODE."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(count)
@@ -165,6 +159,18 @@ def draw_window(steps: Sequence[int], size: int, seed: str) -> tuple[int, ...]:
     return tuple(steps[start : start + size] if size else steps)
 
 
+class ModelShape(NamedTuple):
+    """What a rollout must know of its transformer."""
+
+    in_channels: int
+    patch_size: int
+
+
+def shape_of(transformer: torch.nn.Module) -> ModelShape:
+    config: Any = unwrapped(transformer).config
+    return ModelShape(config.in_channels, config.patch_size)
+
+
 def predict_velocity(
     transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float
 ) -> Tensor:
@@ -173,7 +179,7 @@ def predict_velocity(
     latents: (B, C, H, W). timestep: (). Returns (B, C, H, W) float32.
     """
     embeds, pooled, inputs = conditions.embeds, conditions.pooled, latents.to(conditions.embeds.dtype)
-    if conditions.negative_embeds is not None:
+    if conditions.negative_embeds is not None and conditions.negative_pooled is not None:
         batch = len(latents)
         embeds = torch.cat([conditions.negative_embeds.expand(batch, -1, -1), embeds])
         pooled = torch.cat([conditions.negative_pooled.expand(batch, -1), pooled])
@@ -216,6 +222,12 @@ class Rollout:
     shared: int
     guidance_scale: float
 
+    def captured_maps(self) -> Tensor:
+        """(M, B, G, N). Raises ValueError if no step was captured."""
+        if self.maps is None:
+            raise ValueError("captured: no step was captured, so the rollout has no maps")
+        return self.maps
+
     def velocity(self, transformer: torch.nn.Module, k: int, rows: Tensor) -> Tensor:
         """Velocity (B', C, H, W) of some samples at the k-th trained step, from the very batch that `sample` ran when
         `rows` is one of its chunks: matrix products of another batch size may differ in the last bit, and the
@@ -228,16 +240,22 @@ class Rollout:
     def transition(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Transition]:
         """samples, prev_samples, old_means (B', C, H, W) and transition of some samples at the k-th trained step."""
         step, device = self.steps.trained[k], self.latents.device
-        stored = (x[k, rows].to(device) for x in (self.samples, self.prev_samples, self.old_means))
-        return *stored, self.steps.transitions.rows(slice(step, step + 1)).to(device).expand(len(rows))
+        samples, prev_samples, old_means = (
+            x[k, rows].to(device) for x in (self.samples, self.prev_samples, self.old_means)
+        )
+        transition = self.steps.transitions.rows(slice(step, step + 1)).to(device).expand(len(rows))
+        return samples, prev_samples, old_means, transition
 
 
 class Batch:
     """One forward pass for some samples; one row for each of their prompts while they share their latents."""
 
     def __init__(self, conditions: Conditions, groups: Tensor, shared: bool) -> None:
-        ids, self.first, self.member = group_members(groups) if shared else (groups, None, None)
-        self.conditions = conditions.rows(ids)
+        self.first: Tensor | None = None
+        self.member: Tensor | None = None
+        if shared:
+            groups, self.first, self.member = group_members(groups)
+        self.conditions = conditions.rows(groups)
 
     def velocity(
         self, transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, guidance_scale: float
@@ -282,7 +300,14 @@ class Buffers:
     memory of its own.
     """
 
-    def __init__(self, shape: tuple[int, ...], steps: Steps, captured: Sequence[int], options: SamplerOptions, device):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        steps: Steps,
+        captured: Sequence[int],
+        options: SamplerOptions,
+        device: torch.device,
+    ) -> None:
         self.trained, self.captured, self.device = steps.trained, tuple(captured), device
         on_cpu = options.stored_on_cpu
         stored = torch.empty(
@@ -344,7 +369,7 @@ class Sampler:
         if step not in self.buffers.captured:
             return batch.velocity(self.transformer, latents, timestep, guidance_scale)
         length = len(batch.conditions.prompts)
-        patch = unwrapped(self.transformer).config.patch_size
+        patch = shape_of(self.transformer).patch_size
         with capture(
             self.transformer,
             batch.conditions.tokens,
@@ -403,7 +428,7 @@ def sample(
     """
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups, size = len(groups), groups[rows], options.size
-    model = unwrapped(transformer).config
+    model = shape_of(transformer)
     channels, batch = model.in_channels, len(groups)
     start = torch.randn(
         len(conditions.prompts) if options.shared_noise else total, channels, *size, generator=generator
@@ -438,8 +463,10 @@ def sample(
     )
 
 
-def trace(pipeline: StableDiffusion3Pipeline, conditions: Conditions, steps: int, options: SamplerOptions, seed: int):
-    """Sample one image for each prompt without noise in the steps, with the maps of every step. Returns a Rollout."""
+def trace(
+    pipeline: StableDiffusion3Pipeline, conditions: Conditions, steps: int, options: SamplerOptions, seed: int
+) -> Rollout:
+    """Sample one image for each prompt without noise in the steps, with the maps of every step."""
     return sample(
         pipeline.transformer,
         conditions,

@@ -34,7 +34,7 @@ SHOWN = 8  # images of a scoring that are kept
 class Row(NamedTuple):
     """The scores of one image: of the prompt at `index`, its image `number`; NaN for what the reward could not say."""
 
-    index: int
+    prompt: int
     number: int
     scores: dict[str, float]
 
@@ -156,7 +156,7 @@ def summarize(prompts: Sequence[Prompt], rows: Sequence[Row], iteration: int | N
         for row in rows:
             value = row.scores.get(name, math.nan)
             if math.isfinite(value):
-                found.setdefault(row.index, []).append(value)
+                found.setdefault(row.prompt, []).append(value)
         for index, numbers in found.items():
             values[name][index] = np.mean(numbers)
     failed = sum(not math.isfinite(row.scores["reward"]) for row in rows)
@@ -171,8 +171,8 @@ class FirstImages:
 
     def __call__(self, rows: list[Row], images: Tensor) -> None:
         for row, image in zip(rows, images, strict=True):
-            if row.index < SHOWN and row.number == 0:
-                self.images[row.index] = image.cpu()
+            if row.prompt < SHOWN and row.number == 0:
+                self.images[row.prompt] = image.cpu()
 
     def save(self, folder: Path) -> None:
         """Write them as 00000.png and so on."""
@@ -276,11 +276,11 @@ class ResultsWriter:
                 self.save(row, image)
 
     def line(self, row: Row) -> dict:
-        prompt = self.prompts[row.index]
+        prompt = self.prompts[row.prompt]
         scores = {name: value for name, value in row.scores.items() if math.isfinite(value)}
         line = {
             "filename": f"images/{self.path(row)}",
-            "index": row.index,
+            "index": row.prompt,
             "number": row.number,
             "prompt": prompt.text,
             "tag": prompt.category or "",
@@ -291,11 +291,11 @@ class ResultsWriter:
         return line | ({"correct": scores["correct"] == 1} if "correct" in scores else {})
 
     def path(self, row: Row) -> str:
-        return f"{row.index:05d}/samples/{row.number:05d}.png"
+        return f"{row.prompt:05d}/samples/{row.number:05d}.png"
 
     def save(self, row: Row, image: np.ndarray) -> None:
         path = self.folder / "images" / self.path(row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {**self.prompts[row.index].metadata, "prompt": self.prompts[row.index].text}
+        metadata = {**self.prompts[row.prompt].metadata, "prompt": self.prompts[row.prompt].text}
         (path.parent.parent / "metadata.jsonl").write_text(json.dumps(metadata))
         Image.fromarray(image).save(path)

@@ -22,6 +22,7 @@ from star.training.pipeline import load_pipeline
 from star.training.prompts import Prompt, draw_from_file, pick_from_file
 
 Split = Literal["train", "held_out"]
+DrawPrompts = Callable[["Split", int, str], list[Prompt]]
 TASKS = {EMBEDDED: "star.shapes.task:TASK"}
 
 
@@ -57,7 +58,7 @@ class Task:
     """
 
     pipeline: Callable[[torch.device | str, torch.dtype], StableDiffusion3Pipeline]
-    prompts: Callable[[Split, int, str], list[Prompt]]
+    prompts: DrawPrompts
     reward: Reward | str | dict[str, float]
     images: ImageOptions = ImageOptions()
 
@@ -76,7 +77,7 @@ NO_TASK = Task(_no_pipeline, _no_prompts, "", ImageOptions(images_per_prompt=4))
 
 
 def find_task(name: str) -> Task:
-    """The task "shapes", or the attribute that "module:attribute" names. Raises ConfigError if there is none."""
+    """The task `shapes`, or the attribute that `module:attribute` names. Raises ConfigError if there is none."""
     module, _, attribute = TASKS.get(name, name).partition(":")
     if not attribute:
         raise ConfigError(f"task: unknown {name!r}, expected one of {list(TASKS)} or 'module:attribute'")
@@ -119,7 +120,7 @@ def load_task_reward(task: Task, models: Mapping[str, str], device: torch.device
     return Weighted({name: task.reward}, {name: 1.0})
 
 
-def _prompts(files: dict[str, str | None], default, split: Split, count: int, seed: str) -> list[Prompt]:
+def _prompts(files: dict[str, str | None], default: DrawPrompts, split: Split, count: int, seed: str) -> list[Prompt]:
     path = files[split]
     if path is None:
         return default(split, count, seed)

@@ -1,7 +1,8 @@
-"""Places in a Markdown document that the tool fills."""
+"""Marked parts of a Markdown document: a tool writes them, and everything around them is written by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from star import files
@@ -25,6 +26,14 @@ def insert(document: Path, name: str, text: str) -> None:
     """Put a text between a document's marks; see `surroundings`."""
     before, after = surroundings(document, name)
     files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")
+
+
+def fill(document: Path, texts: Mapping[str, str]) -> None:
+    """Put each text between the marks of its name; see `surroundings`. Nothing is written where a mark is missing."""
+    for name in texts:
+        surroundings(document, name)
+    for name, text in texts.items():
+        insert(document, name, text)
 
 
 def folded(text: str) -> str:

@@ -1,0 +1,89 @@
+"""Adapters from files: in diffusers' format, as `star train` exports them, or in PEFT's own, as other trainers do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from star.config import ConfigError, Model
+from star.training.pipeline import reason
+
+TRAINED, REFERENCE = "default", "reference"
+
+
+def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAINED) -> None:
+    """Add an adapter to a pipeline under a name, and see to it that every weight of the file is in use.
+
+    path: a folder in diffusers' format (pytorch_lora_weights.safetensors) or in PEFT's (adapter_config.json,
+    adapter_model.safetensors), or a hub id of the former.
+
+    Raises:
+        ConfigError: there is none, or it does not fit the transformer.
+    """
+    folder, transformer = Path(path).expanduser(), pipeline.transformer
+    if path.startswith(("/", ".", "~")) and not folder.exists():
+        raise ConfigError(f"adapter: {path!r} is no adapter (there is no such folder)")
+    source = str(folder) if folder.exists() else path
+    try:
+        if (folder / "adapter_config.json").is_file():
+            state = {
+                key.removeprefix("base_model.model."): value
+                for key, value in load_file(folder / "adapter_model.safetensors").items()
+            }
+            transformer.add_adapter(LoraConfig.from_pretrained(folder), adapter_name=name)
+            set_peft_model_state_dict(transformer, state, adapter_name=name)
+            given = set(state)
+        else:
+            keys = StableDiffusion3Pipeline.lora_state_dict(source)
+            given = {key.removeprefix("transformer.") for key in keys if key.startswith("transformer.")}
+            pipeline.load_lora_weights(source, adapter_name=name)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"adapter: {path!r} cannot be loaded ({reason(error)})") from error
+    used = set(get_peft_model_state_dict(transformer, adapter_name=name)) if name in _adapters(transformer) else set()
+    for words, left in (("is not in the model", given - used), ("is missing in the file", used - given)):
+        if left:
+            raise ConfigError(f"adapter: {path!r} does not fit the transformer: {_some(left)} {words}")
+    if not given:
+        raise ConfigError(f"adapter: {path!r} has no weights of a transformer")
+
+
+def start_from(pipeline: StableDiffusion3Pipeline, model: Model) -> None:
+    """Begin with `model.adapter`: one copy to train, and one that stays what it is, for the KL term.
+
+    Raises:
+        ConfigError: the adapter is not of the rank, the scale or the layers that the configuration says.
+    """
+    if model.adapter is None:
+        raise ConfigError("model.adapter: not set")
+    load_adapter(pipeline, model.adapter, TRAINED)
+    load_adapter(pipeline, model.adapter, REFERENCE)
+    pipeline.transformer.set_adapter(TRAINED)
+    config = pipeline.transformer.peft_config[TRAINED]
+    for name, expected in (("lora_rank", config.r), ("lora_alpha", config.lora_alpha)):
+        if getattr(model, name) != expected:
+            raise ConfigError(f"model.{name}: got {getattr(model, name)}, {model.adapter} has {expected}; use that")
+    layers = {key.rpartition(".lora_")[0] for key in get_peft_model_state_dict(pipeline.transformer)}
+    for layer in layers:
+        if not any(layer == target or layer.endswith(f".{target}") for target in model.lora_targets):
+            raise ConfigError(f"model.lora_targets: {model.adapter} has {layer}, which no target matches; add it")
+
+
+def has_reference(transformer: torch.nn.Module) -> bool:
+    """Whether the run began with an adapter, which the KL term is then against."""
+    return REFERENCE in _adapters(transformer)
+
+
+def _adapters(transformer: torch.nn.Module) -> Iterable[str]:
+    return getattr(transformer, "peft_config", {})
+
+
+def _some(names: set[str]) -> str:
+    first, more = min(names), len(names) - 1
+    return f"{first} and {more} more" if more else first

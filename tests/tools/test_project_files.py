@@ -1,0 +1,99 @@
+"""What describes the project to others, to GitHub and to package tools says the same everywhere."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
+
+
+def commands(workflow: dict) -> list[str]:
+    return [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+def pinned() -> dict[str, str]:
+    """Versions of requirements-ci.txt by package."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements-ci.txt").read_text(), re.M))
+
+
+def test_versions_agree():
+    version = PYPROJECT["project"]["version"]
+    released, date = re.search(r"^## (\S+) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M).groups()
+    citation = read(ROOT / "CITATION.cff")
+    assert released == version == citation["version"]
+    assert date == str(citation["date-released"])
+
+
+def test_the_citation_has_what_the_format_demands():
+    citation = read(ROOT / "CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["title"] == PYPROJECT["project"]["name"] and citation["license"] == PYPROJECT["project"]["license"]
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= set(paper) and "arXiv:2606.17979" in str(paper["identifiers"])
+
+
+def test_workflows_run_targets_of_the_makefile():
+    text = (ROOT / "Makefile").read_text()
+    targets, variables = set(re.findall(r"^([\w-]+):", text, re.M)), set(re.findall(r"\$\(?(\w+)", text))
+    assert {path.stem for path in WORKFLOWS} >= {"tests", "wheel", "docs"}
+    for path in WORKFLOWS:
+        for command in commands(read(path)):
+            words = command.split()
+            assert words[0] == "make" and words[1] in targets, f"{path.name}: {command}"
+            assert {word.split("=")[0] for word in words[2:] if "=" in word} <= variables, f"{path.name}: {command}"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_value_of_a_matrix_is_used(path):
+    """A matrix that no step reads would run the same thing several times."""
+    for job in read(path)["jobs"].values():
+        steps = str(job["steps"])
+        for name in job.get("strategy", {}).get("matrix", {}):
+            assert f"matrix.{name}" in steps
+
+
+def test_the_matrix_has_the_pinned_and_a_later_torch_and_two_pythons():
+    matrix = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    torches = [tuple(map(int, version.split("."))) for version in matrix["torch"]]
+    assert matrix["torch"][0] == pinned()["torch"] and torches[1] > torches[0] >= (2, 13)
+    assert f">={matrix['python'][0]}" == PYPROJECT["project"]["requires-python"] and len(set(matrix["python"])) == 2
+
+
+def test_another_torch_replaces_the_pin_and_frees_triton():
+    """What the rule of the Makefile does to requirements-ci.txt."""
+    script = re.search(r"\$\(if \$\(TORCH\),(.*)\)' requirements", (ROOT / "Makefile").read_text())[1]
+    text = (ROOT / "requirements-ci.txt").read_text()
+    for pattern, replacement in re.findall(r"s/([^/]*)/([^/]*)/", script):
+        text = re.sub(pattern, replacement.replace("$(TORCH)", "2.99.0"), text, flags=re.M)
+    changed = set(text.splitlines()) - set((ROOT / "requirements-ci.txt").read_text().splitlines())
+    assert changed == {"torch==2.99.0", "triton"}
+
+
+def test_pre_commit_runs_the_ruff_of_make_lint():
+    (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
+    assert repository["rev"] == f"v{pinned()['ruff']}"
+    assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_forms_are_forms(path):
+    form = read(path)
+    assert form["name"] and form["description"]
+    names = [field["id"] for field in form["body"]]
+    assert len(set(names)) == len(names)
+    for field in form["body"]:
+        assert field["type"] in ("input", "textarea") and field["attributes"]["label"]
+
+
+def test_a_bug_comes_with_what_star_info_prints():
+    assert "`star info`" in str(read(ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"))
