@@ -16,10 +16,11 @@ Tensor run_as(const AllocateInputs& inputs) {
                   columns * patch, " places is too large");
   const Tensor read = maps.stride(2) == 1 ? maps : torch::stable::contiguous(maps);
   Tensor weights = new_empty(maps, {batch, rows * patch, columns * patch}, scalar_type<T>);
-  Tensor workspace =
-      new_empty(maps, {batch * workspace_of(concepts, rows, columns)}, scalar_type<T>);
+  const int64_t needed = workspace_of(concepts, rows, columns);
+  const bool pooled = needed <= int64_t(POOL_BYTES / sizeof(T));
+  Tensor workspace = new_empty(maps, {pooled ? 0 : batch * needed}, scalar_type<T>);
   const AllocateArgs<T> args{
-      .concepts = concepts,
+      .concepts = int(concepts),
       .rows = int(rows),
       .columns = int(columns),
       .patch = int(patch),
@@ -34,7 +35,11 @@ Tensor run_as(const AllocateInputs& inputs) {
       .workspace = static_cast<T*>(workspace.mutable_data_ptr()),
       .weights = static_cast<T*>(weights.mutable_data_ptr()),
   };
-  if (batch > 0) STAR_LAUNCH((allocate_kernel<T>), blocks(batch), THREADS, stream.handle, args);
+  if (batch == 0) return weights;
+  if (pooled)
+    STAR_LAUNCH((allocate_kernel<T, true>), blocks(batch), ALLOCATE_THREADS, stream.handle, args);
+  else
+    STAR_LAUNCH((allocate_kernel<T, false>), blocks(batch), ALLOCATE_THREADS, stream.handle, args);
   check_launch();
   return weights;
 }

@@ -20,9 +20,7 @@
 
 namespace star::cuda {
 
-constexpr int THREADS = 256;
 constexpr int WARP = 32;
-constexpr int WARPS = THREADS / WARP;
 constexpr unsigned ALL_LANES = 0xffffffff;
 
 // Elements of T in one 16-byte access.
@@ -97,27 +95,28 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-// Sum over the block, for every thread. `scratch` is WARPS values of shared memory; calls may follow each other.
-template <typename T>
+// Sum over a block of some warps, for every thread. `scratch` is a value of shared memory for each warp; calls may follow
+// each other.
+template <int warps, typename T>
 __device__ __forceinline__ T block_sum(T value, T* scratch) {
   value = warp_sum(value);
   __syncthreads();
   if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
   __syncthreads();
   T sum = 0;
-  for (int warp = 0; warp < WARPS; warp++) sum += scratch[warp];
+  for (int warp = 0; warp < warps; warp++) sum += scratch[warp];
   return sum;
 }
 
 // The largest over the block, for every thread; see block_sum.
-template <typename T>
+template <int warps, typename T>
 __device__ __forceinline__ T block_max(T value, T* scratch) {
   value = warp_max(value);
   __syncthreads();
   if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
   __syncthreads();
   T most = scratch[0];
-  for (int warp = 1; warp < WARPS; warp++) most = larger(most, scratch[warp]);
+  for (int warp = 1; warp < warps; warp++) most = larger(most, scratch[warp]);
   return most;
 }
 

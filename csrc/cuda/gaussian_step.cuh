@@ -4,6 +4,7 @@
 
 namespace star::cuda {
 
+constexpr int THREADS = 256;
 constexpr int STEP_VECTOR = 8;  // elements of a thread: 16 bytes of the narrowest type, two accesses of float32
 
 // T: type of the arithmetic. Tensors are contiguous.

@@ -80,6 +80,19 @@ def test_value(impl, rows, columns, concepts, layout, dtype, combine, smooth, sh
 
 
 @each_implementation
+@pytest.mark.parametrize(("concepts", "rows", "columns"), [(2, 70, 80), (40, 9, 11), (33, 1, 5200), (5, 64, 64)])
+def test_many_tokens_and_many_concepts(impl, concepts, rows, columns):
+    """Beyond what a block keeps in shared memory, and beyond a warp for each map."""
+    maps = torch.rand(2, concepts, rows * columns) + 0.01
+    weights = sk.allocate(maps, (rows, columns), smooth=1.0, sharpen=1.5, patch=1, impl=impl)
+    expected = torch.stack([by_hand(m, rows, columns, smooth=1.0, sharpen=1.5, patch=1) for m in maps])
+    tolerance = EPS * (10 + concepts + (rows * columns) ** 0.5)
+    torch.testing.assert_close(weights.double(), expected, rtol=tolerance, atol=tolerance)
+    maps[1, -1, -1] = torch.nan
+    assert torch.equal(sk.allocate(maps, (rows, columns), impl=impl)[1], torch.ones(2 * rows, 2 * columns))
+
+
+@each_implementation
 def test_smoothing_keeps_constants_and_spreads_a_point(impl):
     point = torch.zeros(1, 1, 15 * 17)
     point[0, 0, 7 * 17 + 8] = 1

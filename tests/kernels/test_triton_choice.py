@@ -11,11 +11,17 @@ from star_kernels.ops import OPERATORS
 each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=list(OPERATORS))
 
 
+def forget():
+    """What was chosen and told."""
+    api.choose.cache_clear()
+    api.tell_fallback.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def nothing_told_yet():
-    api.tell_fallback.cache_clear()
+    forget()
     yield
-    api.tell_fallback.cache_clear()
+    forget()
 
 
 @each_operator
@@ -25,6 +31,7 @@ def test_cuda_comes_first_then_triton(operator, monkeypatch):
     if "cuda" in operator.native:
         monkeypatch.setattr(api.native, "reason", lambda device: None)
         assert api.resolve(operator.name, "auto", gpu) == "native"
+    forget()
     monkeypatch.setattr(api.native, "reason", lambda device: "not built")
     if operator.triton is not None:
         assert api.resolve(operator.name, "auto", gpu) == "triton"

@@ -21,7 +21,7 @@ from star.cli import main
 from star.config import ConfigError
 from star.presets import preset
 from star.reports import page, tracking
-from star.reports.metrics import MEANING, category_means, meaning, weight_metrics
+from star.reports.metrics import MEANING, category_means, gradient_share, meaning, weight_metrics
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,25 @@ def test_what_weights_look_like():
     masks[0, :4, :4] = 1  # just there
     masks[1, 4:, 4:] = 1  # somewhere else
     found = weight_metrics(weights, masks)
+    assert found.pop("gradient_share") == pytest.approx(0.4)
     assert found == {"weights_max": 4, "weights_concentration": 4, "weights_uniform": 0, "weights_on_object": 2}
     flat = weight_metrics(torch.ones(3, 2, 4, 4), masks)
+    assert flat.pop("gradient_share") == pytest.approx(0.1)
     assert flat == {"weights_max": 1, "weights_concentration": 1, "weights_uniform": 6, "weights_on_object": 1}
     assert "weights_on_object" not in weight_metrics(weights, torch.zeros(2, 8, 8))
+
+
+def test_gradient_share_is_that_of_the_tenth_which_weighs_most():
+    weights = torch.ones(2, 3, 5, 5)  # a tenth: two locations and a half
+    weights[1, 2, 0] = torch.tensor([5.0, 9.0, 7.0, 1.0, 1.0])
+    share = gradient_share(weights)
+    torch.testing.assert_close(share[0], torch.full((3,), 0.1))
+    torch.testing.assert_close(share[1, 2], torch.tensor((9 + 7 + 2.5) / 43))
+    weights[0, 0] = 0
+    weights[0, 0, 3, :2] = 2.0
+    assert gradient_share(weights)[0, 0] == 1
+    weights[0, 0] = 0
+    assert gradient_share(weights)[0, 0].isnan()
 
 
 def test_grids_show_pictures_and_weights(runs):
@@ -112,8 +127,11 @@ def test_wandb_gets_the_configuration_and_the_metrics(tmp_path, monkeypatch):
     wandb.config = type("Config", (dict,), {"update": lambda self, values, **o: dict.update(self, values)})()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     training.train(small_run(tmp_path / "run", run={"trackers": ["wandb"]}))
-    own = (tmp_path / "run/run_id").read_text()
-    assert wandb.options["project"] == "star" and wandb.options["id"] == own and wandb.finished
+    assert (
+        wandb.options["project"] == "star"
+        and wandb.options["id"] == (tmp_path / "run/run_id").read_text()
+        and wandb.finished
+    )
     assert wandb.config["optimization"]["iterations"] == 2
     assert [step for step, _ in wandb.logged] == [0, 1] and "reward" in wandb.logged[0][1]
 

@@ -148,63 +148,56 @@ def constant(file: str, name: str) -> int:
     return int(re.search(rf"constexpr int {name} = (\d+)", text)[1])
 
 
-THREADS, WARP = constant("device.cuh", "THREADS"), constant("device.cuh", "WARP")
-WARPS = THREADS // WARP
+WARP = constant("device.cuh", "WARP")
 
 
 def allocate(batch: int, concepts: int, tokens: int, patch: int, smooth: bool = True) -> list[Launch]:
-    """One block per sample. float32."""
-    places, each = tokens * patch**2, ceil(tokens / THREADS)
-    means = ceil(concepts / WARPS) * ceil(tokens / WARP / 4)
-    fields = 1 + (4 if smooth else 0) + 4  # written once, each axis read and written, read twice and written, read
+    """One block per sample, whose fields stay in shared memory. float32."""
+    threads = constant("allocate.cuh", "ALLOCATE_THREADS")
+    places, each, warps = tokens * patch**2, ceil(tokens / threads), threads // WARP
+    shares = max(1, warps // concepts)
+    means = ceil(concepts / (warps // shares)) * ceil(tokens / shares / WARP / 4)
     return [
         Launch(
             "allocate_kernel",
             batch,
-            {
-                "maps": 4 * batch * 2 * concepts * tokens,
-                "workspace": 4 * batch * fields * tokens,
-                "weights": 4 * batch * places,
-            },
-            repeated=4 * batch * (concepts + fields) * tokens,
-            trips=means + each * concepts + (2 * each if smooth else 0) + 2 * each + ceil(places / THREADS / 4),
+            {"maps": 4 * batch * 2 * concepts * tokens, "weights": 4 * batch * places},
+            repeated=4 * batch * concepts * tokens,
+            # The smoothing's turns and the two sums wait for shared memory, a tenth of the time.
+            trips=means + each * ceil(concepts / 2) + (2 if smooth else 0) + 1 + ceil(places / threads / 4),
         )
     ]
 
 
 def gaussian_step(batch: int, elements: int, sizes: tuple[int, int, int] = (4, 4, 4)) -> list[Launch]:
     """elements: of a sample. sizes: of an element of sample, velocity and noise."""
-    tiles = ceil(elements / (THREADS * constant("gaussian_step.cuh", "STEP_VECTOR")))
+    tiles = ceil(elements / (constant("gaussian_step.cuh", "THREADS") * constant("gaussian_step.cuh", "STEP_VECTOR")))
     tensors = dict(zip(("sample", "velocity", "noise", "prev_sample", "mean"), (*sizes, sizes[0], 4), strict=True))
     traffic = {name: batch * elements * size for name, size in tensors.items()}
     return [Launch("gaussian_step_kernel", batch * tiles, traffic)]
 
 
 def policy_loss(batch: int, channels: int, places: int, weighted: bool, size: int = 4, latent: int = 4) -> list[Launch]:
-    """Forward and gradient. size, latent: of an element of the velocity, of the latents."""
+    """Forward and backward. size, latent: of an element of the velocity, of the latents."""
     every, spots = batch * channels * places, 4 * batch * places
-    tiles = ceil(places / THREADS)
-    sums = batch * tiles * (8 + 2) * 8
-    ratios = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every, "old_mean": 4 * every,
-              "sums": sums}  # fmt: skip
-    gradient = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every, "sums": sums,
-                "gradient": size * every}  # fmt: skip
-    trips, last, repeated = 2 + ceil(channels / 16), 8 * ceil(batch / WARPS) * ceil(tiles / WARP), 0
-    if weighted:
-        # Sixteen digits of two bits and the ties, then the tiles; in the second launch every tile and the statistics.
-        passes = 8 * 4 // 2 + 1
-        ratios |= {"weights": (passes + 1) * spots, "amount": spots}
-        gradient |= {"weights": 2 * spots, "amount": spots}
-        repeated = passes * spots
-        trips = max(trips, passes * ceil(places / THREADS / 8))
-        last += ceil(batch / WARPS) * ceil(places / WARP / 4)
-    extra = batch if weighted else 0
-    # The longest block is one of few and starts first: it runs beside all the others.
+    tiles = ceil(places / constant("policy_loss.cuh", "TILE"))
+    sums = batch * tiles * (7 + 2) * 8  # LocationSums
+    latents = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every}
+    weights = {"weights": spots} if weighted else {}
+    rounds = ceil(batch / constant("policy_loss.cuh", "FINISH_WARPS")) * ceil(tiles / WARP)
+    # A thread reads its channels two at a time; what belongs to the sample comes before and does not overlap.
+    trips = 2 + ceil(channels / (16 // latent) / 2)
     return [
-        Launch("policy_loss_ratios", batch * tiles + extra, ratios, repeated),
-        Launch("longest block", 1, {}, trips=trips, starts=0),
-        Launch("policy_loss_gradient", batch * tiles + 1, gradient),
-        Launch("longest block", 1, {}, trips=last, starts=0),
+        Launch(
+            "policy_loss_sums_kernel",
+            batch * tiles,
+            latents | {"old_mean": 4 * every, "sums": sums} | weights,
+            trips=trips,
+        ),
+        Launch("policy_loss_finish_kernel", 1, {"sums": sums}, trips=2 + rounds),
+        Launch(
+            "policy_loss_gradient_kernel", batch * tiles, latents | {"gradient": size * every} | weights, trips=trips
+        ),
     ]
 
 

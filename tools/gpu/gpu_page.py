@@ -36,7 +36,13 @@ def cuda_table(compiled: list[dict], is_wide: Callable[[dict], bool]) -> str:
     chosen.sort(key=lambda k: (k["kernel"], int(k["architecture"][3:])))
     cells = [(f"`{k['kernel']}`", k["architecture"], *(k[n] for n in numbers), f"{k['occupancy']:.0%}") for k in chosen]
     titles = "kernel | target | registers | stack | spills | shared | vector loads | vector stores | occupancy"
-    return f"{model.THREADS} threads a block.\n\n{rows(titles, cells)}"
+    threads = {
+        "policy_loss": model.constant("policy_loss.cuh", "TILE"),
+        "gaussian_step": model.constant("gaussian_step.cuh", "THREADS"),
+        "allocate": model.constant("allocate.cuh", "ALLOCATE_THREADS"),
+    }
+    told = ", ".join(f"{count} for {name}" for name, count in threads.items())
+    return f"Threads of a block: {told}.\n\n{rows(titles, cells)}"
 
 
 def assumptions() -> str:

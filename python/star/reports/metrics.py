@@ -40,7 +40,7 @@ MEANING = {
     "update_norm": "norm of the step that an update took, before it is rescaled, where optimization.update_norm is set",
     "updates_skipped": "updates left out because their gradient was not finite",
     "nonfinite": "locations with a log-ratio that is not finite, mean over the passes; should be 0",
-    "gradient_share": "share of the gradient's size in the tenth of the locations with the highest weights; 0.1: flat",
+    "gradient_share": "share of the weights' sum in the tenth of each image's locations that weigh most; 0.1: flat",
     "weights_max": "largest weight of an image, mean over images and trained steps",
     "weights_concentration": "mean square of an image's weights: 1 if they are flat, k if they are all on 1/k of it",
     "weights_on_object": "mean weight inside the objects that the reward found (masks): 1 if allocation ignores them",
@@ -122,6 +122,7 @@ def weight_metrics(weights: Tensor, masks: Tensor | None) -> dict[str, float]:
         "weights_max": weights.amax((2, 3)).mean().item(),
         "weights_concentration": weights.square().mean().item(),
         "weights_uniform": float(sum(uniform_rows(step) for step in weights)),
+        "gradient_share": gradient_share(weights).mean().item(),
     }
     if masks is not None and masks.any():
         masks = F.adaptive_avg_pool2d(masks[:, None], (weights.shape[2], weights.shape[3]))[:, 0].to(
@@ -129,6 +130,21 @@ def weight_metrics(weights: Tensor, masks: Tensor | None) -> dict[str, float]:
         )  # (B, H, W)
         found["weights_on_object"] = ((weights * masks).sum() / (len(weights) * masks.sum())).item()
     return found
+
+
+def gradient_share(weights: Tensor) -> Tensor:
+    """Share of each image's weights in the tenth of its locations with the highest ones: where the gradient goes.
+
+    A location's part in the gradient is its weight times the size of its noise's error, which on average is the same
+    everywhere: this is the share that the weights alone decide.
+
+    weights: (..., H, W), not negative. Returns (...): 0.1 for equal weights, 1 if a tenth of the locations has all of
+    them, NaN if they are all 0. Of the location on the edge of the tenth only the part inside counts.
+    """
+    ordered = weights.flatten(-2).sort(-1, descending=True).values
+    size = 0.1 * ordered.shape[-1]
+    inside = (size - torch.arange(ordered.shape[-1], device=weights.device)).clamp(0, 1)
+    return (ordered * inside).sum(-1) / ordered.sum(-1)
 
 
 def peak_memory(device: torch.device) -> float:
