@@ -47,3 +47,27 @@ for processors in (1, 1000):
     alone, both = compiling(code)
     assert alone == [4, 1, 1]  # more than 64 columns: two blocks
     assert both == [6, 1, 2]
+
+
+def test_what_is_launched_compiles_at_the_smallest_sizes_too():
+    """A size of 1 is a constant for the compiler, where it is not told otherwise."""
+    code = """
+import json, torch, triton, triton_offline
+from star_kernels.triton import allocate, attention_maps, gaussian_step
+triton.runtime.driver.set_active(triton_offline.Driver())
+for shape in ((1, 1, 1, 1), (2, 3, 1, 5, 7), (1, 33, 16)):
+    x, fields = torch.rand(shape), [torch.rand(1).expand(shape[0]) for _ in range(3)]
+    gaussian_step.launch(x.bfloat16(), x, x, *fields)
+for rows, columns, concepts in ((1, 1, 1), (1, 7, 2), (3, 5, 0)):
+    for combine, smooth, sharpen in (("mean", 0.0, 1.0), ("max", 1.5, 2.0)):
+        maps = torch.rand(1, concepts, rows * columns).bfloat16()
+        allocate.launch(maps, rows, columns, combine, smooth, sharpen, 4.0, 0.5, 1)
+        allocate.launch(maps.double(), rows, columns, combine, smooth, sharpen, 4.0, 0.5, 3)
+for heads, queries, slots in ((1, 1, 1), (11, 70, 40)):
+    query = torch.rand(1, heads, queries, 16)
+    index = torch.zeros(1, 2, slots, dtype=torch.int64)
+    attention_maps.launch(query, query, index, None, None, 1.0, None)
+    attention_maps.launch(query, query, index, torch.ones(index.shape), query[..., 0], 1.0, torch.rand(heads))
+print(json.dumps(True))
+"""
+    assert compiling(code) == [True]

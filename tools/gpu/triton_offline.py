@@ -36,6 +36,7 @@ CONTRACTED = r"\b[FD]FMA\d?\b|v_(?:pk_)?(?:fma|fmac|mad|mac)_f(?:16|32|64)"
 SIZES = {"bf16": 2, "fp32": 4}  # bytes of an element
 # Whose alignment a launch sees, beside that of every pointer.
 ALIGNED = {"query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "elements", "maps_b", "maps_g"}
+ALIGNED |= {"channels", "locations", "stride_b", "stride_c", "stride_p"}
 
 
 class Case(NamedTuple):
@@ -105,12 +106,13 @@ def cases(target: str) -> Iterator[Case]:
         yield Case(gaussian_step.step_kernel, about, types, constants, options, exact=True)
 
     block = allocate.MOST_TOKENS
-    constants = {"maps_n": 1, "LARGEST": False, "CAP": 4.0, "MIX": 0.5, "PATCH": 2, "BLOCK": block}
+    constants = {"maps_n": 1, "LARGEST": False, "BLOCK": block}
     types = dict.fromkeys(("maps", "workspace", "weights"), "*fp32")
+    types |= dict.fromkeys(("sigma", "sharpen", "cap", "mix"), "fp64")
     options = {"num_warps": block // allocate.TOKENS_OF_WARP}
-    for sigma, sharpen in ((0.0, 1.0), (1.0, 2.0)):
-        chosen = constants | {"SIGMA": sigma, "RADIUS": round(3 * sigma), "SHARPEN": sharpen}
-        about = f"smooth {sigma:g}, sharpen {sharpen:g}"
+    for used in (False, True):
+        about = "smoothed and sharpened" if used else "neither smoothed nor sharpened"
+        chosen = constants | {"SMOOTH": used, "SHARPEN": used}
         yield Case(allocate.allocate_kernel, about, types, chosen, options, wide=False)
 
 
@@ -148,6 +150,19 @@ def builds() -> Iterator[dict]:
             build = {"kernel": case.kernel.fn.__name__, "about": case.about, "target": name, "warps": warps}
             build |= {"products": case.products, "wide": case.wide, "exact": case.exact} | resources(compiled)
             yield build | {"occupancy": occupancy(name, build["registers"], build["shared"], warps)}
+
+
+class Driver:
+    """Stands for a GPU's: launches compile what they would there, and start nothing."""
+
+    class utils:
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": PROCESSORS["sm_90"].block_shared})
+        load_binary = staticmethod(lambda name, kernel, shared, device: (name, 0, 0, 0, 1024))
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+    get_current_target = staticmethod(lambda: TARGETS["sm_90"])
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
 
 
 class Recorder:
