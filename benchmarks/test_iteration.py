@@ -12,6 +12,7 @@ from medium import medium_transformer
 from pairs import alternate
 from peaks import in_a_process, linux
 from star import config as configuration
+from star.presets import preset
 from star.shapes.model import load_pipeline
 from star.train import Trainer
 
@@ -20,8 +21,12 @@ def shapes_trainer(out, strategy: str = "attention") -> Trainer:
     """The embedded world at the demo's settings."""
     return Trainer(
         configuration.update(
-            configuration.preset("shapes"),
-            {"run": {"out": str(out), "held_out": 0, "pictures": False}, "allocation": {"strategy": strategy}},
+            preset("shapes"),
+            {
+                "scoring": {"count": 0},
+                "run": {"out": str(out), "figures": False},
+                "allocation": {"strategy": strategy},
+            },
         )
     )
 
@@ -91,7 +96,7 @@ def medium_trainer(
                 "updates_per_iteration": 1,
                 "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[dtype],
             },
-            "run": {"out": str(out / "run"), "reward": "test_iteration:brightness", "pictures": False},
+            "run": {"out": str(out / "run"), "reward": "test_iteration:brightness", "figures": False},
         },
     )
     return Trainer(config)

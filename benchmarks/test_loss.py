@@ -115,12 +115,12 @@ def test_bandwidth(benchmark, row):
         velocity = arguments["velocity"].detach()
 
         def kernel(arguments=arguments, velocity=velocity):
-            with torch.no_grad():
-                return torch.ops.star.policy_loss_native(
-                    velocity, arguments["sample"], arguments["prev_sample"], *arguments["transition"],
+            flat = (velocity, arguments["sample"], arguments["prev_sample"], *arguments["transition"],
                     arguments["advantages"], arguments["weights"], arguments["old_mean"], None, None, None,
-                    "token", CLIP, CLIP, 5.0, 0.0, False,
-                )  # fmt: skip
+                    "token", CLIP, CLIP, 5.0, 0.0, False)  # fmt: skip
+            with torch.no_grad():
+                loss, _, log_ratio = torch.ops.star.policy_loss_native(*flat)
+                return torch.ops.star.policy_loss_gradient_native(torch.ones_like(loss), log_ratio, *flat)
 
         elements = 5 * math.prod(shape) + math.prod(shape) // shape[1]  # four inputs, the gradient, the weights
         source = torch.randn(elements // 2)

@@ -72,7 +72,7 @@ struct PolicyLossInputs {
   bool guard;
 };
 
-using PolicyLossResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, gradient
+using PolicyLossResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, log_ratio
 
 template <PolicyLossResult (*run)(const PolicyLossInputs&)>
 PolicyLossResult policy_loss(const Tensor& velocity, const Tensor& sample, const Tensor& prev_sample, const Tensor& a,
@@ -82,18 +82,46 @@ PolicyLossResult policy_loss(const Tensor& velocity, const Tensor& sample, const
                              const OptionalTensor& reference_velocity, const OptionalTensor& step_weights,
                              const std::string& ratio, double clip_low, double clip_high, double adv_clip,
                              double kl_coef, bool guard) {
-  return run({velocity, sample,       prev_sample,  a,          b,                  s,
-              precision, log_norm,    kl_precision, advantages, weights,            old_mean,
-              old_log_prob,           reference_velocity,       step_weights,       ratio,
-              clip_low, clip_high,    adv_clip,     kl_coef,    guard});
+  return run({velocity, sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean,
+              old_log_prob, reference_velocity, step_weights, ratio, clip_low, clip_high, adv_clip, kl_coef, guard});
 }
 
-inline Ratio ratio_of(const PolicyLossInputs& inputs) {
-  return inputs.ratio == "token" ? Ratio::token : inputs.ratio == "location" ? Ratio::location : Ratio::sample;
+struct PolicyLossGradientInputs {
+  Tensor grad_loss, log_ratio;
+  PolicyLossInputs loss;
+};
+
+template <Tensor (*run)(const PolicyLossGradientInputs&)>
+Tensor policy_loss_gradient(const Tensor& grad_loss, const Tensor& log_ratio, const Tensor& velocity,
+                            const Tensor& sample, const Tensor& prev_sample, const Tensor& a, const Tensor& b,
+                            const Tensor& s, const Tensor& precision, const Tensor& log_norm,
+                            const Tensor& kl_precision, const Tensor& advantages, const OptionalTensor& weights,
+                            const OptionalTensor& old_mean, const OptionalTensor& old_log_prob,
+                            const OptionalTensor& reference_velocity, const OptionalTensor& step_weights,
+                            const std::string& ratio, double clip_low, double clip_high, double adv_clip,
+                            double kl_coef, bool guard) {
+  return run({grad_loss, log_ratio,
+              {velocity, sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean,
+               old_log_prob, reference_velocity, step_weights, ratio, clip_low, clip_high, adv_clip, kl_coef, guard}});
 }
 
-inline Form form_of(const PolicyLossInputs& inputs) {
-  return inputs.guard ? Form::guard : inputs.old_mean ? Form::delta : Form::log_prob;
+template <typename T>
+LossOptions<T> loss_options(const PolicyLossInputs& inputs) {
+  const Tensor& velocity = inputs.velocity;
+  const int64_t batch = velocity.size(0), channels = velocity.size(velocity.dim() == 3 ? 2 : 1);
+  return {
+      .batch = batch,
+      .channels = channels,
+      .locations = batch * channels == 0 ? 0 : velocity.numel() / (batch * channels),
+      .form = inputs.guard ? Form::guard : inputs.old_mean ? Form::delta : Form::log_prob,
+      .ratio = inputs.ratio == "token"      ? Ratio::token
+               : inputs.ratio == "location" ? Ratio::location
+                                            : Ratio::sample,
+      .clip_low = T(inputs.clip_low),
+      .clip_high = T(inputs.clip_high),
+      .adv_clip = T(inputs.adv_clip),
+      .kl_coef = T(inputs.kl_coef),
+  };
 }
 
 // The tensor's type, one of those that `typed` knows.
@@ -109,6 +137,22 @@ inline ScalarType floating_type(const Tensor& tensor) {
 template <typename... Tensors>
 bool any_double(const Tensors&... tensors) {
   return ((tensors.scalar_type() == ScalarType::Double) || ...);
+}
+
+// V: type of the velocities, X: of the latents, T: of the arithmetic.
+template <typename V, typename X, typename T>
+struct Types {};
+
+// Calls use(Types<V, X, T>()) with the types that policy_loss has kernels for, to which its tensors are converted.
+template <typename F>
+auto with_types(const PolicyLossInputs& inputs, F use) {
+  const ScalarType type = inputs.velocity.scalar_type();
+  if (any_double(inputs.velocity, inputs.sample, inputs.prev_sample)) return use(Types<double, double, double>());
+  const bool same = inputs.sample.scalar_type() == type && inputs.prev_sample.scalar_type() == type;
+  if (type == ScalarType::BFloat16)
+    return same ? use(Types<BFloat16, BFloat16, float>()) : use(Types<BFloat16, float, float>());
+  if (type == ScalarType::Half) return same ? use(Types<Half, Half, float>()) : use(Types<Half, float, float>());
+  return use(Types<float, float, float>());
 }
 
 }  // namespace star

@@ -64,31 +64,74 @@ STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
 
 enum class Ratio { token, location, sample };
 
+// What the locations of a sample have in common.
 template <typename T>
-struct Surrogate {
-  T log_ratio;  // limited
-  T excess;     // ratio - 1
-  T value;      // max(-A ratio, -A clip(ratio))
-  T force;      // d value / d log-ratio
+struct SampleTerms {
+  T a, b;
+  T scale, offset;  // a location's log-ratio is scale * (the sum of its terms) - offset - its old log-prob
+  T step;           // factor of the advantages
+  T share, pull;    // the gradient is share * weight * force * direction + pull * (velocity - reference velocity)
+};
+
+// Sizes of a batch, and what does not change from sample to sample.
+template <typename T>
+struct LossOptions {
+  int64_t batch, channels, locations;
+  Form form;
+  Ratio ratio;
+  T clip_low, clip_high, adv_clip, kl_coef;
 };
 
 template <typename T>
-STAR_HD Surrogate<T> clipped_surrogate(T log_ratio, T advantage, T clip_low, T clip_high) {
+STAR_HD SampleTerms<T> sample_terms(const LossOptions<T>& options, T a, T b, T s, T precision, T log_norm,
+                                    T kl_precision, T step_weight) {
+  const bool guard = options.form == Form::guard;
+  const T channels = T(options.channels), all = T(options.batch * options.locations);
+  SampleTerms<T> terms;
+  terms.a = a, terms.b = b;
+  terms.scale = precision / channels * (guard ? 2 * s : T(1));
+  terms.offset = options.form == Form::log_prob ? log_norm : T(0);
+  terms.step = step_weight * (guard ? precision / kl_precision : T(1));
+  // d log-ratio / d velocity is this slope times the direction; the loss is a mean over the batch and the locations.
+  const T slope = 2 * precision * b / channels * (guard ? s : T(1));
+  terms.share = slope / all;
+  terms.pull = 2 * options.kl_coef * kl_precision * b * b / (channels * all);
+  return terms;
+}
+
+template <typename T>
+STAR_HD T used_advantage(T advantage, T adv_clip, T step) {
+  return clamped(advantage, -adv_clip, adv_clip) * step;
+}
+
+template <typename T>
+struct LimitedRatio {
+  T log_ratio, excess;  // excess: ratio - 1, which near 0 has more digits than the ratio
+  bool inside;          // of the limit
+};
+
+template <typename T>
+STAR_HD LimitedRatio<T> limited_ratio(T log_ratio) {
   const T limit = T(LOG_RATIO_LIMIT);
-  if (!std::isfinite(log_ratio)) {
-    const T nan = T(NAN);
-    return {nan, nan, nan, nan};
-  }
-  const bool inside = log_ratio >= -limit && log_ratio <= limit;
-  log_ratio = clamped(log_ratio, -limit, limit);
-  const T excess = std::expm1(log_ratio);
-  const T clipped = clamped(excess, -clip_low, clip_high);
-  const T plain = -advantage * (1 + excess);
-  const T bounded = -advantage * (1 + clipped);
-  const bool gate = inside && (advantage >= 0 ? excess <= clip_high : excess >= -clip_low);
-  // A NaN advantage must reach the loss, which a comparison would hide.
-  const T value = plain != plain ? plain : (plain > bounded ? plain : bounded);
-  return {log_ratio, excess, value, gate || plain != plain ? plain : T(0)};
+  if (!std::isfinite(log_ratio)) return {T(NAN), T(NAN), false};
+  const T limited = clamped(log_ratio, -limit, limit);
+  return {limited, std::expm1(limited), limited == log_ratio};
+}
+
+template <typename T>
+struct Surrogate {
+  T value;  // max(-A ratio, -A clip(ratio))
+  T force;  // d value / d log-ratio
+};
+
+template <typename T>
+STAR_HD Surrogate<T> surrogate(const LimitedRatio<T>& ratio, T advantage, T clip_low, T clip_high) {
+  const T plain = -advantage * (1 + ratio.excess);
+  const T bounded = -advantage * (1 + clamped(ratio.excess, -clip_low, clip_high));
+  const bool gate = ratio.inside && (advantage >= 0 ? ratio.excess <= clip_high : ratio.excess >= -clip_low);
+  // A NaN must reach the loss and the gradient, which a comparison would hide.
+  const bool is_nan = plain != plain;
+  return {is_nan || plain > bounded ? plain : bounded, is_nan || gate ? plain : T(0)};
 }
 
 // NaN wins, as in torch.min and torch.max.
@@ -102,33 +145,87 @@ STAR_HD T larger(T x, T y) {
   return x != x || x > y ? x : y;
 }
 
-// The share of a sample's locations, those of highest weight, whose part in the gradient is a statistic.
-constexpr double TOP_SHARE = 0.1;
-constexpr int STATISTICS = 10;
+// What is summed over the locations of a sample, and which of these sums stands where. With one ratio for the sample its
+// surrogate is known only afterwards: DELTA is the sum of the log-ratios (times the weights, for Ratio::sample); MASS and
+// MASS_DOWN that of weight * |advantage| where the advantage is not negative, and where it is, or without an advantage for
+// each location of the weights alone. With a ratio for every location the rest are sums over these.
+enum Slot { NONFINITE, KL, DELTA, MASS, MASS_DOWN, SLOTS = 7 };
+enum LocationSlot { LOSS = DELTA, SQUARE, LOW, HIGH, EXCESS };
 
-// Sums over one sample or several. A unit is what the clip acts on: a sample, or a location.
-struct PolicyLossSums {
-  double loss, square, low, high, excess, smallest, largest, kl, top, total, nonfinite, units;
+struct LocationSums {
+  double slot[SLOTS];
+  double smallest, largest;  // excess; only with a ratio for every location
 };
 
-STAR_HD PolicyLossSums no_sums() {
-  PolicyLossSums sums{};
+STAR_HD LocationSums no_location_sums() {
+  LocationSums sums{};
   sums.smallest = INFINITY, sums.largest = -INFINITY;
   return sums;
 }
 
-STAR_HD void add(PolicyLossSums& all, const PolicyLossSums& one) {
-  all.loss += one.loss, all.square += one.square, all.low += one.low, all.high += one.high, all.excess += one.excess;
+STAR_HD void add(LocationSums& all, const LocationSums& one) {
+  for (int k = 0; k < SLOTS; k++) all.slot[k] += one.slot[k];
   all.smallest = smaller(all.smallest, one.smallest), all.largest = larger(all.largest, one.largest);
-  all.kl += one.kl, all.top += one.top, all.total += one.total, all.nonfinite += one.nonfinite, all.units += one.units;
 }
 
-// The loss and the statistics, in the order of api.Statistics, from the sums over a batch.
+// Sums over samples. A unit is what the clip acts on: a sample, or a location.
+struct BatchSums {
+  double loss, square, low, high, excess, smallest, largest, kl, nonfinite, units;
+};
+
+STAR_HD BatchSums no_sums() {
+  BatchSums sums{};
+  sums.smallest = INFINITY, sums.largest = -INFINITY;
+  return sums;
+}
+
+STAR_HD void add(BatchSums& all, const BatchSums& one) {
+  all.loss += one.loss, all.square += one.square, all.low += one.low, all.high += one.high, all.excess += one.excess;
+  all.smallest = smaller(all.smallest, one.smallest), all.largest = larger(all.largest, one.largest);
+  all.kl += one.kl, all.nonfinite += one.nonfinite, all.units += one.units;
+}
+
+// A location's ratio and surrogate, into the sums over its sample's.
+template <typename S, typename T>
+STAR_HD void add_location(S* slot, const LimitedRatio<T>& ratio, T weight, T value, T clip_low, T clip_high) {
+  slot[LOSS] += S(weight * value);
+  slot[SQUARE] += S(ratio.log_ratio * ratio.log_ratio);
+  slot[LOW] += ratio.excess < -clip_low;
+  slot[HIGH] += ratio.excess > clip_high;
+  slot[EXCESS] += S(ratio.excess);
+}
+
+// What a sample adds to the batch's sums. log_ratio: the sample's, for other ratios than Ratio::location. up, down: its
+// advantage, or 1 and -1 where every location has its own.
 template <typename T>
-STAR_HD void finish_statistics(const PolicyLossSums& all, int64_t batch, int64_t locations, double kl_coef, T* loss,
-                               float* statistics) {
-  const double kl = all.kl / double(batch);
-  *loss = T(all.loss / double(batch * locations) + kl_coef * kl);
+STAR_HD BatchSums sample_sums(const LossOptions<T>& options, const LocationSums& sums, T log_ratio, T up, T down,
+                              T kl_precision) {
+  BatchSums out{};
+  out.nonfinite = sums.slot[NONFINITE];
+  out.kl = sums.slot[KL] * double(kl_precision) / double(options.channels * options.locations);
+  if (options.ratio == Ratio::location) {
+    out.loss = sums.slot[LOSS], out.square = sums.slot[SQUARE], out.low = sums.slot[LOW], out.high = sums.slot[HIGH];
+    out.excess = sums.slot[EXCESS], out.smallest = sums.smallest, out.largest = sums.largest;
+    out.units = double(options.locations);
+    return out;
+  }
+  const LimitedRatio<T> ratio = limited_ratio(log_ratio);
+  out.loss = sums.slot[MASS] * double(surrogate(ratio, up, options.clip_low, options.clip_high).value) +
+             sums.slot[MASS_DOWN] * double(surrogate(ratio, down, options.clip_low, options.clip_high).value);
+  out.square = double(ratio.log_ratio) * double(ratio.log_ratio);
+  out.low = ratio.excess < -options.clip_low, out.high = ratio.excess > options.clip_high;
+  out.excess = out.smallest = out.largest = double(ratio.excess);
+  out.units = 1;
+  return out;
+}
+
+constexpr int STATISTICS = 9;
+
+// The loss and the statistics, in the order of reference.STATISTICS.
+template <typename T>
+STAR_HD void finish(const LossOptions<T>& options, const BatchSums& all, T* loss, float* statistics) {
+  const double kl = all.kl / double(options.batch);
+  *loss = T(all.loss / double(options.batch * options.locations) + double(options.kl_coef) * kl);
   const double values[STATISTICS] = {0.5 * all.square / all.units,
                                      (all.low + all.high) / all.units,
                                      all.low / all.units,
@@ -137,7 +234,6 @@ STAR_HD void finish_statistics(const PolicyLossSums& all, int64_t batch, int64_t
                                      1 + all.smallest,
                                      1 + all.largest,
                                      kl,
-                                     all.total == 0 ? 0.0 : all.top / all.total,
                                      all.nonfinite};
   for (int k = 0; k < STATISTICS; k++) statistics[k] = float(values[k]);
 }

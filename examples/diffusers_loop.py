@@ -77,7 +77,7 @@ def train(iterations=12, seed=0, weighted=True, learning_rate=1e-3):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"reward {rewards[-1]:.3f}  ratio {statistics.ratio_mean:.6f}  top tenth {statistics.gradient_share:.3f}")
+        print(f"reward {rewards[-1]:.3f}  ratio {statistics.ratio_mean:.6f}  clipped {statistics.clip_fraction:.3f}")
     return rewards
 
 

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import warnings
-from functools import cache
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from star_kernels import native
-from star_kernels.autograd import PolicyLoss as PolicyLossFunction
-from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS, POLICY_LOSS
-from star_kernels.reference import compute_dtype
+from star_kernels import autograd, native
+from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS
+from star_kernels.reference import STATISTICS, compute_dtype
 from star_kernels.transition import Transition, channel_dim
 
 Implementation = Literal["auto", "reference", "native", "triton"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRANSITION_FIELDS = tuple(f"transition.{name}" for name in Transition._fields)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Statistics(NamedTuple):
+class Statistics:
     """What a policy loss saw, each a () float32 tensor. "Units" are what the clip acts on: samples, or locations.
 
     approx_kl: half the mean squared log-ratio. clip_fraction, clip_fraction_low, clip_fraction_high: share of units
     with a ratio outside the clip range, below it, above it. ratio_mean, ratio_min, ratio_max: over the units.
     kl: the KL term to the reference velocity before its coefficient, 0 without one.
-    gradient_share: share of the gradient's absolute sum that lies in the top tenth of each sample's weights (0.1 for
-    equal weights). nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
+    nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
+
+    values: (9,) float32, all of them in this order. The fields are views of it that are made when they are asked for;
+    it unpacks and has `_fields` and `_asdict()` like a named tuple.
     """
 
     approx_kl: Tensor
@@ -40,8 +43,25 @@ class Statistics(NamedTuple):
     ratio_min: Tensor
     ratio_max: Tensor
     kl: Tensor
-    gradient_share: Tensor
     nonfinite: Tensor
+    _fields = STATISTICS
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in STATISTICS:
+            raise AttributeError(f"Statistics has no {name!r}, expected one of {list(STATISTICS)}")
+        return self.values[STATISTICS.index(name)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values.unbind())
+
+    def __len__(self) -> int:
+        return len(STATISTICS)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(STATISTICS, self, strict=True))
 
 
 class PolicyLoss(NamedTuple):
@@ -51,26 +71,26 @@ class PolicyLoss(NamedTuple):
     statistics: Statistics
 
 
-def implementations(operator: str, device: str = "cpu") -> dict[str, str | None]:
+def implementations(operator: str, device: str | torch.device = "cpu") -> dict[str, str | None]:
     """For each implementation of an operator None if it can run on the device, else why not, best first."""
     if operator not in OPERATORS:
         raise ValueError(f"operator: got {operator!r}, expected one of {sorted(OPERATORS)}")
-    entry = OPERATORS[operator]
+    entry, device = OPERATORS[operator], torch.device(device)
     reasons: dict[str, str | None] = {}
     if entry.native:
-        reasons["native"] = f"no compiled kernel of {operator} for {device} tensors"
-        if device in entry.native:
+        reasons["native"] = f"no compiled kernel of {operator} for {device.type} tensors"
+        if device.type in entry.native:
             reasons["native"] = native.reason(device)
     if entry.triton is not None:
         reason = None
         if not HAS_TRITON:
             reason = "Triton is not installed (pip install 'star-kernels[triton]')"
-        elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
-        elif device not in ("cpu", "cuda"):
-            reason = f"the Triton kernels run on NVIDIA and AMD GPUs, not on {device} tensors"
+        elif device.type not in ("cpu", "cuda"):
+            reason = f"the Triton kernels run on NVIDIA and AMD GPUs, not on {device.type} tensors"
         # In the interpreter it is for tests: never the automatic choice.
-        if device == "cpu":
+        if device.type == "cpu":
             return reasons | {"reference": None, "triton": reason}
         reasons["triton"] = reason
     return reasons | {"reference": None}
@@ -80,7 +100,18 @@ def resolve(operator: str, impl: str, device: torch.device) -> str:
     """The implementation to run. An explicit one, by argument or by STAR_IMPL, never falls back."""
     if impl == "auto":
         impl = os.environ.get("STAR_IMPL", "auto")
-    reasons = implementations(operator, device.type)
+    if torch.compiler.is_compiling():  # which looks once in any case, and would warn of a cache
+        return choose.__wrapped__(operator, impl, device)
+    return choose(operator, impl, device, os.environ.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def choose(operator: str, impl: str, device: torch.device, interpret: str | None = None) -> str:
+    """`resolve` after the environment was read; interpret: TRITON_INTERPRET, which `implementations` reads.
+
+    A cache: to ask CUDA for the device in every call takes longer than the checks of all arguments.
+    """
+    reasons = implementations(operator, device)
     if impl == "auto":
         chosen = next(name for name, reason in reasons.items() if reason is None)
         if chosen == "reference" and device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
@@ -93,21 +124,28 @@ def resolve(operator: str, impl: str, device: torch.device) -> str:
     return impl
 
 
-@cache
+@functools.cache
 def tell_fallback(operator: str, device: str) -> None:
     """Say once that an operator runs as plain PyTorch on a GPU, and what would change that."""
     missing = "; ".join(reason for reason in implementations(operator, device).values() if reason)
-    warnings.warn(f"{operator} runs as plain PyTorch on {device} tensors: {missing}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"{operator} runs as plain PyTorch on {device} tensors: {missing}", RuntimeWarning, stacklevel=5)
 
 
 def _tensor(name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None):
     """Check that value is a floating tensor of the shape (names stand for any size) on the device."""
+    # What is right costs three comparisons: these checks are a good part of the time of a small call.
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATS
+        and shape in (None, value.shape)
+        and device in (None, value.device)
+    ):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor")
-    # The plain comparison first: these checks are a good part of the time of a small call.
-    if shape not in (None, value.shape) and (
+    if shape is not None and (
         value.ndim != len(shape)
         or any(isinstance(want, int) and have != want for have, want in zip(value.shape, shape, strict=True))
     ):
@@ -125,8 +163,9 @@ def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
 def _transition(transition: Transition, batch: int, device: torch.device) -> None:
     if not isinstance(transition, Transition):
         raise TypeError(f"transition: got {type(transition).__name__}, expected a star_kernels.Transition")
-    for name, field in zip(transition._fields, transition, strict=True):
-        _tensor(f"transition.{name}", field, (batch,), device)
+    shape = (batch,)
+    for name, field in zip(TRANSITION_FIELDS, transition, strict=True):
+        _tensor(name, field, shape, device)
 
 
 def attention_maps(
@@ -321,7 +360,7 @@ def policy_loss(
 
     Args:
         velocity: model output, (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). The only argument with a gradient,
-            which for float16 is float32 until the backward pass, where a gradient scaler's factor comes.
+            which the backward pass makes in float32, a gradient scaler's factor included, and rounds once to its type.
         sample, prev_sample: latents before and after the step, same shape.
         transition: fields (B,), with s > 0.
         advantages: (B,) or one per location.
@@ -342,7 +381,7 @@ def policy_loss(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, range or device, or arguments that exclude each other.
-        RuntimeError: `impl` cannot run here, or a second derivative is asked for.
+        RuntimeError: `impl` cannot run here; in the backward pass of a gradient, that there is no second derivative.
 
     Source: Flow-GRPO (Liu et al. 2025), scripts/train_sd3.py; the spatial form is this project's (docs/mathematics.md).
     """
@@ -390,18 +429,16 @@ def policy_loss(
         raise ValueError(f"clip_range: got {clip_range}, expected e >= 0 or (low, high), both >= 0")
     if not adv_clip > 0:
         raise ValueError(f"adv_clip: got {adv_clip}, expected a number > 0")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not transition.s.min().item() > 0:
+    chosen = resolve("policy_loss", impl, device)
+    # The compiled kernel looks itself. To read values on a GPU, or of a traced tensor, would stop everything.
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if chosen != "native" and readable and not transition.s.min().item() > 0:
         raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
-    run = POLICY_LOSS.run(resolve("policy_loss", impl, device))
-    if velocity.dtype == torch.float16:
-        # The factor of a gradient scaler comes in the backward pass: until then the gradient must not be float16, which
-        # holds nothing below 6e-8, and the mean over a picture's elements makes gradients of 1e-6.
-        velocity = velocity.float()
     rest = (sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity,
             step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard)  # fmt: skip
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
-            loss, statistics = PolicyLossFunction.apply(run, velocity, rest)
+            loss, statistics, _ = autograd.policy_loss(chosen, velocity, rest)
     else:
-        loss, statistics = PolicyLossFunction.apply(run, velocity, rest)
-    return PolicyLoss(loss, Statistics(*statistics.unbind()))
+        loss, statistics, _ = autograd.policy_loss(chosen, velocity, rest)
+    return PolicyLoss(loss, Statistics(statistics))

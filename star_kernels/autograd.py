@@ -1,32 +1,64 @@
-"""The one differentiable operator. Its gradient is made in the forward pass."""
+"""The one differentiable operator. Its gradient is made in the backward pass."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from star_kernels.ops import POLICY_LOSS
+
 
 class PolicyLoss(torch.autograd.Function):
-    """(loss, statistics) of an implementation `run`, whose first argument, the velocity, gets the gradient."""
+    """(loss, statistics, log_ratio) by an implementation; of its arguments the velocity alone gets a gradient.
+
+    rest: what follows the velocity in the operator's schema.
+    """
 
     @staticmethod
-    def forward(ctx, run: Callable, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor]:
-        loss, statistics, gradient = run(velocity, *rest)
-        ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(gradient)
-        return loss, statistics
+    def forward(implementation: str, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        return POLICY_LOSS.run(implementation)(velocity, *rest)
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, _) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "policy_loss: no second derivative; its gradient is a constant (create_graph must be False)"
-            )
-        (gradient,) = ctx.saved_tensors
-        # Reading the value would wait for a GPU, and a traced tensor has none.
-        readable = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-        is_one = readable and type(grad_loss) is Tensor and grad_loss.item() == 1
-        scaled = gradient if is_one else gradient * grad_loss.to(gradient.dtype)
-        return None, scaled, None
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.implementation, velocity, rest = inputs
+        (sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean, _,
+         reference_velocity, step_weights, *ctx.options, guard) = rest  # fmt: skip
+        ctx.options.append(guard)
+        _, statistics, log_ratio = output
+        ctx.mark_non_differentiable(statistics, log_ratio)
+        # The gradient reads neither the old log-probs nor, but for the guard, the old mean: they need not be kept.
+        ctx.save_for_backward(
+            log_ratio, velocity, sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights,
+            old_mean if guard else None, None, reference_velocity, step_weights,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_) -> tuple[None, Tensor, None]:
+        log_ratio, velocity, *rest = ctx.saved_tensors
+        # With grad mode on somebody may want a derivative of the gradient; else the operator alone takes less time.
+        run = PolicyLossGradient.apply if torch.is_grad_enabled() else PolicyLossGradient.forward
+        return None, run(ctx.implementation, grad_loss, log_ratio, velocity, (*rest, *ctx.options)), None
+
+
+class PolicyLossGradient(torch.autograd.Function):
+    """The gradient of the velocity, as a constant: whoever differentiates it is told so."""
+
+    @staticmethod
+    def forward(implementation: str, grad_loss: Tensor, log_ratio: Tensor, velocity: Tensor, rest: tuple) -> Tensor:
+        return POLICY_LOSS.gradient.run(implementation)(grad_loss, log_ratio, velocity, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("policy_loss: no second derivative; its gradient is a constant")
+
+
+def policy_loss(implementation: str, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """PolicyLoss.apply. That looks the signature of `forward` up in every call, for function transforms alone, which
+    takes longer than the rest of the call."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return PolicyLoss.apply(implementation, velocity, rest)
+    return super(torch.autograd.Function, PolicyLoss).apply(implementation, velocity, rest)

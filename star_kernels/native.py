@@ -56,18 +56,18 @@ def covers(built: list[Architecture], capability: tuple[int, int]) -> bool:
 BUILT = architectures(_cuda.ARCHITECTURES) if _cuda is not None else []
 
 
-def reason(device: str) -> str | None:
-    """None if the kernels that are compiled for a type of device can run here, else why not."""
-    return REASON if device == "cpu" else cuda_reason()
+def reason(device: torch.device) -> str | None:
+    """None if the kernels that are compiled for this type of device can run on it, else why not."""
+    return REASON if device.type == "cpu" else cuda_reason(device)
 
 
-def cuda_reason() -> str | None:
-    """None if the CUDA kernels can run on the current GPU, else why not."""
+def cuda_reason(device: torch.device) -> str | None:
+    """None if the CUDA kernels can run on a GPU, else why not."""
     if CUDA_REASON is not None:
         return CUDA_REASON
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "this PyTorch sees no NVIDIA GPU"
-    gpu = torch.cuda.get_device_properties()
+    gpu = torch.cuda.get_device_properties(device)
     if not covers(BUILT, (gpu.major, gpu.minor)):
         number = f"{gpu.major}.{gpu.minor}"
         return f"built for {_cuda.ARCHITECTURES}, not for this GPU; reinstall with TORCH_CUDA_ARCH_LIST={number}"

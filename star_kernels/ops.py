@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import reference
+from star_kernels.transition import channel_dim
 
 
 def fake_attention_maps(query, key, concept_index, concept_weight, lse, scale, head_weight) -> Tensor:
@@ -30,9 +31,17 @@ def fake_gaussian_step(sample, velocity, noise, a, b, s) -> tuple[Tensor, Tensor
     return sample.new_empty(sample.shape), mean
 
 
-def fake_policy_loss(velocity, sample, prev_sample, *_) -> tuple[Tensor, Tensor, Tensor]:
-    loss = velocity.new_empty((), dtype=reference.compute_dtype(velocity, sample, prev_sample))
-    return loss, velocity.new_empty((10,), dtype=torch.float32), velocity.new_empty(velocity.shape)
+def fake_policy_loss(velocity, sample, prev_sample, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.compute_dtype(velocity, sample, prev_sample)
+    batch, ratio = velocity.shape[0], rest[12]
+    locations = velocity.numel() // (batch * velocity.shape[channel_dim(velocity)])
+    units = (batch, locations) if ratio == "location" else (batch,)
+    statistics = velocity.new_empty((len(reference.STATISTICS),), dtype=torch.float32)
+    return velocity.new_empty((), dtype=dtype), statistics, velocity.new_empty(units, dtype=dtype)
+
+
+def fake_policy_loss_gradient(grad_loss, log_ratio, velocity, *_) -> Tensor:
+    return velocity.new_empty(velocity.shape)
 
 
 def triton_launcher(operator: str) -> Callable:
@@ -54,6 +63,7 @@ class Operator:
     reference: plain PyTorch on every device, the specification.
     native: types of the devices that have a compiled kernel, csrc/DEVICE.
     triton: the launcher of the Triton kernels, for CUDA tensors; None without one.
+    gradient: the operator that the backward pass calls, in the same implementation; None for a constant.
     """
 
     name: str
@@ -62,13 +72,17 @@ class Operator:
     reference: Callable
     native: tuple[str, ...]
     triton: Callable | None = None
+    gradient: Operator | None = None
 
-    def define(self, implementation: str) -> str:
-        """Define star::NAME_IMPLEMENTATION, which has no kernel yet, and return this name."""
+    def define(
+        self, implementation: str, function: Callable | None = None, devices: str | tuple[str, ...] = ()
+    ) -> None:
+        """Define star::NAME_IMPLEMENTATION, of the function for the devices; without one it is for C++ to register."""
         qualified = f"star::{self.name}_{implementation}"
         torch.library.define(qualified, self.schema)
         torch.library.register_fake(qualified, self.fake)
-        return qualified
+        if function is not None:
+            torch.library.impl(qualified, devices, function)
 
     def run(self, implementation: str) -> Callable:
         """The torch.library operator of an implementation."""
@@ -108,30 +122,41 @@ GAUSSIAN_STEP = Operator(
     triton=triton_launcher("gaussian_step"),
 )
 
+_POLICY_LOSS_ARGUMENTS = (
+    "Tensor velocity, Tensor sample, Tensor prev_sample, Tensor a, Tensor b, Tensor s, Tensor precision, "
+    "Tensor log_norm, Tensor kl_precision, Tensor advantages, Tensor? weights, Tensor? old_mean, "
+    "Tensor? old_log_prob, Tensor? reference_velocity, Tensor? step_weights, str ratio, float clip_low, "
+    "float clip_high, float adv_clip, float kl_coef, bool guard"
+)
+
 POLICY_LOSS = Operator(
     name="policy_loss",
-    schema=(
-        "(Tensor velocity, Tensor sample, Tensor prev_sample, Tensor a, Tensor b, Tensor s, Tensor precision, "
-        "Tensor log_norm, Tensor kl_precision, Tensor advantages, Tensor? weights, Tensor? old_mean, "
-        "Tensor? old_log_prob, Tensor? reference_velocity, Tensor? step_weights, str ratio, float clip_low, "
-        "float clip_high, float adv_clip, float kl_coef, bool guard) -> (Tensor, Tensor, Tensor)"
-    ),
+    schema=f"({_POLICY_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=fake_policy_loss,
     reference=reference.policy_loss,
     native=("cpu", "cuda"),
+    gradient=Operator(
+        name="policy_loss_gradient",
+        schema=f"(Tensor grad_loss, Tensor log_ratio, {_POLICY_LOSS_ARGUMENTS}) -> Tensor",
+        fake=fake_policy_loss_gradient,
+        reference=reference.policy_loss_gradient,
+        native=("cpu", "cuda"),
+    ),
 )
 
 OPERATORS = {operator.name: operator for operator in (ATTENTION_MAPS, ALLOCATE, GAUSSIAN_STEP, POLICY_LOSS)}
 
 
-def register(operator: Operator) -> None:
-    """Define the operator's implementations, and register those in Python; the C++ libraries register their own."""
-    torch.library.impl(operator.define("reference"), "CompositeExplicitAutograd", operator.reference)
+def define(operator: Operator) -> None:
+    """All implementations of an operator, and of its gradient."""
+    operator.define("reference", operator.reference, "CompositeExplicitAutograd")
     if operator.native:
         operator.define("native")
     if operator.triton is not None:
-        torch.library.impl(operator.define("triton"), ("CPU", "CUDA"), operator.triton)
+        operator.define("triton", operator.triton, ("CPU", "CUDA"))
+    if operator.gradient is not None:
+        define(operator.gradient)
 
 
 for _operator in OPERATORS.values():
-    register(_operator)
+    define(_operator)

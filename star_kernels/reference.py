@@ -8,10 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from star_kernels.transition import channel_dim
-
 LOG_RATIO_LIMIT = 30.0  # exp(30) = 1e13: far beyond any clip range, far from float32's overflow at 88
-TOP_SHARE = 0.1  # the top decile of the weights, in `gradient_share`
+# In the order in which policy_loss returns them; api.Statistics has what they mean.
+STATISTICS = (
+    "approx_kl",
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "kl",
+    "nonfinite",
+)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -128,83 +137,48 @@ def policy_loss(
     kl_coef: float,
     guard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), statistics (10,) in the order of api.Statistics, gradient of the velocity; see api.policy_loss."""
+    """Loss (), statistics (9,) in the order of STATISTICS, log_ratio of the units; see api.policy_loss.
+
+    log_ratio: (B,), or (B, P) for ratio "location", with P locations; what policy_loss_gradient needs of this pass.
+    """
     dtype = compute_dtype(velocity, sample, prev_sample)
-    batch, channels = sample.shape[0], sample.shape[channel_dim(sample)]
-    out_dtype = velocity.dtype
-
-    def pixels(tensor: Tensor) -> Tensor:  # (B, C, P)
-        tensor = tensor.to(dtype)
-        return tensor.transpose(1, 2) if tensor.ndim == 3 else tensor.flatten(2)
-
-    def locations(tensor: Tensor) -> Tensor:  # (B,) or like the weights -> (B, 1) or (B, P)
-        return tensor.to(dtype).reshape(batch, -1)
-
-    v, x, next_x = pixels(velocity), pixels(sample), pixels(prev_sample)
-    count = x.shape[2]
+    v, x, next_x = (_pixels(tensor, dtype) for tensor in (velocity, sample, prev_sample))
     a, b, s, precision, log_norm, kl_precision = (
         field.to(dtype)[:, None] for field in (a, b, s, precision, log_norm, kl_precision)
     )
     mean = a[..., None] * x + b[..., None] * v
     residual = next_x - mean  # (B, C, P)
-
-    # Log-ratio of each location, and its derivative by the velocity but for the factor `slope` (B, 1).
-    slope = 2 * precision * b / channels
-    direction = residual
     if old_mean is not None:
-        old_mean = pixels(old_mean)
+        old_mean = _pixels(old_mean, dtype)
         if guard:
-            direction = next_x - old_mean
-            slope = slope * s
-            delta = 2 * precision * s * (direction * (mean - old_mean)).mean(1)
+            delta = 2 * precision * s * ((next_x - old_mean) * (mean - old_mean)).mean(1)
         else:
             # Algebraically log p - log p_old, without the cancellation of subtracting two squared errors.
             delta = ((mean - old_mean) * (residual + (next_x - old_mean))).mean(1) * precision
     else:
-        delta = -residual.square().mean(1) * precision - log_norm - locations(old_log_prob)
-    finite = delta.isfinite()
+        delta = -residual.square().mean(1) * precision - log_norm - _rows(old_log_prob, dtype)
+    nonfinite = (~delta.isfinite()).sum()
 
-    w = torch.ones(1, 1, dtype=dtype, device=x.device) if weights is None else locations(weights)
-    if ratio == "token":
-        log_ratio = delta.mean(1, keepdim=True, dtype=torch.float64).to(dtype)  # (B, 1)
-    elif ratio == "sample":
-        log_ratio = (w * delta).mean(1, keepdim=True, dtype=torch.float64).to(dtype)  # (B, 1)
-    else:
+    w = _weights(weights, v)
+    if ratio == "location":
         log_ratio = delta  # (B, P)
-    inside = log_ratio.abs() <= LOG_RATIO_LIMIT
-    log_ratio = torch.where(log_ratio.isfinite(), log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), torch.nan)
-    excess = torch.expm1(log_ratio)  # ratio - 1: near 1 float32 resolves it far better than the ratio
-
-    adv = locations(advantages).clamp(-adv_clip, adv_clip)
-    adv = adv * (1 if step_weights is None else locations(step_weights))
-    if guard:
-        adv = adv * (precision / kl_precision)
-    clipped = excess.clamp(-clip_low, clip_high)
-    surrogate = torch.maximum(-adv * (1 + excess), -adv * (1 + clipped))
-    # Where the clipped branch is the larger one the ratio carries no gradient. The edges belong to the inside.
-    gate = torch.where(adv >= 0, excess <= clip_high, excess >= -clip_low) & inside
-    force = torch.where(gate | surrogate.isnan(), -adv * (1 + excess), 0.0)  # d surrogate / d log-ratio
-    if ratio == "sample":
-        loss = surrogate.mean()
     else:
-        loss = (w * surrogate).expand(batch, count).mean()
-    per_location = (w * force).expand(batch, count)  # every ratio: d loss / d delta, times B * P
-    gradient = (per_location * slope / (batch * count))[:, None] * direction
-
+        of_ratio = w * delta if ratio == "sample" else delta
+        log_ratio = of_ratio.mean(1, dtype=torch.float64).to(dtype)  # (B,)
+    unit, excess, _ = limited_ratio(log_ratio)
+    adv = _advantages(advantages, adv_clip, step_weights, precision, kl_precision, guard)
+    value, _ = surrogate(_rows(log_ratio, dtype), adv, clip_low, clip_high)
+    loss = (value if ratio == "sample" else w * value).expand(delta.shape).mean()
     kl = torch.zeros((), dtype=dtype, device=x.device)
     if reference_velocity is not None:
-        difference = b[..., None] * (v - pixels(reference_velocity))
+        difference = b[..., None] * (v - _pixels(reference_velocity, dtype))
         kl = (difference.square().mean((1, 2)) * kl_precision[:, 0]).mean()
         loss = loss + kl_coef * kl
-        factor = 2 * kl_coef * kl_precision * b / (batch * channels * count)
-        policy_gradient, gradient = gradient, gradient + factor[..., None] * difference
-    else:
-        policy_gradient = gradient
 
     low, high = (excess < -clip_low).to(dtype).mean(), (excess > clip_high).to(dtype).mean()
     statistics = torch.stack(
         [
-            0.5 * log_ratio.square().mean(),
+            0.5 * unit.square().mean(),
             low + high,
             low,
             high,
@@ -212,24 +186,108 @@ def policy_loss(
             1 + excess.min(),
             1 + excess.max(),
             kl,
-            top_share(policy_gradient.abs().sum(1), w.expand(batch, count)),
-            (~finite).sum().to(dtype),
+            nonfinite.to(dtype),
         ]
     ).to(torch.float32)
-    gradient = gradient.transpose(1, 2) if velocity.ndim == 3 else gradient
-    return loss.to(dtype), statistics, gradient.reshape(velocity.shape).to(out_dtype)
+    return loss.to(dtype), statistics, log_ratio
 
 
-def top_share(amount: Tensor, weights: Tensor) -> Tensor:
-    """Share of `amount` (B, P) that lies in each sample's locations of highest weight, TOP_SHARE of all locations.
+def policy_loss_gradient(
+    grad_loss: Tensor,
+    log_ratio: Tensor,
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    precision: Tensor,
+    log_norm: Tensor,
+    kl_precision: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None,
+    old_mean: Tensor | None,
+    old_log_prob: Tensor | None,
+    reference_velocity: Tensor | None,
+    step_weights: Tensor | None,
+    ratio: str,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    kl_coef: float,
+    guard: bool,
+) -> Tensor:
+    """Gradient of the velocity, in its type, for the gradient () of the loss. log_ratio: as policy_loss returned it.
 
-    Locations that tie at the edge count in proportion, so equal weights give exactly TOP_SHARE. 0 if amount is 0.
+    Everything else is what policy_loss took; old_mean is read under `guard` alone, log_norm and old_log_prob never.
     """
-    count = weights.shape[1]
-    size = TOP_SHARE * count
-    edge = weights.sort(1, descending=True).values[:, int(size) : int(size) + 1]  # (B, 1)
-    above, tied = weights > edge, weights == edge
-    portion = (size - above.sum(1)) / tied.sum(1).clamp_min(1)
-    inside = (amount * above).sum(1) + portion * (amount * tied).sum(1)
-    total = amount.sum()
-    return torch.where(total == 0, 0.0, inside.sum() / total)
+    dtype = compute_dtype(velocity, sample, prev_sample)
+    v, next_x = _pixels(velocity, dtype), _pixels(prev_sample, dtype)
+    batch, channels, count = v.shape
+    a, b, s, precision, kl_precision = (field.to(dtype)[:, None] for field in (a, b, s, precision, kl_precision))
+    # The derivative of a location's log-ratio by the velocity is slope * direction.
+    slope = 2 * precision * b / channels
+    if guard:
+        slope = slope * s
+        direction = next_x - _pixels(old_mean, dtype)
+    else:
+        direction = next_x - (a[..., None] * _pixels(sample, dtype) + b[..., None] * v)
+    adv = _advantages(advantages, adv_clip, step_weights, precision, kl_precision, guard)
+    _, force = surrogate(_rows(log_ratio, dtype), adv, clip_low, clip_high)
+    grad_loss = grad_loss.to(dtype)
+    # In every ratio: the derivative of the loss by a location's log-ratio, times B * P.
+    per_location = (_weights(weights, v) * force).expand(batch, count)
+    gradient = (per_location * (slope / (batch * count) * grad_loss))[:, None] * direction
+    if reference_velocity is not None:
+        factor = 2 * kl_coef * kl_precision * b * b / (batch * channels * count) * grad_loss
+        gradient = gradient + factor[..., None] * (v - _pixels(reference_velocity, dtype))
+    gradient = gradient.transpose(1, 2) if velocity.ndim == 3 else gradient
+    return gradient.reshape(velocity.shape).to(velocity.dtype)
+
+
+def limited_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(limited log-ratio, ratio - 1, whether it was inside of the limit); NaN for a log-ratio that is not finite."""
+    inside = log_ratio.abs() <= LOG_RATIO_LIMIT
+    limited = torch.where(log_ratio.isfinite(), log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), torch.nan)
+    return limited, torch.expm1(limited), inside  # near 1 float32 resolves ratio - 1 far better than the ratio
+
+
+def surrogate(log_ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """(max(-A ratio, -A clip(ratio)), its derivative by the log-ratio)."""
+    _, excess, inside = limited_ratio(log_ratio)
+    plain = -adv * (1 + excess)
+    value = torch.maximum(plain, -adv * (1 + excess.clamp(-clip_low, clip_high)))
+    # Where the clipped branch is the larger one the ratio carries no gradient. The edges belong to the inside.
+    gate = torch.where(adv >= 0, excess <= clip_high, excess >= -clip_low) & inside
+    return value, torch.where(gate | value.isnan(), plain, 0.0)
+
+
+def _pixels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Latents in the type of the arithmetic, (B, C, P)."""
+    tensor = tensor.to(dtype)
+    return tensor.transpose(1, 2) if tensor.ndim == 3 else tensor.flatten(2)
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """One value per sample, (B,), or per location, to (B, 1) or (B, P)."""
+    return tensor.to(dtype).reshape(tensor.shape[0], -1)
+
+
+def _weights(weights: Tensor | None, v: Tensor) -> Tensor:
+    """(B, P), or a one (1, 1) without weights. v: (B, C, P) in the type of the arithmetic."""
+    return v.new_ones(1, 1) if weights is None else _rows(weights, v.dtype)
+
+
+def _advantages(
+    advantages: Tensor,
+    adv_clip: float,
+    step_weights: Tensor | None,
+    precision: Tensor,
+    kl_precision: Tensor,
+    guard: bool,
+) -> Tensor:
+    """As the surrogate takes them, (B, 1) or (B, P). precision, kl_precision: (B, 1) in the type of the arithmetic."""
+    adv = _rows(advantages, precision.dtype).clamp(-adv_clip, adv_clip)
+    if step_weights is not None:
+        adv = adv * _rows(step_weights, precision.dtype)
+    return adv * (precision / kl_precision) if guard else adv

@@ -1,6 +1,7 @@
 """What tests are built from: small models with the true structure, small runs, formulas written a second time. Nothing
 is downloaded."""
 
+import dataclasses
 import math
 
 import torch
@@ -21,6 +22,10 @@ from transformers import (
 )
 
 from star import config as configuration
+from star.presets import preset
+from star.shapes.task import TASK
+from star.training.prompts import Prompt
+from star.training.scoring import sample_images
 
 EPS = torch.finfo(torch.float32).eps
 HEADS, TEXT, GRID = 2, 6, (3, 5)  # a grid that is not square shows rows and columns that are mixed up
@@ -197,7 +202,7 @@ def small_sd35(corpus) -> StableDiffusion3Pipeline:
 
 def small_run(out, **changes):
     """The shapes preset with the fewest pictures; changes as in YAML."""
-    config = configuration.preset("shapes")
+    config = preset("shapes")
     base = {
         "model": {"lora_rank": 16, "lora_alpha": 32},
         "sampling": {
@@ -205,7 +210,8 @@ def small_run(out, **changes):
             **{"steps": 4, "trained_steps": [1, 2], "noise_level": 0.7},
         },
         "optimization": {"iterations": 2, "learning_rate": 1e-2, "ema_decay": 0.0},
-        "run": {"out": str(out), "held_out": 0, "pictures": False, "save_every": 1},
+        "scoring": {"count": 0},
+        "run": {"out": str(out), "figures": False, "save_every": 1},
     }
     for section, values in changes.items():
         base.setdefault(section, {}).update(values)
@@ -213,6 +219,12 @@ def small_run(out, **changes):
 
 
 WORDS = "a red blue circle square and ring".split()
+
+
+def plain_images(pipeline, texts, seed):
+    """(B, 3, H, W): what the plain pipeline draws for prompts of the embedded world."""
+    options = dataclasses.replace(TASK.images, seed=seed)
+    return torch.cat([images for _, images in sample_images(pipeline, [Prompt(t) for t in texts], options)])
 
 
 def word_tokenizer(folder, start, end, pad):

@@ -26,11 +26,11 @@ def _call(function: str, arguments: tuple[str, ...]) -> None:
 
     torch.set_num_threads(1)  # no thread pool that a fork would lack
     from star import cli
-    from star.reports import figures as report  # noqa: F401
-    from star.training.pipeline import load_pipeline
+    from star.reports import figures  # noqa: F401
+    from star.shapes.model import load_pipeline
 
     cli.quiet_third_parties()
-    load_pipeline("shapes")  # the libraries' own caches are then warm in every child
+    load_pipeline()  # the libraries' own caches are then warm in every child
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(*arguments)
 

@@ -11,7 +11,7 @@ from star_kernels.ops import OPERATORS
 
 TINY = [
     *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
-    *("--sampling.steps", "4", "--optimization.iterations", "1", "--run.held-out", "0", "--run.no-pictures"),
+    *("--sampling.steps", "4", "--optimization.iterations", "1", "--scoring.count", "0", "--run.no-figures"),
 ]
 
 
@@ -44,10 +44,10 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
             ["--preset", "geneval"],
             "star: preset: unknown 'geneval', expected one of ['geneval-sd35m', 'geneval-sd35m-fast', 'ocr-",
         ),
-        ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['shapes', 'ocr',"),
+        ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['ocr', 'geneval',"),
         ([*TINY, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
         (["--config", "/nowhere.yaml"], "star: config: /nowhere.yaml cannot be read"),
-        ([*TINY, "--sampling.prompts", "/nowhere.txt"], "star: sampling.prompts: /nowhere.txt cannot be read"),
+        ([*TINY, "--sampling.prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, words):
@@ -72,7 +72,7 @@ def test_a_corrupt_checkpoint_is_one_line_and_stays(tmp_path, capsys):
 
 def test_eval_and_maps(tmp_path, capsys):
     code, output, _ = run(capsys, "eval", "--n", "16")
-    assert code == 0 and "held-out prompts" in output and "±" in output
+    assert code == 0 and "16 prompts of the held-out split" in output and "±" in output
     picture = tmp_path / "maps.png"
     arguments = ("--prompt", "a red circle and a ring", "--out", str(picture), "--steps", "3", "--layers", "2", "3")
     code, output, _ = run(capsys, "maps", *arguments)

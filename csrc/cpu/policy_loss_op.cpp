@@ -1,5 +1,6 @@
-// star::policy_loss_native for CPU tensors: makes the tensors contiguous and of few types, runs the kernel per sample.
-#include <memory>
+// star::policy_loss_native and its gradient for CPU tensors: make the tensors contiguous and of few types, run the kernels
+// tile by tile, add the tiles up in their order.
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/policy_loss.h"
@@ -9,69 +10,98 @@ namespace star {
 namespace {
 
 template <typename V, typename X, typename T>
-PolicyLossResult run_as(const PolicyLossInputs& inputs) {
-  const Tensor& velocity = inputs.velocity;
-  const bool packed = velocity.dim() == 3;
-  const int64_t batch = velocity.size(0), channels = velocity.size(packed ? 2 : 1);
-  const int64_t places = batch * channels == 0 ? 0 : velocity.numel() / (batch * channels);
-  Tensor gradient = new_empty(velocity, velocity.sizes(), scalar_type<V>);
-  Pointers pointers;
-  const PolicyLossArgs<V, X, T> args{
-      .batch = batch,
-      .channels = channels,
-      .places = places,
-      .packed = packed,
-      .velocity = pointers.of<V>(velocity),
-      .reference_velocity = pointers.of<V>(inputs.reference_velocity),
-      .sample = pointers.of<X>(inputs.sample),
-      .prev_sample = pointers.of<X>(inputs.prev_sample),
-      .old_mean = pointers.of<X>(inputs.old_mean),
-      .a = pointers.of<T>(inputs.a),
-      .b = pointers.of<T>(inputs.b),
-      .s = pointers.of<T>(inputs.s),
-      .precision = pointers.of<T>(inputs.precision),
-      .log_norm = pointers.of<T>(inputs.log_norm),
-      .kl_precision = pointers.of<T>(inputs.kl_precision),
-      .advantages = pointers.of<T>(inputs.advantages),
-      .weights = pointers.of<T>(inputs.weights),
-      .old_log_prob = pointers.of<T>(inputs.old_log_prob),
-      .step_weights = pointers.of<T>(inputs.step_weights),
-      .advantages_per_place = inputs.advantages.dim() > 1,
-      .old_log_prob_per_place = inputs.old_log_prob && inputs.old_log_prob->dim() > 1,
-      .form = form_of(inputs),
-      .ratio = ratio_of(inputs),
-      .clip_low = T(inputs.clip_low),
-      .clip_high = T(inputs.clip_high),
-      .adv_clip = T(inputs.adv_clip),
-      .kl_coef = T(inputs.kl_coef),
-      .gradient = gradient.mutable_data_ptr<V>(),
-  };
-  const auto kernel = STAR_SELECT(policy_loss_sample<V, X, T>);
-  std::vector<PolicyLossSums> sums(batch);
-  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = std::make_unique_for_overwrite<T[]>(2 * places);
-    for (int64_t index = begin; index < end; index++) sums[index] = kernel(args, index, scratch.get());
-  });
-
-  PolicyLossSums all = no_sums();
-  for (const PolicyLossSums& one : sums) add(all, one);
-  Tensor loss = new_empty(velocity, {}, scalar_type<T>);
-  Tensor statistics = new_empty(velocity, {STATISTICS}, ScalarType::Float);
-  finish_statistics(all, batch, places, inputs.kl_coef, loss.mutable_data_ptr<T>(), statistics.mutable_data_ptr<float>());
-  return {loss, statistics, converted(gradient, velocity.scalar_type())};
+PolicyLossArgs<V, X, T> arguments(const PolicyLossInputs& inputs, Pointers& pointers) {
+  PolicyLossArgs<V, X, T> args{loss_options<T>(inputs)};
+  args.packed = inputs.velocity.dim() == 3;
+  args.velocity = pointers.of<V>(inputs.velocity);
+  args.reference_velocity = pointers.of<V>(inputs.reference_velocity);
+  args.sample = pointers.of<X>(inputs.sample);
+  args.prev_sample = pointers.of<X>(inputs.prev_sample);
+  args.old_mean = pointers.of<T>(inputs.old_mean);
+  args.a = pointers.of<T>(inputs.a);
+  args.b = pointers.of<T>(inputs.b);
+  args.s = pointers.of<T>(inputs.s);
+  args.precision = pointers.of<T>(inputs.precision);
+  args.log_norm = pointers.of<T>(inputs.log_norm);
+  args.kl_precision = pointers.of<T>(inputs.kl_precision);
+  args.advantages = pointers.of<T>(inputs.advantages);
+  args.weights = pointers.of<T>(inputs.weights);
+  args.old_log_prob = pointers.of<T>(inputs.old_log_prob);
+  args.step_weights = pointers.of<T>(inputs.step_weights);
+  args.advantages_per_location = inputs.advantages.dim() > 1;
+  args.old_log_prob_per_location = inputs.old_log_prob && inputs.old_log_prob->dim() > 1;
+  return args;
 }
 
-PolicyLossResult run(const PolicyLossInputs& inputs) {
-  const ScalarType type = inputs.velocity.scalar_type();
-  if (any_double(inputs.velocity, inputs.sample, inputs.prev_sample)) return run_as<double, double, double>(inputs);
-  if (type != ScalarType::BFloat16) return run_as<float, float, float>(inputs);
-  const bool same = inputs.sample.scalar_type() == type && inputs.prev_sample.scalar_type() == type &&
-                    (!inputs.old_mean || inputs.old_mean->scalar_type() == type);
-  return same ? run_as<BFloat16, BFloat16, float>(inputs) : run_as<BFloat16, float, float>(inputs);
+// Calls tile(number of the task, sample, first location) for every tile of every sample, on all threads.
+template <typename Args, typename F>
+void each_tile(const Args& args, F tile) {
+  const int64_t tiles = (args.locations + LOSS_TILE - 1) / LOSS_TILE;
+  parallel_for(0, args.batch * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) tile(task, task / tiles, task % tiles * LOSS_TILE);
+  });
+}
+
+template <typename V, typename X, typename T>
+PolicyLossResult loss_as(const PolicyLossInputs& inputs) {
+  Pointers pointers;
+  PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs, pointers);
+  const bool per_location = args.ratio == Ratio::location;
+  Tensor loss = new_empty(inputs.velocity, {}, scalar_type<T>);
+  Tensor statistics = new_empty(inputs.velocity, {STATISTICS}, ScalarType::Float);
+  Tensor log_ratio = per_location ? new_empty(inputs.velocity, {args.batch, args.locations}, scalar_type<T>)
+                                  : new_empty(inputs.velocity, {args.batch}, scalar_type<T>);
+  args.log_ratio = log_ratio.mutable_data_ptr<T>();
+
+  for (int64_t index = 0; index < args.batch; index++)
+    if (!(args.s[index] > 0))
+      throw std::invalid_argument("transition.s: has values <= 0; a deterministic step has no density to train on");
+
+  const auto kernel = STAR_SELECT(policy_loss_sums<V, X, T>);
+  std::vector<LocationSums> sums(args.batch * ((args.locations + LOSS_TILE - 1) / LOSS_TILE));
+  each_tile(args, [&](int64_t task, int64_t index, int64_t first) { sums[task] = kernel(args, index, first); });
+
+  BatchSums all = no_sums();
+  const int64_t tiles = args.batch ? int64_t(sums.size()) / args.batch : 0;
+  for (int64_t index = 0; index < args.batch; index++) {
+    LocationSums sample = no_location_sums();
+    for (int64_t tile = 0; tile < tiles; tile++) add(sample, sums[index * tiles + tile]);
+    if (!per_location) args.log_ratio[index] = T(sample.slot[DELTA] / double(args.locations));
+    const T up = args.advantages_per_location ? T(1) : args.advantage(args.terms(index), index, index);
+    const T down = args.advantages_per_location ? T(-1) : up;
+    const T log_ratio = per_location ? T(0) : args.log_ratio[index];
+    add(all, sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]));
+  }
+  finish<T>(args, all, loss.mutable_data_ptr<T>(), statistics.mutable_data_ptr<float>());
+  return {loss, statistics, log_ratio};
+}
+
+template <typename V, typename X, typename T>
+Tensor gradient_as(const PolicyLossGradientInputs& inputs) {
+  Pointers pointers;
+  PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs.loss, pointers);
+  const Tensor& velocity = inputs.loss.velocity;
+  Tensor gradient = new_empty(velocity, velocity.sizes(), scalar_type<V>);
+  args.log_ratio = const_cast<T*>(pointers.of<T>(inputs.log_ratio));
+  args.grad_loss = *pointers.of<T>(inputs.grad_loss);
+  args.gradient = gradient.mutable_data_ptr<V>();
+  const auto kernel = STAR_SELECT(policy_loss_gradient<V, X, T>);
+  each_tile(args, [&](int64_t, int64_t index, int64_t first) { kernel(args, index, first); });
+  return converted(gradient, velocity.scalar_type());
+}
+
+PolicyLossResult loss(const PolicyLossInputs& inputs) {
+  return with_types(inputs, [&]<typename V, typename X, typename T>(Types<V, X, T>) { return loss_as<V, X, T>(inputs); });
+}
+
+Tensor gradient(const PolicyLossGradientInputs& inputs) {
+  return with_types(inputs.loss,
+                    [&]<typename V, typename X, typename T>(Types<V, X, T>) { return gradient_as<V, X, T>(inputs); });
 }
 
 }  // namespace
 
-STAR_REGISTER(policy_loss, policy_loss<run>)
+STAR_REGISTER(policy_loss, policy_loss<loss>)
+STAR_REGISTER(policy_loss_gradient, policy_loss_gradient<gradient>)
 
 }  // namespace star

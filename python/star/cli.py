@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -10,75 +11,96 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from star.training.task import Task
+
+Values = TypeVar("Values")
 
 USAGE = """usage: star COMMAND [--help]
 
-  train   post-train a model: --preset NAME, --config FILE.yaml, and any option
-  plan    print what a run will take, before anything is loaded: --gpus N and the options of train
-  eval    score a model, with or without an adapter, on a prompt file (GenEval's, OCR's, any) or the embedded world
-  compare train arms with several seeds side by side, and report what tells them apart
-  maps    picture a prompt's concept maps by layer and step; --world measures localization
-  report  one HTML page of runs: curves, pictures, what differs; star report RUN [RUN...] [--out FILE]
-  info    versions, what was built, and which implementation each operator uses
+  train   post-train a model: --preset NAME, --config FILE.yaml, and any option plan    print what a run will take,
+  before anything is loaded: --gpus N and the options of train eval    score a model, with or without an adapter, on a
+  task's held-out prompts or a prompt file (GenEval's, OCR's, any) compare train arms with several seeds side by side,
+  and report what tells them apart maps    picture a prompt's concept maps by layer and step report  one HTML page of
+  runs: curves, images, what differs; star report RUN [RUN...] [--out FILE] info    versions, what was built, and which
+  implementation each operator uses
 """
 
 
 @dataclass
 class Eval:
-    """Score a model on a prompt file by a reward, or on the held-out prompts of the embedded world."""
+    """Score a model by a reward: on a task's held-out prompts or on a prompt file."""
 
-    model: str = "shapes"
-    """A pipeline's folder or hub id; "shapes" is the embedded model."""
+    task: str | None = None
+    """"shapes", the embedded world, or "module:attribute" of a star.training.task.Task. None: the embedded world,
+    unless there is a model."""
+    model: str | None = None
+    """A pipeline's folder or hub id. None: the task's."""
     lora: Path | None = None
     """An adapter's folder, as `star train` writes it."""
     prompts: Path | None = None
-    """A text file with one prompt a line, or GenEval's .jsonl; none: the held-out prompts of the embedded world."""
-    reward: str = "shapes"
-    """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function"."""
+    """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
+    reward: str | None = None
+    """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
     models: dict[str, str] = field(default_factory=dict)
     """Where rewards find their weights, by name."""
     n: int | None = None
-    """Only the first so many prompts; of the embedded world 512."""
-    images_per_prompt: int = 4
+    """Only the first n prompts of a file; of a task n held-out prompts. None: all of a file, 512 of a task."""
+    images_per_prompt: int | None = None
+    """Images of each prompt. None: the task's number; 4 without a task."""
     steps: int | None = None
-    """40; for the embedded model 8."""
+    """Denoising steps. None: the task's; 40 without a task."""
     guidance_scale: float | None = None
-    """4.5; for the embedded model 1, none."""
+    """Scale of classifier-free guidance, 1 for none. None: the task's; 4.5 without a task."""
     height: int | None = None
-    """512; for the embedded model 36."""
+    """Pixels. None: the task's; 512 without a task."""
     width: int | None = None
-    max_sequence_length: int = 128
-    """Tokens of the T5 part, if there is one."""
+    """Pixels. None: as for the height."""
+    max_sequence_length: int | None = None
+    """Tokens of the T5 part, if there is one. None: the task's; 128 without a task."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch: int = 8
+    """Type of the weights; the autoencoder stays in float32."""
+    batch: int | None = None
+    """Images per forward pass. None: the task's; 8 without a task."""
     seed: int = 2026
+    """Seed of noise and of a task's prompts."""
     out: Path | None = None
-    """A new folder for results.jsonl and summary.json."""
+    """A new folder for evaluations.jsonl, as a run has it, and results.jsonl, a line for each image."""
     save_images: bool = False
-    """Keep the pictures in `out` too, in GenEval's layout."""
+    """Keep the images in `out` too, in GenEval's layout."""
     timeout: float = 600.0
-    """Seconds for a batch of pictures, after which their reward counts as failed."""
+    """Seconds for a batch of images, after which their reward counts as failed."""
 
 
 @dataclass
 class Maps:
-    """Picture the concept maps of a prompt, or measure localization on the embedded world."""
+    """Picture the concept maps of a prompt."""
 
     prompt: str = "a red circle left of a blue square"
-    model: str = "shapes"
+    """The prompt."""
+    task: str | None = None
+    """"shapes", the embedded world, or "module:attribute" of a star.training.task.Task. None: the embedded world,
+    unless there is a model."""
+    model: str | None = None
+    """A pipeline's folder or hub id. None: the task's."""
     out: Path = Path("maps.png")
+    """The picture's file."""
     steps: int = 8
+    """Denoising steps."""
     guidance_scale: float = 1.0
-    max_sequence_length: int = 0
-    """Tokens of the T5 part."""
-    height: int = 36
-    width: int = 36
+    """Scale of classifier-free guidance; 1 for none."""
+    max_sequence_length: int | None = None
+    """Tokens of the T5 part. None: the task's; 128 without a task."""
+    height: int | None = None
+    """Pixels. None: the task's; 512 without a task."""
+    width: int | None = None
+    """Pixels. None: as for the height."""
     layers: tuple[int, ...] | None = None
-    """Blocks to show; None: all."""
+    """Blocks to show. None: all."""
     seed: int = 0
-    world: bool = False
-    """Instead print localization by layer and noise level against the true masks of the embedded world."""
+    """Seed of the noise."""
 
 
 def quiet_third_parties() -> None:
@@ -101,13 +123,14 @@ def read_config(arguments: list[str], prog: str):
 
     from star import config as configuration
     from star.config import Config
+    from star.presets import preset
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--preset")
     parser.add_argument("--config")
     parser.add_argument("--out")
     known, rest = parser.parse_known_args(arguments)
-    base = configuration.preset(known.preset) if known.preset else Config()
+    base = preset(known.preset) if known.preset else Config()
     if known.config:
         base = configuration.load(known.config, base)
     for flag in ("resume", "overwrite"):
@@ -121,6 +144,7 @@ def train(arguments: list[str]) -> None:
     config = read_config(arguments, "star train")
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from star.train import train as run
@@ -129,17 +153,22 @@ def train(arguments: list[str]) -> None:
     if int(os.environ.get("RANK", 0)):
         return  # the first process speaks for all
     if summary.get("stopped"):
-        print(f"stopped after {summary['iterations']} iterations, as asked; --resume continues {config.run.out}")
+        print(f"stopped after {summary['iterations']} iterations by SIGTERM; --resume continues {config.run.out}")
         return
-    table = Table("", "before", "after", title=f"{summary['iterations']} iterations in {summary['seconds']:.0f} s")
-    if "soft_before" in summary:
-        for name in ("soft", "strict"):
-            table.add_row(f"held-out {name}", f"{summary[f'{name}_before']:.3f}", f"{summary[f'{name}_after']:.3f}")
-        error = summary["soft_standard_error"]
-        table.caption = f"soft: {summary['soft_after'] - summary['soft_before']:+.3f} (standard error {error:.3f})"
+    title = f"{summary['iterations']} iterations in {summary['seconds']:.0f} s"
     console = Console()
-    console.print(table)
-    console.print(f"[bold]{config.run.out}[/bold]: " + ", ".join(sorted(p.name for p in config.run.out.iterdir())))
+    if summary["held_out"]:
+        table = Table("held-out", "before", "after", "difference", title=title, caption="± one standard error, paired")
+        for column, found in summary["held_out"].items():
+            error = found["standard_error"]
+            difference = f"{found['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+            table.add_row(escape(column), f"{found['before']:.3f}", f"{found['after']:.3f}", difference)
+        console.print(table)
+    else:
+        console.print(f"{title}; no held-out prompts were scored (scoring.count is 0)")
+    console.print(
+        f"[bold]{escape(str(config.run.out))}[/bold]: " + ", ".join(sorted(p.name for p in config.run.out.iterdir()))
+    )
 
 
 def plan(arguments: list[str]) -> None:
@@ -157,8 +186,8 @@ def plan(arguments: list[str]) -> None:
     if known.gpus < 1:
         raise ValueError(f"gpus: got {known.gpus}, expected at least 1")
     plan = predict(config, known.gpus, known.fsdp)
-    table = Table("", "", title=f"{config.model.path}: one iteration on {known.gpus} GPUs, predicted")
-    table.add_row("pictures", f"{plan.pictures:,} ({plan.pictures_per_gpu:,} per GPU)")
+    table = Table("", "", title=f"{config.model.path or config.task}: one iteration on {known.gpus} GPUs, predicted")
+    table.add_row("images", f"{plan.images:,} ({plan.images_per_gpu:,} per GPU)")
     table.add_row("trained steps", f"{plan.trained_steps} of {config.sampling.steps}")
     table.add_row("forward rows per GPU", f"{plan.rollout_rows:,} rollout, {plan.reference_rows:,} reference")
     table.add_row("forward and backward rows", f"{plan.update_rows:,} per GPU", end_section=True)
@@ -174,86 +203,62 @@ def plan(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     import torch
     import tyro
+    from rich.console import Console
 
-    from star.training.pipeline import load_pipeline
+    from star.reports import evaluations
+    from star.reports.tables import evaluation_table
+    from star.rewards.worker import RewardWorker
+    from star.training import scoring
+    from star.training.prompts import read_prompts
+    from star.training.task import load_task_reward
 
     options = tyro.cli(Eval, args=arguments, prog="star eval")
-    if options.prompts is None and options.reward != "shapes":
-        raise ValueError(f"prompts: needed for the reward {options.reward!r}")
     if options.save_images and options.out is None:
         raise ValueError("save_images: needs a folder, --out")
     if options.lora and not options.lora.is_dir():
         raise FileNotFoundError(f"lora: {options.lora} is no folder")
-    device = "cuda" if torch.cuda.is_available() and options.prompts else "cpu"
-    evaluate_with = evaluate_world if options.prompts is None else evaluate_prompts
-    evaluate_with(options, lambda: _adapted(load_pipeline(options.model, device), options))
-
-
-def _adapted(pipeline, options: Eval):
-    import torch
-
-    if options.lora:
-        pipeline.load_lora_weights(str(options.lora))
-    return pipeline.to(dtype=getattr(torch, options.dtype))
-
-
-def evaluate_prompts(options: Eval, load) -> None:
-    import torch
-    from rich.console import Console
-
-    from star import rewards
-    from star.rewards.worker import RewardWorker
-    from star.training import scoring as evaluation
-    from star.training.prompts import read_prompts
-
-    prompts = read_prompts(options.prompts)[: options.n]
-    if not prompts:
-        raise ValueError(f"prompts: {options.prompts} has none")
-    reward = rewards.load(options.reward, options.models, "cuda" if torch.cuda.is_available() else "cpu")
     if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"out: {options.out} is not empty")
-    steps, guidance, side = (8, 1.0, 36) if options.model == "shapes" else (40, 4.5, 512)
-    sampling = evaluation.Sampling(
-        steps=options.steps or steps,
-        guidance_scale=guidance if options.guidance_scale is None else options.guidance_scale,
-        height=options.height or side,
-        width=options.width or options.height or side,
-        max_sequence_length=options.max_sequence_length,
-        images_per_prompt=options.images_per_prompt,
-        batch=options.batch,
-        seed=options.seed,
-    )
-    pipeline = load()
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = chosen_task(options.task, options.model)
+    if options.prompts is not None:
+        prompts = read_prompts(options.prompts)[: options.n]
+    else:
+        prompts = task.prompts("held_out", 512 if options.n is None else options.n, str(options.seed))
+    if not prompts:
+        raise ValueError(f"prompts: {options.prompts or options.task} has none")
+    if options.reward:
+        task = dataclasses.replace(task, reward=options.reward)
+    reward = load_task_reward(task, options.models, device)
+    images = given(task.images, options, "images_per_prompt", "steps", "guidance_scale", "height", "width", "batch",
+                   "max_sequence_length", "seed")  # fmt: skip
+    pipeline = task.pipeline(device, getattr(torch, options.dtype))
+    if options.lora:
+        pipeline.load_lora_weights(str(options.lora))
+    observe = None if options.out is None else scoring.ResultsWriter(options.out, prompts, options.save_images)
     with RewardWorker(reward, options.timeout) as worker:
-        results = evaluation.evaluate(pipeline, prompts, worker, sampling, options.out, options.save_images)
-    title = f"{len(prompts)} prompts of {options.prompts.name}, {sampling.images_per_prompt} pictures each"
-    Console().print(results.table(title))
+        evaluation = scoring.evaluate(pipeline, prompts, worker, images, observe=observe)
+    if options.out is not None:
+        evaluations.write_evaluation(options.out, evaluation)
+    source = options.prompts.name if options.prompts else "the held-out split"
+    noun = "image" if images.images_per_prompt == 1 else "images"
+    title = f"{len(prompts)} prompts of {source}, {images.images_per_prompt} {noun} each, {images.steps} steps"
+    Console().print(evaluation_table(evaluation, title))
 
 
-def evaluate_world(options: Eval, load) -> None:
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
+def chosen_task(task: str | None, model: str | None) -> Task:
+    """The task that a command's options name, with the model instead of its own; without a task, a model alone."""
+    from star.config import EMBEDDED, Config, Model
+    from star.training.task import configured_task
 
-    from star.shapes import measure, scenes
+    name = task if task or model else EMBEDDED
+    return configured_task(Config(task=name, model=Model(path=model)))
 
-    n, steps = options.n or 512, options.steps or measure.STEPS
-    texts = scenes.prompts(n, options.seed, "heldout", distinct=True)
-    scores = measure.score(measure.sample(load(), texts, options.seed, steps), texts)
-    table = Table("category", "prompts", "strict", "soft", title=f"{n} held-out prompts, {steps} steps")
-    for category in (*scenes.CATEGORIES, None):
-        chosen = np.array([category in (None, c) for c in scores.categories])
-        if not chosen.any():
-            continue
-        cells = [
-            f"{v[chosen].mean():.3f} ± {v[chosen].std() / chosen.sum() ** 0.5:.3f}"
-            for v in (scores.strict, scores.soft)
-        ]
-        table.add_row(category or "all", str(chosen.sum()), *cells, end_section=category == scenes.CATEGORIES[-1])
-    table.caption = "± one standard error"
-    Console().print(table)
+
+def given(defaults: Values, options: object, *names: str) -> Values:
+    """A dataclass with those options that are set."""
+    values = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return dataclasses.replace(defaults, **values)
 
 
 def compare(arguments: list[str]) -> None:
@@ -266,7 +271,7 @@ def compare(arguments: list[str]) -> None:
         raise ValueError(f"jobs: got {options.jobs}, expected at least 1")
     text = study.compare(options)
     if text is None:
-        print(f"stopped, as asked; the same command continues {options.out}")
+        print(f"stopped by SIGTERM; the same command continues {options.out}")
         return
     from rich.console import Console
     from rich.markdown import Markdown
@@ -277,32 +282,46 @@ def compare(arguments: list[str]) -> None:
 
 
 def maps(arguments: list[str]) -> None:
+    import torch
     import tyro
 
     from star.concepts import parse
     from star.objective import Allocation
-    from star.reports import figures as report
-    from star.shapes import measure
-    from star.training.pipeline import load_pipeline
+    from star.reports import figures
+    from star.training import preview
+    from star.training.rollout import SamplerOptions, decode, encode, trace
 
     options = tyro.cli(Maps, args=arguments, prog="star maps")
-    pipeline = load_pipeline(options.model)
-    if options.world:
-        measure.print_localization(pipeline)
-        return
     names = [concept.text for concept in parse(options.prompt)]
     if not names:
         raise ValueError(f"prompt: no concept found in {options.prompt!r}")
+    task = chosen_task(options.task, options.model)
+    images = given(task.images, options, "height", "width", "max_sequence_length")
+    pipeline = task.pipeline("cpu", torch.float32)
+    conditions = encode(pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale)
     layers = options.layers or range(len(pipeline.transformer.transformer_blocks))
-    by_layer = {
-        layer: report.trace(
-            *(pipeline, [options.prompt], options.max_sequence_length, options.steps, options.guidance_scale),
-            *((options.height, options.width), options.seed, (layer,)),
-        )
+    factor = pipeline.vae_scale_factor
+    size = (images.height // factor, images.width // factor)
+    sampler = SamplerOptions(size, options.guidance_scale)
+    rollouts = {
+        layer: trace(pipeline, conditions, options.steps, dataclasses.replace(sampler, layers=(layer,)), options.seed)
         for layer in layers
     }
-    report.maps_picture(pipeline, by_layer, Allocation(), names, options.out)
-    print(f"{options.out}: {', '.join(names)}; {len(by_layer)} blocks, {options.steps} steps")
+    first = rollouts[layers[0]]
+    mean = torch.stack([rollout.maps for rollout in rollouts.values()]).mean(0)
+    figures.concept_maps(
+        options.prompt,
+        decode(pipeline, first.latents)[0].permute(1, 2, 0).cpu().numpy(),
+        {
+            f"{name}\nblock {layer}": rollout.maps[:, 0, g].view(-1, *rollout.grid).cpu().numpy()
+            for g, name in enumerate(names)
+            for layer, rollout in rollouts.items()
+        },
+        preview.attention_weights(pipeline, dataclasses.replace(first, maps=mean), Allocation())[:, 0],
+        first.steps.sigmas.tolist(),
+        options.out,
+    )
+    print(f"{options.out}: {', '.join(names)}; {len(rollouts)} blocks, {options.steps} steps")
 
 
 def report(arguments: list[str]) -> None:

@@ -63,7 +63,9 @@ def load(library: Path) -> None:
     """Define the operators and load their kernels."""
     for name in LAUNCHERS:
         for order in ORDERS:
-            OPERATORS[name].define(f"cuda_{order}")
+            for operator in (OPERATORS[name], OPERATORS[name].gradient):
+                if operator is not None:
+                    operator.define(f"cuda_{order}")
     torch.ops.load_library(library)
 
 

@@ -13,6 +13,7 @@ import star_kernels as sk
 from star import config as configuration
 from star.capture import CapturingJointAttnProcessor, Maps
 from star.concepts import ConceptTokens
+from star.presets import preset
 from star.train import Trainer
 from star_kernels.ops import OPERATORS
 
@@ -117,9 +118,10 @@ def test_capture_keeps_the_bits_of_the_layer(dtype):
 def test_a_training_step(tmp_path):
     with torch.device("cpu"):  # the trainer places its own tensors
         config = configuration.update(
-            configuration.preset("shapes"),
+            preset("shapes"),
             {
-                "run": {"out": str(tmp_path), "held_out": 0, "pictures": False},
+                "scoring": {"count": 0},
+                "run": {"out": str(tmp_path), "figures": False},
                 "sampling": {"prompts_per_iteration": 2, "images_per_prompt": 4},
             },
         )

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import star_kernels
 from star_kernels import api
@@ -29,7 +30,8 @@ def test_the_table_names_the_compiled_kernels(device, endings):
         for path in (ROOT / "csrc" / device).glob(f"*{endings[0]}")
         for name in re.findall(r"^STAR_REGISTER\((\w+),", path.read_text(), re.MULTILINE)
     ]
-    assert sorted(registered) == sorted(expected)
+    gradients = {OPERATORS[name].gradient.name for name in expected if OPERATORS[name].gradient is not None}
+    assert sorted(registered) == sorted(expected | gradients)
 
 
 def test_the_table_names_the_triton_kernels():
@@ -46,5 +48,26 @@ def test_an_operator_has_a_door_and_tests(operator):
 
 @each_operator
 def test_schema_and_reference_have_the_same_arguments(operator):
-    schema = operator.run("reference").default._schema
-    assert [argument.name for argument in schema.arguments] == list(inspect.signature(operator.reference).parameters)
+    for one in filter(None, (operator, operator.gradient)):
+        schema = one.run("reference").default._schema
+        assert [argument.name for argument in schema.arguments] == list(inspect.signature(one.reference).parameters)
+
+
+def test_changes_of_the_environment_are_seen(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("STAR_IMPL", raising=False)
+    best = next(name for name, reason in star_kernels.implementations("allocate").items() if reason is None)
+    assert api.resolve("allocate", "auto", cpu) == best
+    monkeypatch.setenv("STAR_IMPL", "reference")
+    assert api.resolve("allocate", "auto", cpu) == "reference"
+    monkeypatch.setenv("STAR_IMPL", "nonsense")
+    with pytest.raises(ValueError, match="impl: got 'nonsense'"):
+        api.resolve("allocate", "auto", cpu)
+    if api.HAS_TRITON:
+        for value in ("1", "0", "1"):
+            monkeypatch.setenv("TRITON_INTERPRET", value)
+            if value == "1":
+                assert api.resolve("attention_maps", "triton", cpu) == "triton"
+            else:
+                with pytest.raises(RuntimeError, match="impl='triton': Triton runs on the CPU only in its interpreter"):
+                    api.resolve("attention_maps", "triton", cpu)

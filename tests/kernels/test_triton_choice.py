@@ -13,9 +13,12 @@ each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=list
 
 @pytest.fixture(autouse=True)
 def nothing_told_yet():
-    api.tell_fallback.cache_clear()
+    caches = api.tell_fallback, api.choose
+    for cached in caches:
+        cached.cache_clear()
     yield
-    api.tell_fallback.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @each_operator
@@ -25,6 +28,7 @@ def test_cuda_comes_first_then_triton(operator, monkeypatch):
     if "cuda" in operator.native:
         monkeypatch.setattr(api.native, "reason", lambda device: None)
         assert api.resolve(operator.name, "auto", gpu) == "native"
+    api.choose.cache_clear()
     monkeypatch.setattr(api.native, "reason", lambda device: "not built")
     if operator.triton is not None:
         assert api.resolve(operator.name, "auto", gpu) == "triton"

@@ -19,8 +19,9 @@ from star import config as configuration
 from star import train as training
 from star.cli import main
 from star.config import ConfigError
+from star.presets import preset
 from star.reports import page, tracking
-from star.reports.metrics import MEANING, by_category, meaning, of_weights
+from star.reports.metrics import MEANING, category_means, gradient_share, meaning, weight_metrics
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,12 @@ def runs(tmp_path_factory):
     """Two finished runs, one without allocation."""
     folder = tmp_path_factory.mktemp("runs")
     for name, strategy in (("star", "attention"), ("uniform", "uniform")):
-        run = {"grid_every": 2, "held_out": 8, "pictures": True}
-        changes = {"allocation": {"strategy": strategy}, "optimization": {"update_norm": 0.0}}
+        run = {"grid_every": 2, "figures": True}
+        changes = {
+            "scoring": {"count": 8, "every": 1},
+            "allocation": {"strategy": strategy},
+            "optimization": {"update_norm": 0.0},
+        }
         training.train(small_run(folder / name, run=run, **changes))
     return folder
 
@@ -47,9 +52,9 @@ def test_every_metric_is_documented_once(runs):
 
 def test_rewards_by_category_leave_out_what_failed():
     rewards = torch.tensor([1.0, math.nan, 3.0, 5.0, math.nan])
-    found = by_category(rewards, ["a", "a", "b", "b", "c"])
+    found = category_means(rewards, ["a", "a", "b", "b", "c"])
     assert found["reward/a"] == 1 and found["reward/b"] == 4 and math.isnan(found["reward/c"])
-    assert by_category(rewards, [None] * 5) == {}
+    assert category_means(rewards, [None] * 5) == {}
 
 
 def test_what_weights_look_like():
@@ -58,11 +63,26 @@ def test_what_weights_look_like():
     masks = torch.zeros(2, 8, 8)
     masks[0, :4, :4] = 1  # just there
     masks[1, 4:, 4:] = 1  # somewhere else
-    found = of_weights(weights, masks)
-    assert found == {"weights_max": 4, "weights_concentration": 4, "weights_on_object": 2}
-    flat = of_weights(torch.ones(3, 2, 4, 4), masks)
-    assert flat == {"weights_max": 1, "weights_concentration": 1, "weights_on_object": 1}
-    assert "weights_on_object" not in of_weights(weights, torch.zeros(2, 8, 8))
+    found = weight_metrics(weights, masks)
+    assert found.pop("gradient_share") == pytest.approx(0.4)
+    assert found == {"weights_max": 4, "weights_concentration": 4, "weights_uniform": 0, "weights_on_object": 2}
+    flat = weight_metrics(torch.ones(3, 2, 4, 4), masks)
+    assert flat.pop("gradient_share") == pytest.approx(0.1)
+    assert flat == {"weights_max": 1, "weights_concentration": 1, "weights_uniform": 6, "weights_on_object": 1}
+    assert "weights_on_object" not in weight_metrics(weights, torch.zeros(2, 8, 8))
+
+
+def test_gradient_share_is_that_of_the_tenth_which_weighs_most():
+    weights = torch.ones(2, 3, 5, 5)  # a tenth: two locations and a half
+    weights[1, 2, 0] = torch.tensor([5.0, 9.0, 7.0, 1.0, 1.0])
+    share = gradient_share(weights)
+    torch.testing.assert_close(share[0], torch.full((3,), 0.1))
+    torch.testing.assert_close(share[1, 2], torch.tensor((9 + 7 + 2.5) / 43))
+    weights[0, 0] = 0
+    weights[0, 0, 3, :2] = 2.0
+    assert gradient_share(weights)[0, 0] == 1
+    weights[0, 0] = 0
+    assert gradient_share(weights)[0, 0].isnan()
 
 
 def test_grids_show_pictures_and_weights(runs):
@@ -118,8 +138,9 @@ def test_the_page_holds_everything_and_needs_nothing(runs, capsys):
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
     assert len(images) == 2 * 3 + 2 and all(Image.open(io.BytesIO(image)).width > 100 for image in images)
-    summary = json.loads((runs / "star/summary.json").read_text())
-    assert f"{summary['soft_before']:.4f} → {summary['soft_after']:.4f}" in text
+    found = json.loads((runs / "star/summary.json").read_text())["held_out"]["reward"]
+    assert f"{found['before']:.4f} → {found['after']:.4f} ({found['difference']:+.4f} ± " in text
+    assert "<code>held-out reward</code>" in text and "<td>reward</td><td>counting</td>" in text
     assert "<code>allocation.strategy</code></td><td>attention</td><td>uniform</td>" in text
     assert "run.out</code>" not in text  # where a run is, is no difference
     for name in ("reward", "weights_on_object", "seconds/update"):
@@ -129,7 +150,7 @@ def test_the_page_holds_everything_and_needs_nothing(runs, capsys):
 def test_the_page_of_a_run_that_is_going(tmp_path):
     run = tmp_path / "<b>run"
     run.mkdir()
-    configuration.save(configuration.preset("shapes"), run / "config.yaml")
+    configuration.save(preset("shapes"), run / "config.yaml")
     page.write([run], run / "report.html")
     text = (run / "report.html").read_text()
     assert "No iteration has been finished yet" in text and "<b>run" not in text.replace("&lt;b&gt;run", "")

@@ -127,6 +127,9 @@ def test_an_update_unlearns_the_wrong_half_alone(case, tmp_path):
     assert gradient[1] > 0.5 * gradient[0] and change[1] < 0.5 * change[0] < 0  # one number for both halves
 
 
+WORLD = "star.shapes.reward:shapes_reward"
+
+
 def bright(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
@@ -134,10 +137,10 @@ def bright(images, prompts, metadata):
 def test_runs_with_advantages_of_places_and_with_normalized_rewards(tmp_path):
     metrics = Trainer(small_run(tmp_path / "a", loss={"advantage": "location"})).step()
     assert metrics["grad_norm"] > 0 and metrics["nonfinite"] == 0
-    several = {"reward": {"shapes": 1.0, "test_location_rewards:bright": 0.5}}
+    several = {"reward": {WORLD: 1.0, "test_location_rewards:bright": 0.5}}
     metrics = Trainer(small_run(tmp_path / "b", loss={"normalize_rewards": True}, run=several)).step()
     assert metrics["grad_norm"] > 0
-    weighted = metrics["reward_shapes"] + 0.5 * metrics["reward_test_location_rewards:bright"]
+    weighted = metrics[f"reward_{WORLD}"] + 0.5 * metrics["reward_test_location_rewards:bright"]
     assert metrics["reward"] == pytest.approx(weighted, rel=1e-5)
     blind = {"reward": "test_location_rewards:bright"}
     with pytest.raises(ConfigError, match=r"loss.advantage: 'location' needs a reward that localizes, not"):

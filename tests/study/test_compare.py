@@ -19,22 +19,26 @@ from star import config as configuration
 from star.cli import main
 from star.config import ConfigError
 from star.objective import STRATEGIES
+from star.reports.evaluations import read_evaluations, write_evaluation
+from star.rewards.worker import RewardWorker
 from star.shapes import reward as study_rewards
 from star.shapes import scenes
 from star.shapes.reward import shapes_reward
 from star.shapes.verifier import verify
 from star.study import diagnose, document, gradient_signal, intervals, page, runs, spec
-from star.study.results import METRICS, Results
+from star.study.results import Results
 from star.train import Trainer
-from star.training import checkpoint, curve
+from star.training import checkpoint
 from star.training.rollout import decode
+from star.training.scoring import evaluate
 
 ARMS = {"uniform": {"allocation": {"strategy": "uniform"}}, "attention": {}}
 TINY = {
     "model": {"lora_rank": 4, "lora_alpha": 8},
     "sampling": {"prompts_per_iteration": 2, "images_per_prompt": 2, "steps": 3},
     "optimization": {"iterations": 2, "learning_rate": 1e-2, "update_norm": 0.0},
-    "run": {"evaluate_every": 1, "save_every": 1, "held_out": 8, "pictures": False},
+    "scoring": {"every": 1, "count": 8},
+    "run": {"save_every": 1, "figures": False},
 }
 
 
@@ -99,7 +103,7 @@ def test_global_prompts_name_a_background_and_nothing_else():
         ({"seeds": (1, 1)}, r"seeds: got \(1, 1\), expected different ones"),
         ({"arms": {"uniform": {"alocation": {}}}}, "arms.uniform.alocation: unknown key"),
         ({"arms": {"uniform": {}, "../x": {}}}, r"arms: got the name '../x', expected letters"),
-        ({"changes": {}}, "run.evaluate_every: a study needs it"),
+        ({"changes": {}}, "scoring.every: a study needs it"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_one_clear_line(fields, words):
@@ -140,17 +144,20 @@ def stopped_and_continued(tmp_path_factory):
 def test_a_stopped_study_says_so_and_goes_on(stopped_and_continued):
     out = stopped_and_continued["out"]
     assert stopped_and_continued["code"] == 0
-    assert stopped_and_continued["last"] == f"stopped, as asked; the same command continues {out}"
+    assert stopped_and_continued["last"] == f"stopped by SIGTERM; the same command continues {out}"
     for arm in ARMS:
         for seed in (0, 1):
             lines = (out / f"runs/{arm}-{seed}/metrics.jsonl").read_text().splitlines()
             assert [json.loads(line)["iteration"] for line in lines] == [0, 1]
-            assert [line["iteration"] for line in curve.read(out / f"runs/{arm}-{seed}")] == [0, 1, 2]
+            assert [one.iteration for one in read_evaluations(out / f"runs/{arm}-{seed}")] == [0, 1, 2]
 
 
 def test_arms_of_a_seed_share_prompts_noise_and_budget(stopped_and_continued):
     out = stopped_and_continued["out"]
-    scored = {run: curve.read(out / "runs" / run) for run in ("uniform-0", "attention-0", "uniform-1")}
+    scored = {
+        run: [one.line() for one in read_evaluations(out / "runs" / run)]
+        for run in ("uniform-0", "attention-0", "uniform-1")
+    }
     assert scored["uniform-0"][0] == scored["attention-0"][0] == scored["uniform-1"][0]
     assert scored["uniform-0"][2] != scored["attention-0"][2]
     first = {}
@@ -172,17 +179,18 @@ def test_results_are_json_lines_and_the_document_has_the_tables(stopped_and_cont
     out = stopped_and_continued["out"]
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 2 * 3
-    own = curve.read(out / "runs/attention-1")[2]
+    own = read_evaluations(out / "runs/attention-1")[2]
     (line,) = (entry for entry in lines if (entry["arm"], entry["seed"], entry["iteration"]) == ("attention", 1, 2))
-    assert line["scores"]["all"]["soft"] == pytest.approx(np.mean(own["soft"]), abs=1e-5)
+    assert line["scores"]["all"]["reward"] == pytest.approx(own.mean("reward").mean, abs=1e-5)
     for category, scores in line["scores"].items():
-        assert scores["strict"] == pytest.approx(own["scores"][category]["strict"], abs=1e-5)
+        expected = own.mean("strict", None if category == "all" else category).mean
+        assert scores["strict"] == pytest.approx(expected, abs=1e-5)
     text = stopped_and_continued["document"].read_text()
-    assert "less uniform, paired by seed and prompt" in text and "not run yet" not in text
+    assert "difference to uniform, paired by seed and prompt" in text and "not run yet" not in text
     assert text.startswith("# Evidence\n") and text.endswith("<!-- end of results of out -->\nend\n")
     # The answer is in sight, everything else below it, folded away.
     answer, folded = text.split("<details>")
-    assert "**less uniform" in answer and answer.count("\n\n**") == 1
+    assert "**difference to uniform" in answer and answer.count("\n\n**") == 1
     whole = (out / "report.md").read_text()
     assert folded.count("\n\n**") + 1 == whole.count("\n\n**") > 3 and "</details>" in folded
     assert (out / "report.png").stat().st_size > 5000
@@ -193,7 +201,7 @@ def test_seeds_of_an_earlier_call_stay_and_a_document_is_looked_at_first(stopped
     out, command = stopped_and_continued["out"], stopped_and_continued["command"]
     assert main([*command, "--seeds", "1"]) == 0
     assert tuple(configuration.load(out / "study.yaml", spec.Study()).seeds) == (0, 1)
-    assert "Seeds 0, 1; 2 iterations, scored 3 times on 8 held-out pictures of" in (out / "report.md").read_text()
+    assert "Seeds 0, 1; 2 iterations, scored 3 times on 8 held-out images of" in (out / "report.md").read_text()
     capsys.readouterr()
     assert main([*command, "--seeds", "0", "1", "2", "--diagnose"]) == 1
     assert "has no marks '<!-- diagnosis of out -->'" in capsys.readouterr().err
@@ -242,18 +250,20 @@ def test_the_curve_is_of_the_averaged_policy_and_earlier_lines_stay(tmp_path):
     config = study(seeds=(0,)).config("attention", 0, tmp_path)
     config.optimization.ema_decay, config.optimization.ema_every = 0.9, 1
     train(config)
-    lines = curve.read(config.run.out)
-    assert [line["iteration"] for line in lines] == [0, 1, 2]
-    for line, label in ((lines[0], "before"), (lines[2], "after")):
-        with np.load(config.run.out / f"held_out_{label}.npz") as scored:
-            assert line["soft"] == pytest.approx(scored["soft"].tolist(), abs=1e-5)
-            assert line["strict"] == scored["strict"].tolist()
-    assert lines[2]["soft"] != lines[0]["soft"]
-    assert sum(c["prompts"] for name, c in lines[0]["scores"].items() if name != "all") == 8
+    first, second, last = found = read_evaluations(config.run.out)
+    assert [one.iteration for one in found] == [0, 1, 2]
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
+    trainer = Trainer(resumed)
+    with trainer.policy.averaged(), RewardWorker(trainer.reward) as worker:
+        averaged = evaluate(trainer.pipeline, trainer.held_out.prompts, worker, trainer.held_out.options)
+    assert last.values["reward"] == pytest.approx(averaged.values["reward"], abs=1e-5)
+    assert not np.array_equal(last.values["reward"], first.values["reward"])
+    assert sum(first.mean("reward", name).prompts for name in first.category_names()) == 8
     # What was scored after the point to which a killed run goes back is scored again.
-    curve.score(Trainer(study().config("attention", 1, tmp_path)).pipeline, config, 1)
-    assert [line["iteration"] for line in curve.read(config.run.out)] == [0, 1]
-    assert curve.read(config.run.out)[0] == lines[0]
+    write_evaluation(config.run.out, dataclasses.replace(second, failed=3))
+    again = read_evaluations(config.run.out)
+    assert [one.iteration for one in again] == [0, 1] and again[1].failed == 3
+    assert again[0].line() == first.line()
 
 
 def test_updates_have_the_norm_that_is_asked_for(tmp_path):
@@ -299,13 +309,13 @@ def synthetic(shift, seeds=5, prompts=60, seed=0, missing=()):
     categories = np.array(["colors", "counting", "position"])[np.arange(prompts) % 3]
     texts = np.arange(prompts).astype(str)
     level = 0.5 + 0.1 * rng.standard_normal(prompts)
-    scores = {metric: {"uniform": {}, "attention": {}} for metric in METRICS}
+    scores = {metric: {"uniform": {}, "attention": {}} for metric in ("reward", "strict")}
     for s in range(seeds):
         shared = level + 0.02 * rng.standard_normal(prompts) + 0.03 * rng.standard_normal()
         for arm, gain in (("uniform", 0.0), ("attention", shift)):
             own = shared + 0.02 * rng.standard_normal(prompts) + 0.004 * rng.standard_normal()
             rise = (iterations[:, None] / 20).clip(max=1)
-            for metric in METRICS:
+            for metric in ("reward", "strict"):
                 scores[metric][arm][s] = own + rise * (0.06 + gain)
     return Results(iterations, categories, texts, scores, {"uniform": {}, "attention": {}}, tuple(missing))
 
@@ -341,7 +351,7 @@ def test_differences_by_hand():
     }
     scores["b"][1] = scores["b"][0]
     names = np.array(["x", "y"])
-    results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in METRICS}, {}, ())
+    results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in ("reward", "strict")}, {}, ())
     found = intervals.difference(results, "a", "b")
     # Means of three scorings: 0.2 and 0.4 less 0.1; 0.4 and 0.4 less 0.1. Seed 7 has no partner. t = 0.25 / 0.05 with
     # one degree of freedom.
@@ -391,9 +401,9 @@ def test_the_page_stands_alone_and_says_what_is_missing(tmp_path):
     assert "http:" not in html and "https:" not in html and "<script" not in html and "<link" not in html
     assert html.count("src=") == 1 and 'src="data:image/png;base64,' in html
     missing = ("left out, by seed: attention 3 4.", "Not finished with any seed: random.")
-    for words in (*missing, "less uniform", "soft score at the end", "position"):
+    for words in (*missing, "difference to uniform", "reward at the end", "position"):
         assert words in html and words in text
-    mean = results.of("soft", "attention")[:, -intervals.LAST :].mean()
+    mean = results.of("reward", "attention")[:, -intervals.LAST :].mean()
     assert f"{mean:.3f} [" in html
 
 
@@ -495,7 +505,7 @@ def test_the_gradient_is_that_of_the_places_inside_and_outside(tmp_path):
     config = study().config("attention", 0, tmp_path)
     config.optimization.updates_per_iteration = 1
     trainer = Trainer(config)
-    prompts = [prompt.text for prompt in diagnose.draw_prompts(config, 0)]
+    prompts = [prompt.text for prompt in diagnose.draw_prompts(trainer.task, config, 0)]
     rollout = trainer.rollout(prompts, torch.Generator().manual_seed(0), captured=range(3))
     assert len(rollout.maps) == 3 and decode(trainer.pipeline, rollout.latents).shape == (4, 3, 36, 36)
     inside = (torch.rand(1, 4, 18, 18) > 0.7).float()
@@ -525,7 +535,7 @@ def test_a_diagnosis_from_beginning_to_end(stopped_and_continued, monkeypatch):
     assert measured["concentration"]["untrained"] != measured["concentration"]["attention"]
     assert set(measured["makeup"]) == set(measured["concentration"])
     runs_of_arm = [spec.folder(out, "attention", seed) for seed in study().seeds]
-    scored = np.mean([curve.read(run)[-1]["scores"]["all"]["soft"] for run in runs_of_arm])
+    scored = np.mean([read_evaluations(run)[-1].mean("reward").mean for run in runs_of_arm])
     made = measured["makeup"]["attention"]
     assert made["requirements"] + made["unasked"] == pytest.approx(scored, abs=1e-4)
     assert made["unasked"] <= 0 <= min(made["more"], made["fewer"]) and measured["trained_seeds"]["attention"] == 2

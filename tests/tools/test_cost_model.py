@@ -2,7 +2,7 @@
 tensors, and by torch's counter of operations."""
 
 from collections import Counter
-from math import prod
+from math import ceil, prod
 
 import pytest
 import torch
@@ -98,13 +98,14 @@ def test_traffic_of_what_runs_over_the_latents():
     results = sk.gaussian_step(sample, velocity.bfloat16(), noise, transition)
     (launch,) = model.gaussian_step(2, 16 * 64, (4, 2, 4))
     assert sum(launch.bytes.values()) == sum(t.nbytes for t in (sample, velocity.bfloat16(), noise, *results))
-    ratios, _, gradient, _ = model.policy_loss(2, 16, 64, weighted=True)
+    sums, finish, gradient = model.policy_loss(2, 16, 64, weighted=True)
     for name, tensor in {"velocity": velocity, "sample": sample, "prev_sample": results[0]}.items():
-        assert ratios.bytes[name] == gradient.bytes[name] == tensor.nbytes
-    assert ratios.bytes["old_mean"] == results[1].nbytes and gradient.bytes["gradient"] == velocity.nbytes
+        assert sums.bytes[name] == gradient.bytes[name] == tensor.nbytes
+    assert sums.bytes["sums"] == finish.bytes["sums"] == 2 * ceil(64 / model.constant("policy_loss.cuh", "TILE")) * 72
+    assert sums.bytes["old_mean"] == results[1].nbytes and gradient.bytes["gradient"] == velocity.nbytes
     weights = sk.allocate(torch.rand(2, 3, 16), (4, 4))
     assert model.allocate(2, 3, 16, 2)[0].bytes["weights"] == weights.nbytes
-    assert gradient.bytes["weights"] == 2 * weights.nbytes
+    assert sums.bytes["weights"] == gradient.bytes["weights"] == weights.nbytes
 
 
 @pytest.mark.parametrize("kind", ["joint", "dual", "last", "single"])

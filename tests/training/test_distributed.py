@@ -12,6 +12,8 @@ from forking import fork, free_port, ranks, serve, wait
 from star import config as configuration
 from star import train as training
 from star.config import ConfigError
+from star.presets import preset
+from star.shapes.model import load_pipeline
 from star.training import checkpoint
 from star.training.distributed import make_accelerator
 
@@ -32,12 +34,13 @@ CASES = {
 
 
 def small_run(out, case):
-    config = configuration.preset("shapes")
+    config = preset("shapes")
     base = {
         "sampling": {"prompts_per_iteration": 2, "images_per_prompt": 4, "steps": 3, "trained_steps": [1]},
         # Two micro batches for each process and update: gradients are exchanged after the second.
         "optimization": {"iterations": ITERATIONS, "updates_per_iteration": 1, "micro_batch": 2, **AVERAGE},
-        "run": {"out": str(out), "held_out": 2, "pictures": False, "save_every": 1, "keep_checkpoints": 9},
+        "scoring": {"count": 2},
+        "run": {"out": str(out), "figures": False, "save_every": 1, "keep_checkpoints": 9},
     }
     return configuration.update(configuration.update(config, base), CASES[case])
 
@@ -56,13 +59,13 @@ def run(folder, name, case, sharded=False, resume=False):
     if sharded:
         training.make_accelerator = fsdp_accelerator
     advantages = []
-    measured = training.advantages_of
+    measured = training.compute_advantages
 
     def recorded(*arguments, **options):
         advantages.append(measured(*arguments, **options).tolist())
         return torch.tensor(advantages[-1])
 
-    training.advantages_of = recorded
+    training.compute_advantages = recorded
     config = small_run(Path(folder) / name, case)
     config.run.resume = resume
     training.train(config)
@@ -85,7 +88,7 @@ def both(folder):
         target = folder / name
         target.mkdir()
         configuration.save(small_run(target, "plain"), target / "config.yaml")
-        for file in ("metrics.jsonl", "held_out_before.npz"):
+        for file in ("metrics.jsonl", "evaluations.jsonl"):
             (target / file).write_bytes((folder / source / file).read_bytes())
         place = target / "checkpoints/iteration-000001"
         place.mkdir(parents=True)
@@ -164,14 +167,14 @@ def test_one_process_writes_everything_once(runs, name):
     left = {path.name for path in (runs / name).iterdir()}
     assert left == {path.name for path in (runs / "plain-1").iterdir()}
     assert len(list((runs / name / "tensorboard").iterdir())) == 1
-    assert {"lora", "summary.json", "held_out_before.npz", "held_out_after.npz"} <= left
-    pipeline = training.load_pipeline("shapes")
+    assert {"lora", "summary.json", "evaluations.jsonl", "held_out"} <= left
+    pipeline = load_pipeline()
     pipeline.load_lora_weights(str(runs / name / "lora"))
 
 
 def test_a_number_of_processes_that_does_not_fit_is_one_clear_line(tmp_path):
     config = small_run(tmp_path, "plain")
-    with pytest.raises(ConfigError, match="accelerate: 3 processes do not divide an update's 8 pictures"):
+    with pytest.raises(ConfigError, match="accelerate: 3 processes do not divide an update's 8 images"):
         config.check(3)
-    with pytest.raises(ConfigError, match="micro_batch: 2 does not divide an update's 8 pictures, 1 for each process"):
+    with pytest.raises(ConfigError, match="micro_batch: 2 does not divide an update's 8 images, 1 for each process"):
         config.check(8)

@@ -14,6 +14,7 @@ from builders import small_sd35
 from star import config as configuration
 from star import train as training
 from star.config import ConfigError
+from star.presets import PRESETS, preset
 from star.rewards import Scores
 from star.train import Trainer
 from star.training import plan as planning
@@ -26,7 +27,7 @@ PROMPTS = [
     "a dog above a cow",
     "portrait of an old man with a long white beard, oil painting",
 ]
-SD35M = [name for name in configuration.PRESETS if name != "shapes"]
+SD35M = [name for name in PRESETS if name != "shapes"]
 
 
 def brightness(images, prompts, metadata):
@@ -51,13 +52,14 @@ def folder(tmp_path_factory):
 
 def scaled(folder, out, name, **changes):
     """A preset with a small model and few pictures; everything else as it is."""
-    config = configuration.preset(name)
+    config = preset(name)
     base = {
         "model": {"path": str(folder / "pipeline"), "height": 64, "width": 64, "frozen_dtype": "bfloat16"},
         "sampling": {"prompts_per_iteration": 2, "images_per_prompt": 2, "prompts": str(folder / "prompts.txt")},
         # float16 needs a GPU. With so few pictures one update averages.
         "optimization": {"iterations": 1, "micro_batch": 2, "mixed_precision": "bf16", "ema_every": 1},
-        "run": {"out": str(out), "reward": "test_presets:brightness", "pictures": False},
+        "scoring": {"count": 0, "prompts": None, "every": 0},
+        "run": {"out": str(out), "reward": "test_presets:brightness", "figures": False},
     }
     for section, values in changes.items():
         base.setdefault(section, {}).update(values)
@@ -105,11 +107,11 @@ def test_a_run_of_a_preset_leaves_an_adapter_that_plain_diffusers_loads(folder, 
 
 def test_published_settings():
     """By hand from flow_grpo's config/grpo.py, not from our table."""
-    normal, fast = configuration.preset("geneval-sd35m"), configuration.preset("pickscore-sd35m-fast")
+    normal, fast = preset("geneval-sd35m"), preset("pickscore-sd35m-fast")
     assert (normal.sampling.steps, normal.sampling.guidance_scale, normal.sampling.noise_level) == (10, 4.5, 0.7)
     assert normal.sampling.trained_steps == tuple(range(9)) and not normal.sampling.window
     assert (normal.loss.clip_range, normal.loss.kl_coef, normal.loss.adv_clip) == (1e-4, 0.04, 5.0)
-    assert normal.loss.global_std and configuration.preset("pickscore-sd35m").loss.kl_coef == 0.01
+    assert normal.loss.global_std and preset("pickscore-sd35m").loss.kl_coef == 0.01
     optimization = normal.optimization
     assert (optimization.learning_rate, optimization.weight_decay, optimization.max_grad_norm) == (3e-4, 1e-4, 1.0)
     assert (optimization.ema_decay, optimization.ema_every, optimization.updates_per_iteration) == (0.9, 8, 2)
@@ -120,7 +122,7 @@ def test_published_settings():
     assert (fast.loss.clip_range, fast.loss.kl_coef) == (1e-5, 0.0)
     for name in SD35M:
         for gpus in (1, 2, 4, 8, 16, 32):
-            configuration.preset(name).check(gpus)
+            preset(name).check(gpus)
 
 
 def test_the_window_is_drawn_anew_and_stays_inside():
@@ -182,7 +184,7 @@ def test_a_gradient_scaler_lowers_its_scale_where_an_update_is_skipped(folder, t
     accelerator.unscale_gradients = lambda *_: scaler.unscale_(policy.optimizer.optimizer)
     before = [p.detach().clone() for p in policy.parameters.values()]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "advantages_of", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
+        patch.setattr(training, "compute_advantages", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
         assert trainer.step()["updates_skipped"] == 2
     assert scaler.get_scale() == 2.0**8
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
@@ -216,22 +218,22 @@ def test_the_plan_is_what_a_small_model_takes(folder, tmp_path, changes):
     )
     assert saved.bytes == pytest.approx(plan.memory["activations"], rel=0.05)
     transformer = trainer.pipeline.transformer
-    assert plan.memory["transformer"] == planning.bytes_of(transformer.parameters())
+    assert plan.memory["transformer"] == planning.count_bytes(transformer.parameters())
     moments = [x for s in trainer.policy.optimizer.state.values() for x in s.values() if x.ndim]
-    assert plan.memory["optimizer"] == planning.bytes_of(moments)
-    assert plan.memory["moving average"] == planning.bytes_of(trainer.policy.ema.shadow_params)
-    stored = planning.bytes_of((rollout.samples, rollout.prev_samples, rollout.old_means))
+    assert plan.memory["optimizer"] == planning.count_bytes(moments)
+    assert plan.memory["moving average"] == planning.count_bytes(trainer.policy.ema.shadow_params)
+    stored = planning.count_bytes((rollout.samples, rollout.prev_samples, rollout.old_means))
     assert plan.memory["rollout"] == stored
-    assert plan.memory["text"] == planning.bytes_of((conditions.embeds, conditions.negative_embeds))
+    assert plan.memory["text"] == planning.count_bytes((conditions.embeds, conditions.negative_embeds))
     pipeline = trainer.pipeline
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
-    assert plan.memory["text encoders"] == sum(planning.bytes_of(encoder.parameters()) for encoder in encoders)
+    assert plan.memory["text encoders"] == sum(planning.count_bytes(encoder.parameters()) for encoder in encoders)
 
 
 def test_a_plan_of_a_known_model_needs_no_network():
-    config = dataclasses.replace(configuration.preset("geneval-sd35m-fast"))
+    config = dataclasses.replace(preset("geneval-sd35m-fast"))
     plan = planning.plan(config, gpus=32)
-    assert (plan.pictures, plan.pictures_per_gpu, plan.trained_steps) == (1152, 36, 3)
+    assert (plan.images, plan.images_per_gpu, plan.trained_steps) == (1152, 36, 3)
     assert plan.rollout_rows == 36 * 10 and plan.update_rows == 36 * 3 and plan.reference_rows == 0
     assert plan.parameters - plan.trained_parameters == pytest.approx(2.243e9, rel=1e-3)
     # 2 FLOPs for each weight of the blocks and each token, and attention: between these bounds.
@@ -255,4 +257,4 @@ def test_help_and_plan_from_the_command_line(folder):
     code, output, _ = star("plan", "--preset", "ocr-sd35m", "--gpus", "2", *small)
     assert code == 0 and "1,152 (576 per GPU)" in output and "peak per GPU" in output
     code, _, error = star("plan", "--preset", "ocr-sd35m", "--gpus", "5", *small)
-    assert code == 1 and error.strip() == "star: accelerate: 5 processes do not divide an update's 576 pictures"
+    assert code == 1 and error.strip() == "star: accelerate: 5 processes do not divide an update's 576 images"

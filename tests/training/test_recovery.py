@@ -14,6 +14,7 @@ import torch
 from forking import fork, free_port, ranks, serve, wait
 from star import config as configuration
 from star.cli import main
+from star.presets import preset
 from star.rewards import Scores
 from star.training import checkpoint
 
@@ -23,7 +24,7 @@ TINY = [
     *("train", "--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
     *("--sampling.steps", "3", "--sampling.trained-steps", "1", "--optimization.updates-per-iteration", "2"),
     *("--optimization.ema-decay", "0.9", "--optimization.ema-every", "1", "--optimization.learning-rate", "1e-2"),
-    *("--run.held-out", "2", "--run.no-pictures", "--run.save-every", "1", "--run.reward", "test_recovery:reward"),
+    *("--scoring.count", "2", "--run.no-figures", "--run.save-every", "1", "--run.reward", "test_recovery:reward"),
 ]
 
 
@@ -93,7 +94,7 @@ def stop_and_fill(folder):
     assert wait(fork(full_disk, output=folder / "full.log")) == 1
 
     def two(iterations):
-        return resumed(folder / "lost", "--run.held-out", "0", iterations=iterations)
+        return resumed(folder / "lost", "--scoring.count", "0", iterations=iterations)
 
     assert ranks(2, two, 2, port=free_port(), output=folder / "two") == [0, 0]
     (folder / "now").touch()
@@ -163,12 +164,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(ended):
 def test_a_lost_process_ends_the_others_with_a_message(ended):
     assert last_line(ended / "lost-rank.0").startswith("star: accelerate: another process of the run was lost (")
     assert checkpoint.load(checkpoint.checkpoints(ended / "lost")[-1])["iteration"] == 2
-    assert resumed(ended / "lost", "--run.held-out", "0", iterations=3) == 0
+    assert resumed(ended / "lost", "--scoring.count", "0", iterations=3) == 0
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "config.yaml"
-    configuration.save(configuration.preset("shapes"), path)
+    configuration.save(preset("shapes"), path)
     before = path.read_bytes()
 
     def fail(file):

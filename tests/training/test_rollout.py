@@ -1,14 +1,15 @@
 """Rollouts of the embedded model: what is stored, what is shared, and that a seed says everything."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from builders import plain_images
 from star.shapes.measure import STEPS
-from star.shapes.measure import sample as plain_sample
 from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
-from star.training.rollout import decode, encode, make_steps, predict_velocity, sample
+from star.training.rollout import SamplerOptions, decode, encode, make_steps, predict_velocity, sample
 from star_kernels import gaussian_step
 
 PROMPTS = ["a red circle left of a blue square", "three green rings", "of and"]
@@ -19,7 +20,18 @@ def pipeline():
     return load_pipeline()
 
 
-def rollout(pipeline, guidance_scale=1.0, seed=0, trained=(1, 2), steps=4, repeats=2, **options):
+def rollout(
+    pipeline,
+    guidance_scale=1.0,
+    seed=0,
+    trained=(1, 2),
+    steps=4,
+    repeats=2,
+    rows=None,
+    merged=nullcontext,
+    finished=None,
+    **options,
+):
     conditions = encode(pipeline, PROMPTS, 0, guidance_scale)
     groups = torch.arange(repeats * len(PROMPTS)) % len(PROMPTS)
     return sample(
@@ -27,10 +39,11 @@ def rollout(pipeline, guidance_scale=1.0, seed=0, trained=(1, 2), steps=4, repea
         conditions,
         groups,
         make_steps(pipeline.scheduler, steps, trained, "flow_sde" if trained else "ode", 0.7),
-        size=(LATENT_SIZE, LATENT_SIZE),
-        generator=torch.Generator().manual_seed(seed),
-        guidance_scale=guidance_scale,
-        **options,
+        SamplerOptions((LATENT_SIZE, LATENT_SIZE), guidance_scale, **options),
+        torch.Generator().manual_seed(seed),
+        rows=rows,
+        merged=merged,
+        finished=finished,
     )
 
 
@@ -108,11 +121,9 @@ def test_a_shared_pass_has_the_gradient_of_separate_ones(pipeline):
 def test_without_noise_it_is_the_plain_pipeline(pipeline):
     generator = torch.Generator().manual_seed(5)
     own = rollout(pipeline, seed=5, trained=(), steps=STEPS, repeats=1, shared_noise=False)
-    expected = plain_sample(pipeline, PROMPTS, 5)
+    expected = plain_images(pipeline, PROMPTS, 5)
     assert generator.initial_seed() == 5
-    torch.testing.assert_close(
-        decode(pipeline, own.latents).permute(0, 2, 3, 1), torch.from_numpy(expected), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(decode(pipeline, own.latents), expected, rtol=0, atol=1e-4)
 
 
 def test_guidance(pipeline):

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from builders import small_run
+from builders import plain_images, small_run
 from star import config as configuration
 from star import train as training
 from star.config import ConfigError
 from star.objective import STRATEGIES
+from star.presets import preset
+from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.reports.metrics import meaning
 from star.rewards import RewardError, Scores
-from star.shapes import measure
 from star.shapes.model import load_pipeline
 from star.train import Trainer
 from star.training import checkpoint
+from star.training.pipeline import load_pipeline as load_from
 
 
 def losses(trainer, iterations):
@@ -128,7 +130,7 @@ def test_merging_the_adapter_changes_the_pictures_by_rounding_only(tmp_path):
 def test_full_fine_tuning_leaves_a_pipeline(tmp_path):
     config = small_run(tmp_path / "run", model={"lora_rank": 0}, optimization={"learning_rate": 1e-4, "iterations": 1})
     assert training.train(config)["iterations"] == 1
-    trained, base = (training.load_pipeline(p).transformer for p in (str(tmp_path / "run/model"), "shapes"))
+    trained, base = load_from(str(tmp_path / "run/model")).transformer, load_pipeline().transformer
     assert not torch.equal(trained.proj_out.weight, base.proj_out.weight)
 
 
@@ -154,7 +156,7 @@ def test_what_is_easily_learned_is_learned(tmp_path):
 def test_a_control_keeps_its_source_over_the_steps(tmp_path):
     trainer = Trainer(small_run(tmp_path, allocation={"strategy": "shuffled"}, sampling={"images_per_prompt": 4}))
     rollout = trainer.rollout(
-        [p.text for p in training.draw_prompts(trainer.config, 0)], torch.Generator().manual_seed(0)
+        [p.text for p in training.draw_prompts(trainer.task, trainer.config, 0)], torch.Generator().manual_seed(0)
     )
     shuffled = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
     trainer.config = small_run(tmp_path, sampling={"images_per_prompt": 4})
@@ -167,7 +169,7 @@ def test_a_control_keeps_its_source_over_the_steps(tmp_path):
 def test_final_step_gives_every_trained_step_the_weights_of_the_last_one(tmp_path):
     trainer = Trainer(small_run(tmp_path, allocation={"strategy": "final_step"}))
     rollout = trainer.rollout(
-        [p.text for p in training.draw_prompts(trainer.config, 0)], torch.Generator().manual_seed(0)
+        [p.text for p in training.draw_prompts(trainer.task, trainer.config, 0)], torch.Generator().manual_seed(0)
     )
     assert len(rollout.maps) == 1
     got = trainer.weights(rollout, None, torch.Generator())
@@ -233,7 +235,7 @@ def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog)
     metrics = trainer.step()
     assert metrics["reward_failed"] == 2 and np.isfinite(metrics["reward"]) and metrics["updates_skipped"] == 0
     assert metrics["grad_norm"] > 0 and metrics["advantage_zero"] >= 2 / 6
-    first = training.draw_prompts(trainer.config, 0)[1].text  # neighbors are of different prompts
+    first = training.draw_prompts(trainer.task, trainer.config, 0)[1].text  # neighbors are of different prompts
     assert caplog.records[0].message == f"reward: got nan for the prompt {first!r}"
     with pytest.raises(RewardError, match=f"reward: got nan for the prompt '{first}'"):
         Trainer(small_run(tmp_path / "b", run={**run, "reward_strict": True})).step()
@@ -260,7 +262,7 @@ def test_an_iteration_whose_rewards_all_fail_teaches_nothing(tmp_path, loss):
 def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
     trainer = Trainer(small_run(tmp_path))
     before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
-    monkeypatch.setattr(training, "advantages_of", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
+    monkeypatch.setattr(training, "compute_advantages", lambda scores, *_: torch.full_like(scores.reward, torch.nan))
     metrics = trainer.step()
     assert metrics["updates_skipped"] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.transformer.parameters(), strict=True))
@@ -268,17 +270,12 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
 
 def test_a_run_leaves_everything_and_the_adapter_loads_in_plain_diffusers(tmp_path):
     out = tmp_path / "run"
-    summary = training.train(small_run(out, run={"held_out": 12, "pictures": True}))
-    keys = {
-        "soft_before",
-        "soft_after",
-        "soft_standard_error",
-        "strict_before",
-        "strict_after",
-        "iterations",
-        "seconds",
-    }
-    assert set(summary) == keys == set(json.loads((out / "summary.json").read_text()))
+    summary = training.train(small_run(out, scoring={"count": 12}, run={"figures": True}))
+    assert summary == json.loads((out / "summary.json").read_text()) and summary["iterations"] == 2
+    before, after = read_evaluations(out)
+    assert summary["held_out"].keys() == {"reward", "strict"} and (before.iteration, after.iteration) == (0, 2)
+    assert summary["held_out"]["reward"]["after"] == pytest.approx(after.values["reward"].mean(), abs=1e-5)
+    assert len(list((out / "held_out/before").iterdir())) == len(list((out / "held_out/after").iterdir())) == 8
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1] and lines[0]["ratio_first"] == 1.0
     for name in ("reward_curve.png", "before_after.png", "allocation.png"):
@@ -288,12 +285,12 @@ def test_a_run_leaves_everything_and_the_adapter_loads_in_plain_diffusers(tmp_pa
 
     texts = ["a red circle left of a blue square", "two green rings"]
     plain = load_pipeline()
-    base = measure.sample(plain, texts, 1)
+    base = plain_images(plain, texts, 1)
     plain.load_lora_weights(str(out / "lora"))
-    loaded = measure.sample(plain, texts, 1)
+    loaded = plain_images(plain, texts, 1)
     resumed = Trainer(dataclasses.replace(small_run(out, run={"resume": True})))
-    trained = measure.sample(resumed.pipeline, texts, 1)
-    torch.testing.assert_close(torch.from_numpy(loaded), torch.from_numpy(trained), rtol=0, atol=1e-5)
+    trained = plain_images(resumed.pipeline, texts, 1)
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-5)
     assert abs(loaded - base).max() > 1e-3
 
 
@@ -340,7 +337,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
             {"sampling": {"images_per_prompt": 1, "prompts_per_iteration": 2}},
             "sampling.images_per_prompt: got 1, a group needs at least 2",
         ),
-        ({"optimization": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 pictures"),
+        ({"optimization": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 images"),
         ({"optimization": {"adam_epsilon": 0.0}}, "optimization.adam_epsilon: got 0.0, expected above 0"),
         (
             {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bf16"}},
@@ -377,18 +374,18 @@ def test_a_wrong_config_file_is_one_clear_line(tmp_path, text, words):
 
 
 def test_configurations_survive_yaml(tmp_path):
-    config = configuration.preset("shapes")
+    config = preset("shapes")
     configuration.save(config, tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml") == config
 
 
 def test_scores_before_are_never_measured_after(tmp_path):
     training.train(small_run(tmp_path, optimization={"iterations": 1}))
-    with pytest.raises(ConfigError, match=r"run.held_out: the run was started without it"):
-        training.train(small_run(tmp_path, run={"resume": True, "held_out": 4}))
-    np.savez(tmp_path / "held_out_before.npz", strict=np.zeros(5), soft=np.zeros(5), images=np.zeros((5, 1, 1, 3)))
-    with pytest.raises(ConfigError, match=r"run.held_out: got 4, the run was started with 5"):
-        training.train(small_run(tmp_path, run={"resume": True, "held_out": 4}))
+    with pytest.raises(ConfigError, match=r"scoring.count: the run was started without scoring"):
+        training.train(small_run(tmp_path, scoring={"count": 4}, run={"resume": True}))
+    write_evaluation(tmp_path, Evaluation(0, (None,) * 5, {"reward": np.zeros(5)}, 5, 0))
+    with pytest.raises(ConfigError, match=r"scoring.count: got 4, the run was started with 5"):
+        training.train(small_run(tmp_path, scoring={"count": 4}, run={"resume": True}))
 
 
 def test_overwrite_deletes_runs_only(tmp_path):

@@ -181,30 +181,26 @@ def gaussian_step(batch: int, elements: int, sizes: tuple[int, int, int] = (4, 4
 
 
 def policy_loss(batch: int, channels: int, places: int, weighted: bool, size: int = 4, latent: int = 4) -> list[Launch]:
-    """Forward and gradient. size, latent: of an element of the velocity, of the latents."""
+    """Forward and backward. size, latent: of an element of the velocity, of the latents."""
     every, spots = batch * channels * places, 4 * batch * places
-    tiles = ceil(places / THREADS)
-    sums = batch * tiles * (8 + 2) * 8
-    ratios = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every, "old_mean": 4 * every,
-              "sums": sums}  # fmt: skip
-    gradient = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every, "sums": sums,
-                "gradient": size * every}  # fmt: skip
-    trips, last, repeated = 2 + ceil(channels / 16), 8 * ceil(batch / WARPS) * ceil(tiles / WARP), 0
-    if weighted:
-        # Sixteen digits of two bits and the ties, then the tiles; in the second launch every tile and the statistics.
-        passes = 8 * 4 // 2 + 1
-        ratios |= {"weights": (passes + 1) * spots, "amount": spots}
-        gradient |= {"weights": 2 * spots, "amount": spots}
-        repeated = passes * spots
-        trips = max(trips, passes * ceil(places / THREADS / 8))
-        last += ceil(batch / WARPS) * ceil(places / WARP / 4)
-    extra = batch if weighted else 0
-    # The longest block is one of few and starts first: it runs beside all the others.
+    tiles = ceil(places / constant("policy_loss.cuh", "TILE"))
+    sums = batch * tiles * (7 + 2) * 8  # LocationSums
+    latents = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every}
+    weights = {"weights": spots} if weighted else {}
+    rounds = ceil(batch / constant("policy_loss.cuh", "FINISH_WARPS")) * ceil(tiles / WARP)
+    # A thread reads its channels two at a time; what belongs to the sample comes before and does not overlap.
+    trips = 2 + ceil(channels / (16 // latent) / 2)
     return [
-        Launch("policy_loss_ratios", batch * tiles + extra, ratios, repeated),
-        Launch("longest block", 1, {}, trips=trips, starts=0),
-        Launch("policy_loss_gradient", batch * tiles + 1, gradient),
-        Launch("longest block", 1, {}, trips=last, starts=0),
+        Launch(
+            "policy_loss_sums_kernel",
+            batch * tiles,
+            latents | {"old_mean": 4 * every, "sums": sums} | weights,
+            trips=trips,
+        ),
+        Launch("policy_loss_finish_kernel", 1, {"sums": sums}, trips=2 + rounds),
+        Launch(
+            "policy_loss_gradient_kernel", batch * tiles, latents | {"gradient": size * every} | weights, trips=trips
+        ),
     ]
 
 

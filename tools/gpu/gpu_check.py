@@ -102,6 +102,7 @@ def operators(shape, pictures: int, device) -> list[tuple[str, Callable[[], obje
     """(name, call, launches that the cost model knows) at a model's shapes."""
     import cost_model as model
     import star_kernels as sk
+    from star_kernels.ops import POLICY_LOSS
 
     side = int(shape.locations**0.5)
     size = (pictures, shape.channels, side, side) if shape.patch > 1 else (pictures, shape.locations, shape.channels)
@@ -115,7 +116,8 @@ def operators(shape, pictures: int, device) -> list[tuple[str, Callable[[], obje
     grid, advantages = (int(shape.image**0.5),) * 2, torch.randn(pictures)
     spots = torch.ones(size[0], *(size[2:] if shape.patch > 1 else size[1:2]))
     arguments = (velocity, sample, prev_sample, *transition, advantages, spots, noise, None, None, None)
-    run = torch.ops.star.policy_loss_native
+    arguments += ("token", 1e-4, 1e-4, 5.0, 0.0, False)
+    loss, gradient, one = POLICY_LOSS.run("native"), POLICY_LOSS.gradient.run("native"), torch.ones(())
     attention = (pictures, shape.heads, shape.image, shape.width, *concepts[1:], model.SLOTS, device.processors)
     return [
         (
@@ -135,7 +137,7 @@ def operators(shape, pictures: int, device) -> list[tuple[str, Callable[[], obje
         ),
         (
             "policy_loss",
-            lambda: run(*arguments, "token", 1e-4, 1e-4, 5.0, 0.0, False),
+            lambda: gradient(one, loss(*arguments)[2], *arguments),
             model.policy_loss(pictures, shape.channels, shape.locations, weighted=True),
         ),
     ]

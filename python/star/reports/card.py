@@ -11,15 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from star.config import Config, to_dict
 from star.rewards import parse
 
-BEFORE_AFTER = ("soft", "strict")
 
-
-def write(folder: Path, config: Config, summary: dict) -> Path:
-    """Write README.md into an exported adapter's or model's folder. summary: as in summary.json."""
+def write(folder: Path, config: Config, summary: dict, prompt: str) -> Path:
+    """Write README.md into an exported adapter's or model's folder. summary: as in summary.json. prompt: an example."""
     model, adapter = config.model, config.model.lora_rank > 0
     tags = ["text-to-image", "diffusers", "reinforcement-learning", "grpo", "star", *(["lora"] if adapter else [])]
     # Only what the hub knows belongs into its field; a folder's path means nothing to others.
-    public = model.path.count("/") == 1 and not Path(model.path).exists()
+    public = bool(model.path) and model.path.count("/") == 1 and not Path(model.path).exists()
     data = ModelCardData(
         base_model=model.path if public else None,
         library_name="diffusers",
@@ -27,43 +25,40 @@ def write(folder: Path, config: Config, summary: dict) -> Path:
         tags=tags,
     )
     path = folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder, config, summary, adapter)}").save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder, config, summary, prompt)}").save(path)
     return path
 
 
-def _text(folder: Path, config: Config, summary: dict, adapter: bool) -> str:
-    model, sampling = config.model, config.sampling
+def _text(folder: Path, config: Config, summary: dict, prompt: str) -> str:
+    model, sampling, adapter = config.model, config.sampling, config.model.lora_rank > 0
+    name = model.path or f"task {config.task}"
     kind = f"LoRA adapter of rank {model.lora_rank}" if adapter else "Fine-tuned model"
-    weights = parse(config.run.reward)
-    rewards = ", ".join(f"`{name}`" if len(weights) == 1 else f"{w:g} `{name}`" for name, w in weights.items())
+    weights = parse(config.run.reward) if config.run.reward else {f"the reward of {name}": 1.0}
+    rewards = ", ".join(f"`{reward}`" if len(weights) == 1 else f"{w:g} `{reward}`" for reward, w in weights.items())
     try:
         version = f" {importlib.metadata.version('star-kernels')}"
     except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
         version = ""
     rows = [
-        ("Base model", f"`{model.path}`"),
+        ("Base model", f"`{name}`"),
         ("Reward", rewards),
-        ("Prompts", f"`{Path(sampling.prompts).name}`"),
+        ("Prompts", f"`{Path(sampling.prompts).name if sampling.prompts else name}`"),
         ("Iterations", summary["iterations"]),
-        ("Pictures per iteration", f"{sampling.prompts_per_iteration} prompts, {sampling.images_per_prompt} each"),
+        ("Images per iteration", f"{sampling.prompts_per_iteration} prompts, {sampling.images_per_prompt} each"),
         ("Allocation", f"`{config.allocation.strategy}`"),
         ("Learning rate", f"{config.optimization.learning_rate:g}"),
         ("Seed", config.run.seed),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    scores = [
-        f"| {name} | {summary[f'{name}_before']:.4f} | {summary[f'{name}_after']:.4f} |"
-        for name in BEFORE_AFTER
-        if f"{name}_before" in summary
-    ]
-    reached = "\n".join(["| held-out score | before | after |", "|---|---|---|", *scores]) if scores else (
-        "Nothing was measured on held-out prompts; `star eval` does."
-    )  # fmt: skip
+    scores = [_score_row(column, found) for column, found in summary["held_out"].items()]
+    reached = "Nothing was measured on held-out prompts; `star eval` does."
+    if scores:
+        reached = "\n".join(["| held-out score | before | after | difference |", "|---|---|---|---|", *scores])
     method = "Flow-GRPO's objective"
     if config.allocation.strategy != "uniform":
         method += ", its update\nallocated to latent positions (STAR, arXiv 2606.17979)"
     settings = yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()
-    return f"""# {kind} of {Path(model.path).name}
+    return f"""# {kind} of {Path(model.path).name if model.path else name}
 
 Post-trained with reinforcement learning by star-kernels{version}: {method}.
 
@@ -78,12 +73,12 @@ Post-trained with reinforcement learning by star-kernels{version}: {method}.
 ## Use
 
 ```python
-{_code(folder, config, adapter)}
+{_code(folder, config, prompt)}
 ```
 
 ## Limits
 
-A reward is not a person: look at the pictures before relying on a score. The license of the base model applies.
+A reward is not a person: look at the images before relying on a score. The license of the base model applies.
 
 ## Configuration
 
@@ -93,19 +88,22 @@ A reward is not a person: look at the pictures before relying on a score. The li
 """
 
 
-def _code(folder: Path, config: Config, adapter: bool) -> str:
-    model, sampling = config.model, config.sampling
-    if model.path == "shapes" and adapter:
-        lines = ["from star.shapes.model import load_pipeline", "", "pipeline = load_pipeline()"]
+def _score_row(column: str, found: dict) -> str:
+    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
+    return f"| {column} | {found['before']:.4f} | {found['after']:.4f} | {found['difference']:+.4f}{error} |"
+
+
+def _code(folder: Path, config: Config, prompt: str) -> str:
+    model, sampling, adapter = config.model, config.sampling, config.model.lora_rank > 0
+    if model.path is None and adapter:
+        lines = ["import torch", "from star.training.task import find_task", ""]
+        lines.append(f'pipeline = find_task({config.task!r}).pipeline("cpu", torch.float32)')
     else:
         source = model.path if adapter else str(folder)
-        lines = [
-            *("from diffusers import StableDiffusion3Pipeline", ""),
-            f"pipeline = StableDiffusion3Pipeline.from_pretrained({source!r})",
-        ]
+        lines = ["from diffusers import StableDiffusion3Pipeline", ""]
+        lines.append(f"pipeline = StableDiffusion3Pipeline.from_pretrained({source!r})")
     if adapter:
         lines.append(f"pipeline.load_lora_weights({str(folder)!r})")
-    prompt = "a red circle left of a blue square" if sampling.prompts == "shapes" else "a photo of a dog"
     return "\n".join(
         [
             *lines,

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from star import rewards
+from star.objective import uniform_rows
+from star.rewards import Scores
+from star_kernels import Statistics
 
 # name, or name with a * for what the run decides: meaning. The order is that of the documentation and of the report.
 MEANING = {
@@ -34,7 +40,7 @@ MEANING = {
     "update_norm": "norm of the step that an update took, before it is rescaled, where optimization.update_norm is set",
     "updates_skipped": "updates left out because their gradient was not finite",
     "nonfinite": "locations with a log-ratio that is not finite, mean over the passes; should be 0",
-    "gradient_share": "share of the gradient's size in the tenth of the places with the highest weights; 0.1: uniform",
+    "gradient_share": "share of the weights' sum in the tenth of each image's locations that weigh most; 0.1: uniform",
     "weights_max": "largest weight of a picture, mean over pictures and trained steps",
     "weights_concentration": "mean square of a picture's weights: 1 if they are flat, k if they are all on 1/k of it",
     "weights_on_object": "mean weight inside the objects that the reward found (masks): 1 if allocation ignores them",
@@ -50,11 +56,57 @@ def meaning(name: str) -> str:
     """The documentation of a metric's name; "" for a name that has none."""
     if name in MEANING:
         return MEANING[name]
-    wild = (pattern for pattern in MEANING if pattern.endswith("*") and name.startswith(pattern[:-1]))
-    return MEANING.get(next(wild, ""), "")
+    return MEANING.get(next(patterns(name), ""), "")
 
 
-def by_category(rewards: Tensor, categories: Sequence[str | None]) -> dict[str, float]:
+def patterns(name: str) -> Iterator[str]:
+    """The names with a * that a metric's name fits, in the order of the documentation."""
+    return (pattern for pattern in MEANING if pattern.endswith("*") and name.startswith(pattern[:-1]))
+
+
+def iteration_metrics(scores: Scores, categories: Sequence[str | None], advantages: Tensor) -> dict[str, float]:
+    """Of an iteration's rewards and advantages. categories: (B,) kinds of the images' prompts, None where unknown."""
+    return {
+        **rewards.means(scores),
+        **category_means(scores.reward, categories),
+        "advantage_abs": advantages.abs().mean().item(),
+        "advantage_zero": (advantages == 0).float().mean().item(),
+    }
+
+
+class UpdateMetrics:
+    """Collects what an iteration's passes and optimizer steps say."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Tensor]] = defaultdict(list)
+        self.norms: list[float] = []
+        self.skipped = 0
+        self.moves: list[float] = []
+
+    def add_pass(self, loss: Tensor, statistics: Statistics) -> None:
+        self.seen["loss"].append(loss.detach())
+        for name, value in statistics._asdict().items():
+            self.seen[name].append(value)
+
+    def add_step(self, norm: float, skipped: bool, moved: float | None) -> None:
+        """norm: of the gradient. moved: of the update, where it is measured."""
+        self.norms.append(norm)
+        self.skipped += skipped
+        self.moves += [] if moved is None else [moved]
+
+    def metrics(self) -> dict[str, float]:
+        """Means, but for the smallest and the largest ratio and for the first one."""
+        found = {name: torch.stack(values).float().mean().item() for name, values in self.seen.items()}
+        found["ratio_min"] = torch.stack(self.seen["ratio_min"]).min().item()
+        found["ratio_max"] = torch.stack(self.seen["ratio_max"]).max().item()
+        # What the rollout's own policy gives: exactly 1 before the first update.
+        found["ratio_first"] = self.seen["ratio_mean"][0].item()
+        if self.moves:
+            found["update_norm"] = sum(self.moves) / len(self.moves)
+        return found | {"grad_norm": sum(self.norms) / len(self.norms), "updates_skipped": float(self.skipped)}
+
+
+def category_means(rewards: Tensor, categories: Sequence[str | None]) -> dict[str, float]:
     """Mean finite reward, (B,), of every category that is known."""
     found = {}
     for category in sorted({c for c in categories if c is not None}):
@@ -64,16 +116,33 @@ def by_category(rewards: Tensor, categories: Sequence[str | None]) -> dict[str, 
     return found
 
 
-def of_weights(weights: Tensor, masks: Tensor | None) -> dict[str, float]:
-    """What (S, B, H, W) weights look like; masks: (B, H', W') in 0..1, of the objects in the pictures."""
+def weight_metrics(weights: Tensor, masks: Tensor | None) -> dict[str, float]:
+    """Of (S, B, H, W) weights; masks: (B, H', W') in 0..1, of the objects in the images."""
     found = {
         "weights_max": weights.amax((2, 3)).mean().item(),
         "weights_concentration": weights.square().mean().item(),
+        "weights_uniform": float(sum(uniform_rows(step) for step in weights)),
+        "gradient_share": gradient_share(weights).mean().item(),
     }
     if masks is not None and masks.any():
         masks = F.adaptive_avg_pool2d(masks[:, None], weights.shape[2:])[:, 0].to(weights.device)  # (B, H, W)
         found["weights_on_object"] = ((weights * masks).sum() / (len(weights) * masks.sum())).item()
     return found
+
+
+def gradient_share(weights: Tensor) -> Tensor:
+    """Share of each image's weights in the tenth of its locations with the highest ones: where the gradient goes.
+
+    A location's part in the gradient is its weight times the size of its noise's error, which on average is the same
+    everywhere: this is the share that the weights alone decide.
+
+    weights: (..., H, W), not negative. Returns (...): 0.1 for equal weights, 1 if a tenth of the locations has all of
+    them, NaN if they are all 0. Of the location on the edge of the tenth only the part inside counts.
+    """
+    ordered = weights.flatten(-2).sort(-1, descending=True).values
+    size = 0.1 * ordered.shape[-1]
+    inside = (size - torch.arange(ordered.shape[-1], device=weights.device)).clamp(0, 1)
+    return (ordered * inside).sum(-1) / ordered.sum(-1)
 
 
 def peak_memory(device: torch.device) -> float:

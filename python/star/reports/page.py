@@ -1,28 +1,28 @@
-"""`star report`: one self-contained HTML page of one or several runs, with curves, pictures and what differs."""
+"""`star report`: one self-contained HTML page of one or several runs, with curves, images and what differs."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import jinja2
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import yaml
 from matplotlib.colors import to_hex
 
 from star import files
 from star.reports import tracking
-from star.reports.metrics import MEANING, meaning
+from star.reports.evaluations import Evaluation, compare, read_evaluations
+from star.reports.figures import make_grid, moving_average
+from star.reports.metrics import MEANING, meaning, patterns
 
-PICTURES = {
+FIGURES = {
     "reward_curve.png": "reward of the training prompts",
     "before_after.png": "the same prompts and noise before and after",
     "allocation.png": "weights that attention allocates, step by step",
@@ -37,8 +37,9 @@ class Run:
     color: str
     config: dict[str, object]
     metrics: list[dict[str, float]]
+    evaluations: list[Evaluation]
     summary: dict[str, object]
-    pictures: list[tuple[str, str]]  # caption, data URL
+    images: list[tuple[str, str]]  # caption, data URL
     grids: list[tuple[str, str]]
 
     @property
@@ -48,12 +49,6 @@ class Run:
         tail = [line["reward"] for line in self.metrics[-max(1, len(self.metrics) // 10) :] if "reward" in line]
         if tail:
             rows["reward, last tenth"] = f"{np.nanmean(tail):.4f}"
-        for kind in ("soft", "strict"):
-            if f"{kind}_after" in self.summary:
-                before, after = self.summary[f"{kind}_before"], self.summary[f"{kind}_after"]
-                rows[f"held-out {kind}"] = f"{before:.4f} → {after:.4f} ({after - before:+.4f})"
-        if "soft_standard_error" in self.summary:
-            rows["standard error of the soft gain"] = f"{self.summary['soft_standard_error']:.4f}"
         seconds = [sum(v for k, v in line.items() if k.startswith("seconds/")) for line in self.metrics]
         if seconds:
             rows["seconds per iteration, median"] = f"{np.median(seconds):.2f}"
@@ -62,6 +57,27 @@ class Run:
         memory = [line["memory_gib"] for line in self.metrics if "memory_gib" in line]
         if memory:
             rows["peak memory, GiB"] = f"{max(memory):.2f}"
+        return rows
+
+    @property
+    def held_out(self) -> dict[tuple[str, str], str]:
+        """By (column, category) the scores before and after, or those so far."""
+        if not self.evaluations:
+            return {}
+        first, last = self.evaluations[0], self.evaluations[-1]
+        rows = {}
+        for column in first.values:
+            for category in (None, *first.category_names()):
+                found = compare(first, last, category).get(column)
+                before = first.mean(column, category)
+                label = (column, category or "all prompts")
+                if len(self.evaluations) == 1 or found is None:
+                    error = "" if math.isnan(before.standard_error) else f" ± {before.standard_error:.4f}"
+                    rows[label] = f"{before.mean:.4f}{error}"
+                else:
+                    error = found["standard_error"]
+                    change = f"{found['difference']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+                    rows[label] = f"{found['before']:.4f} → {found['after']:.4f} ({change})"
         return rows
 
 
@@ -84,7 +100,7 @@ def read(path: Path, name: str, color: str) -> Run:
         raise ValueError(f"runs: {path} is no run (it has no config.yaml)")
     summary = path / "summary.json"
 
-    def pictures(found: Sequence[tuple[Path, str]]) -> list[tuple[str, str]]:
+    def images(found: Sequence[tuple[Path, str]]) -> list[tuple[str, str]]:
         return [(caption, data_url(file.read_bytes(), "png")) for file, caption in found if file.is_file()]
 
     grids = sorted((path / "grids").glob("*.png"))
@@ -93,9 +109,10 @@ def read(path: Path, name: str, color: str) -> Run:
         color=color,
         config=flat(yaml.safe_load((path / "config.yaml").read_text())),
         metrics=tracking.read(path),
+        evaluations=read_evaluations(path),
         summary=json.loads(summary.read_text()) if summary.is_file() else {},
-        pictures=pictures([(path / file, caption) for file, caption in PICTURES.items()]),
-        grids=pictures([(file, f"after {int(file.stem)} iterations") for file in grids if file.stem.isdigit()]),
+        images=images([(path / file, caption) for file, caption in FIGURES.items()]),
+        grids=images([(file, f"after {int(file.stem)} iterations") for file in grids if file.stem.isdigit()]),
     )
 
 
@@ -114,54 +131,82 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def order(name: str) -> tuple[int, str]:
-    """A metric's place: that of its documentation."""
-    places = list(MEANING)
-    exact = places.index(name) if name in places else None
-    if exact is None:
-        wild = [i for i, p in enumerate(places) if p.endswith("*") and name.startswith(p[:-1])]
-        exact = wild[0] if wild else len(places)
-    return exact, name
+    """A metric's rank: that of its documentation."""
+    ranks = list(MEANING)
+    pattern = name if name in MEANING else next(patterns(name), None)
+    return (len(ranks) if pattern is None else ranks.index(pattern)), name
 
 
-def curve(name: str, runs: Sequence[Run]) -> str | None:
-    """One metric over the iterations, a line a run; None if there is nothing to see."""
-    figure, axes = plt.subplots(figsize=(4.2, 2.3), layout="constrained")
-    shown = False
-    for run in runs:
-        points = [(line["iteration"] + 1, line[name]) for line in run.metrics if name in line]
-        points = [(x, y) for x, y in points if np.isfinite(y)]
-        if not points:
-            continue
-        shown = True
-        x, y = np.array(points).T
-        width = max(1, len(y) // 15)
-        axes.plot(x, y, color=run.color, linewidth=0.8, alpha=0.3 if width > 1 else 1.0)
+@dataclass(frozen=True)
+class Curve:
+    """The points of one run. errors: half the width of a band around them, or None."""
+
+    color: str
+    x: np.ndarray
+    y: np.ndarray
+    errors: np.ndarray | None = None
+
+
+def draw_curves(curves: Sequence[Curve]) -> str | None:
+    """A line for each run, as a data URL; None if there is nothing to see. Without errors a moving average is drawn
+    over the points."""
+    curves = [curve for curve in curves if len(curve.x)]
+    if not curves:
+        return None
+    figure, ((axes,),) = make_grid(1, 1, (4.2, 2.3))
+    for curve in curves:
+        width = max(1, len(curve.y) // 15) if curve.errors is None else 1
+        axes.plot(curve.x, curve.y, color=curve.color, linewidth=0.8, alpha=0.3 if width > 1 else 1.0)
         if width > 1:
-            smooth = np.convolve(y, np.ones(width) / width, "valid")
-            axes.plot(x[width // 2 : width // 2 + len(smooth)], smooth, color=run.color, linewidth=1.8)
+            smooth = moving_average(curve.y, width)
+            axes.plot(curve.x[width // 2 : width // 2 + len(smooth)], smooth, color=curve.color, linewidth=1.8)
+        if curve.errors is not None:
+            axes.plot(curve.x, curve.y, "o", color=curve.color, markersize=3)
+            low, high = curve.y - curve.errors, curve.y + curve.errors
+            axes.fill_between(curve.x, low, high, color=curve.color, alpha=0.15, linewidth=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("iteration", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return data_url(buffer.getvalue(), "svg+xml") if shown else None
+    return data_url(buffer.getvalue(), "svg+xml")
+
+
+def metric_curve(name: str, run: Run) -> Curve:
+    """A metric over the iterations."""
+    points = [(line["iteration"] + 1, line[name]) for line in run.metrics if name in line]
+    points = [(x, y) for x, y in points if np.isfinite(y)]
+    x, y = np.array(points).reshape(-1, 2).T
+    return Curve(run.color, x, y)
+
+
+def held_out_curve(column: str, run: Run) -> Curve:
+    """A held-out score over the scorings, with its standard error."""
+    means = [(e.iteration, e.mean(column)) for e in run.evaluations if column in e.values]
+    points = [(i, m.mean, np.nan_to_num(m.standard_error)) for i, m in means if m.prompts]
+    x, y, errors = np.array(points).reshape(-1, 3).T
+    return Curve(run.color, x, y, errors)
 
 
 def write(paths: Sequence[Path], out: Path) -> None:
     """Write the page of the runs in `paths`. Raises ValueError for a folder that is no run."""
-    colors = [to_hex(color) for color in plt.get_cmap("tab10").colors]
+    colors = [to_hex(color) for color in matplotlib.colormaps["tab10"].colors]
     runs = [
         read(path, name, colors[i % len(colors)])
         for i, (path, name) in enumerate(zip(paths, names(paths), strict=True))
     ]
-    known = sorted({key for run in runs for line in run.metrics for key in line} - {"iteration"}, key=order)
-    curves = [(name, meaning(name), image) for name in known if (image := curve(name, runs)) is not None]
+    columns = list(dict.fromkeys(column for run in runs for e in run.evaluations for column in e.values))
+    meanings = {f"held-out {c}": "mean over the held-out prompts; band: one standard error" for c in columns}
+    drawn = {f"held-out {c}": draw_curves([held_out_curve(c, run) for run in runs]) for c in columns}
+    for name in sorted({key for run in runs for line in run.metrics for key in line} - {"iteration"}, key=order):
+        meanings[name], drawn[name] = meaning(name), draw_curves([metric_curve(name, run) for run in runs])
+    curves = [(name, meanings[name], image) for name, image in drawn.items() if image is not None]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = template.get_template("page.html").render(
         runs=runs,
         facts=list(dict.fromkeys(key for run in runs for key in run.facts)),
+        held_out=list(dict.fromkeys(key for run in runs for key in run.held_out)),
         differences=differences(runs) if len(runs) > 1 else {},
         curves=curves,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 NAMES = (
-    *("shapes", "ocr", "geneval", "pickscore", "clipscore", "hps", "image_reward", "aesthetic"),
+    *("ocr", "geneval", "pickscore", "clipscore", "hps", "image_reward", "aesthetic"),
     *("jpeg_compressibility", "jpeg_incompressibility"),
 )
 
@@ -209,10 +209,6 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
 
         return Remote(path, name)
     match name:
-        case "shapes":
-            from star.shapes.reward import shapes_reward
-
-            return shapes_reward
         case "jpeg_compressibility" | "jpeg_incompressibility":
             from star.rewards import jpeg
 

@@ -1,4 +1,4 @@
-"""What a model reaches on the shapes world: held-out scores by category, and how well its attention localizes."""
+"""How well a model's attention localizes, against the true masks: `python -m star.shapes.measure` prints it."""
 
 from __future__ import annotations
 
@@ -15,64 +15,12 @@ from scipy.stats import rankdata
 
 from star.capture import capture
 from star.concepts import locate, parse
-from star.shapes.model import GRID
-from star.shapes.scenes import CATEGORIES, SIZE, parse_scene, prompts, render
-from star.shapes.verifier import verify
+from star.shapes.model import GRID, load_pipeline
+from star.shapes.scenes import SIZE, parse_scene, prompts, render
 
 STEPS = 4  # the demo's sampling: four Euler steps, no guidance
 DEFAULT_LAYERS = (2, 3)  # by localization, see `star maps --world`
 OBJECT_SHARE = 0.4  # coverage from which an image token counts as the object's
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of n pictures. strict, soft: (n,) float64. categories: n names."""
-
-    strict: np.ndarray
-    soft: np.ndarray
-    categories: tuple[str, ...]
-
-    def mean(self, category: str | None = None) -> tuple[float, float, int]:
-        """Mean strict, mean soft and the number of pictures, overall or of one category."""
-        chosen = np.array([category in (None, c) for c in self.categories])
-        return float(self.strict[chosen].mean()), float(self.soft[chosen].mean()), int(chosen.sum())
-
-
-@torch.no_grad()
-def sample(
-    pipeline: StableDiffusion3Pipeline, texts: Sequence[str], seed: int, steps: int = STEPS, batch: int = 64
-) -> np.ndarray:
-    """Pictures of the plain pipeline without guidance. Returns (B, S, S, 3) float32 in 0..1."""
-    generator = torch.Generator().manual_seed(seed)
-    channels, size = pipeline.transformer.config.in_channels, SIZE // pipeline.vae_scale_factor
-    images = []
-    for i in range(0, len(texts), batch):
-        chunk = list(texts[i : i + batch])
-        noise = torch.randn(len(chunk), channels, size, size, generator=generator)
-        images.append(
-            pipeline(
-                chunk,
-                height=SIZE,
-                width=SIZE,
-                num_inference_steps=steps,
-                guidance_scale=1.0,
-                max_sequence_length=0,
-                latents=noise.to(pipeline.transformer.dtype),
-                output_type="np",
-            ).images
-        )
-    return np.concatenate(images)
-
-
-def score(images: np.ndarray, texts: Sequence[str]) -> Scores:
-    """Verify pictures (B, S, S, 3) against their prompts."""
-    scenes = [parse_scene(text) for text in texts]
-    verdicts = [verify(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    return Scores(
-        np.array([float(v.strict) for v in verdicts]),
-        np.array([v.soft for v in verdicts]),
-        tuple(scene.category for scene in scenes),
-    )
 
 
 def auc(values: np.ndarray, inside: np.ndarray) -> float:
@@ -136,19 +84,6 @@ def localization(
     return found
 
 
-def report(pipeline: StableDiffusion3Pipeline, n: int = 512, seed: int = 0) -> None:
-    """Print scores by category on n held-out prompts, and localization by layer and noise level."""
-    console = Console()
-    texts = prompts(n, seed, "heldout", distinct=True)
-    scores = score(sample(pipeline, texts, seed), texts)
-    table = Table("category", "prompts", "strict", "soft", title=f"held-out prompts, {STEPS} steps, no guidance")
-    for category in (*CATEGORIES, None):
-        strict, soft, number = scores.mean(category)
-        table.add_row(category or "all", str(number), f"{strict:.3f}", f"{soft:.3f}")
-    console.print(table)
-    print_localization(pipeline)
-
-
 def print_localization(pipeline: StableDiffusion3Pipeline) -> None:
     """Print AUC and mass over area of every layer's maps at several noise levels."""
     table = Table("t", "layer", "AUC", "AUC any object", "mass over area", title="localization of concept maps")
@@ -156,3 +91,7 @@ def print_localization(pipeline: StableDiffusion3Pipeline) -> None:
         cells = (f"{entry.auc:.3f}", f"{entry.auc_any:.3f}", f"{entry.mass_ratio:.2f}")
         table.add_row(f"{entry.t}", str(entry.layer), *cells)
     Console().print(table)
+
+
+if __name__ == "__main__":
+    print_localization(load_pipeline())

@@ -20,12 +20,17 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from rich.console import Console
 from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection
 
+from star.reports.tables import evaluation_table
+from star.rewards.worker import RewardWorker
 from star.shapes import measure
 from star.shapes.model import TEXT_LENGTH, load_pipeline, make_pipeline, make_vae
 from star.shapes.scenes import parse_scene, prompts, render
+from star.shapes.task import TASK
+from star.training.scoring import evaluate
 
 
 @dataclass
@@ -197,6 +202,14 @@ def train_transformer(config: Config, pipeline: StableDiffusion3Pipeline) -> Non
     models.eval()
 
 
+def report(pipeline: StableDiffusion3Pipeline) -> None:
+    """Print held-out scores by category, and localization by layer and noise level."""
+    with RewardWorker(TASK.reward) as worker:
+        evaluation = evaluate(pipeline, TASK.prompts("held_out", 512, "0"), worker, TASK.images)
+    Console().print(evaluation_table(evaluation, f"held-out prompts, {TASK.images.steps} steps, no guidance"))
+    measure.print_localization(pipeline)
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +221,7 @@ def main(config: Config) -> None:
     pipeline.vae.register_to_config(_name_or_path=None)  # a path of this machine
     pipeline.to(torch.float16).save_pretrained(config.out / "pipeline")
     # What ships is half precision, so that is what is measured.
-    measure.report(load_pipeline(config.out / "pipeline"))
+    report(load_pipeline(config.out / "pipeline"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from star import config as configuration
-from star.config import ConfigError
+from star.config import EMBEDDED, ConfigError
 from star.study import document, runs
 from star.study import spec as specification
 from star.study.spec import Study
@@ -17,7 +17,7 @@ from star.study.spec import Study
 class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
-    preset: str = "shapes"
+    preset: str = EMBEDDED
     """A study: "shapes", "large_batch", "plain" gradients without AdamW, "global" with prompts of one global attribute,
     or "noise" with rewards that are noise."""
     spec: Path | None = None

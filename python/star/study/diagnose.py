@@ -21,10 +21,8 @@ from tqdm import tqdm
 from star import files
 from star.config import Config
 from star.objective import another, captured_steps
-from star.reports import figures as report
-from star.rewards import load as load_reward
 from star.shapes import scenes
-from star.shapes.measure import OBJECT_SHARE, auc, sample
+from star.shapes.measure import OBJECT_SHARE, auc
 from star.shapes.reward import judged
 from star.shapes.scenes import Scene, parse_scene
 from star.shapes.verifier import Verdict, verify
@@ -32,11 +30,10 @@ from star.study.gradient_signal import compared
 from star.study.page import Table, number
 from star.study.spec import Study, folder
 from star.train import Trainer
-from star.training import curve
 from star.training.advantage import group_advantages
-from star.training.pipeline import load_pipeline
-from star.training.prompts import draw_prompts
-from star.training.rollout import Rollout, decode
+from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
+from star.training.scoring import HeldOut, sample_images
+from star.training.task import configured_task, draw_prompts, load_task_reward
 from star_kernels import allocate, policy_loss
 
 BATCHES = 96
@@ -80,11 +77,7 @@ def arm_weights(trainer: Trainer, config: Config, rollout: Rollout, masks: Tenso
     """The weights that an arm gives to a rollout whose maps are of all steps."""
     wanted = captured_steps(config.allocation.strategy, rollout.steps.trained, config.sampling.steps)
     chosen = dataclasses.replace(rollout, maps=rollout.maps[list(wanted)] if wanted else None)
-    own, trainer.config = trainer.config, dataclasses.replace(trainer.config, allocation=config.allocation)
-    try:
-        return trainer.weights(chosen, masks, torch.Generator().manual_seed(seed))
-    finally:
-        trainer.config = own
+    return trainer.weights(chosen, masks, torch.Generator().manual_seed(seed), config.allocation)
 
 
 # --- what rewards and maps say --------------------------------------------------------------------------------------
@@ -130,9 +123,10 @@ def localization(maps: Tensor, verdicts: list[Verdict], grid: tuple[int, int]) -
 def makeup(pipeline, config: Config) -> dict[str, float]:
     """What the held-out scores are made of: requirements that are met, what unasked objects take off, and the share of
     pictures with more and with fewer objects than were asked for."""
-    texts = curve.held_out_prompts(config)
-    wanted = [parse_scene(text) for text in texts]
-    pictures = sample(pipeline, texts, report.HELD_OUT_SEED, config.sampling.steps)
+    held_out = HeldOut.of_run(configured_task(config), config)
+    wanted = [parse_scene(prompt.text) for prompt in held_out.prompts]
+    batches = [images for _, images in sample_images(pipeline, held_out.prompts, held_out.options)]
+    pictures = torch.cat(batches).permute(0, 2, 3, 1).numpy()
     verdicts = [verify(picture, scene) for picture, scene in zip(pictures, wanted, strict=True)]
     parts = [components(verdict, scene) for verdict, scene in zip(verdicts, wanted, strict=True)]
     unasked = float(np.mean([part["unasked objects"] for part in parts]))
@@ -150,14 +144,18 @@ def makeup(pipeline, config: Config) -> dict[str, float]:
 def pipelines(study: Study, arm: str, config: Config, out: Path) -> Iterator:
     """The untrained pipeline, or those with the adapters of an arm, of every seed whose run has one."""
     if arm == "untrained":
-        yield load_pipeline(config.model.path)
+        yield load_untrained(config)
         return
     for seed in study.seeds:
         adapter = folder(out, arm, seed) / "lora"
         if adapter.is_dir():
-            pipeline = load_pipeline(config.model.path)
+            pipeline = load_untrained(config)
             pipeline.load_lora_weights(str(adapter))
             yield pipeline
+
+
+def load_untrained(config: Config):
+    return configured_task(config).pipeline("cpu", torch.float32)
 
 
 def mean_over(found: list[dict]) -> dict:
@@ -171,13 +169,13 @@ def concentration(pipeline, config: Config) -> dict[str, list[float]]:
     texts = {c: scenes.prompts(PICTURES, 0, "heldout", (c,)) for c in scenes.CATEGORIES}
     texts["background"] = [text for text in texts["background"] if parse_scene(text).things]
     texts["background alone"] = [f"a {name} background" for name in scenes.BACKGROUNDS] * (PICTURES // 3)
-    pixels = (config.model.height, config.model.width)
+    size = (config.model.height // pipeline.vae_scale_factor, config.model.width // pipeline.vae_scale_factor)
+    sampling = config.sampling
+    options = SamplerOptions(size, sampling.guidance_scale, layers=sampling.layers, normalize=sampling.normalize)
     found = {}
     for category, chosen in texts.items():
-        rollout = report.trace(
-            *(pipeline, chosen, config.model.max_sequence_length, config.sampling.steps),
-            *(config.sampling.guidance_scale, pixels, report.HELD_OUT_SEED, config.sampling.layers),
-        )
+        conditions = encode(pipeline, chosen, config.model.max_sequence_length, sampling.guidance_scale)
+        rollout = trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
         fields = [allocate(maps, rollout.grid, mix=1.0, cap=1e30, patch=1) for maps in rollout.maps]
         found[category] = [float(field.square().mean()) for field in fields]
     return found
@@ -198,7 +196,9 @@ def measure(study: Study, out: Path, batches: int) -> dict:
         run=dataclasses.replace(config.run, out=out / "diagnosis", overwrite=True),
     )
     trainer = Trainer(config)
-    judges = {own.run.reward: load_reward(own.run.reward) for own in arms.values()}
+    judges = {
+        own.run.reward: load_task_reward(configured_task(own), own.run.reward_models, "cpu") for own in arms.values()
+    }
     steps = config.sampling.steps
     size = sum(p.numel() for p in trainer.policy.parameters.values())
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
@@ -206,7 +206,7 @@ def measure(study: Study, out: Path, batches: int) -> dict:
     looks = [[] for _ in range(steps)]
     for i in tqdm(range(batches), desc="diagnosis", dynamic_ncols=True):
         trainer.iteration = i
-        prompts = draw_prompts(config, i)
+        prompts = draw_prompts(trainer.task, config, i)
         generator = torch.Generator().manual_seed(i)
         rollout = trainer.rollout([prompt.text for prompt in prompts], generator, captured=range(steps))
         texts = [prompts[g].text for g in rollout.groups.tolist()]

@@ -89,7 +89,7 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
 
 
 def difference(
-    results: Results, arm: str, other: str, metric: str = "soft", summary: str = "final", category: str | None = None
+    results: Results, arm: str, other: str, metric: str = "reward", summary: str = "final", category: str | None = None
 ) -> Difference | None:
     """Over the seeds that both arms have; None if there is none."""
     seeds = results.common_seeds(arm, other)
@@ -123,7 +123,7 @@ def reached(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | 
     return float(iterations[e - 1] + part * (iterations[e] - iterations[e - 1]))
 
 
-def iterations_to_reach(results: Results, arm: str, baseline: str, metric: str = "soft") -> float | None:
+def iterations_to_reach(results: Results, arm: str, baseline: str, metric: str = "reward") -> float | None:
     """Until the arm's mean curve first comes to the baseline's final score, over the seeds that both have. The baseline
     itself may come there before its end."""
     seeds = results.common_seeds(arm, baseline)

@@ -18,10 +18,10 @@ from star import config as configuration
 from star import files
 from star.study import intervals
 from star.study.intervals import SUMMARIES, Difference, Estimate
-from star.study.results import METRICS, Results
+from star.study.results import Results
 from star.study.spec import Study
 
-METRIC = "soft"  # of the curves; the tables have both
+METRIC = "reward"  # of the curves; the tables have all scores
 LABELS = {
     "final": f"at the end (mean of the last {intervals.LAST} scorings)",
     "area": "mean over the run (area under the curve)",
@@ -56,7 +56,7 @@ def score_tables(results: Results) -> list[Table]:
     """Scores by category, for each metric at the end and over the run."""
     names = results.category_names()
     tables = []
-    for metric in METRICS:
+    for metric in results.metrics:
         for summary in SUMMARIES:
             rows = []
             for arm in results.arms:
@@ -69,7 +69,7 @@ def score_tables(results: Results) -> list[Table]:
                     )
                 rows.append([arm, str(len(values)), *cells])
             columns = ["arm", "seeds", *((name or "all").replace("_", " ") for name in names)]
-            tables.append(Table(f"{metric} score {LABELS[summary]}", columns, rows))
+            tables.append(Table(f"{metric} {LABELS[summary]}", columns, rows))
     return tables
 
 
@@ -89,14 +89,14 @@ def difference_table(results: Results, other: str) -> Table:
             rows.append([arm, *["-"] * 6, reached])
             continue
         cells = [arm]
-        for metric in METRICS:
+        for metric in results.metrics:
             for summary in SUMMARIES:
                 found = _difference(intervals.difference(results, arm, other, metric, summary))
                 cells += found if (metric, summary) == (METRIC, "final") else found[:1]
         rows.append([*cells, reached])
-    heads = [f"{metric}, {summary}" for metric in METRICS for summary in SUMMARIES]
+    heads = [f"{metric}, {summary}" for metric in results.metrics for summary in SUMMARIES]
     columns = ["arm", heads[0], "p", "seeds ahead", *heads[1:], f"iterations to {other}'s final score"]
-    return Table(f"less {other}, paired by seed and prompt", columns, rows)
+    return Table(f"difference to {other}, paired by seed and prompt", columns, rows)
 
 
 def category_differences(results: Results, other: str) -> Table | None:
@@ -108,7 +108,7 @@ def category_differences(results: Results, other: str) -> Table | None:
         if arm != other:
             found = [intervals.difference(results, arm, other, METRIC, "final", name) for name in names]
             rows.append([arm, *(_difference(one)[0] for one in found)])
-    return Table(f"{METRIC} score at the end less {other}, by category", ["arm", *names], rows)
+    return Table(f"{METRIC} at the end: difference to {other}, by category", ["arm", *names], rows)
 
 
 def logged_table(results: Results) -> Table:
@@ -163,7 +163,7 @@ def picture(study: Study, results: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(arms) :]:
         axes.axis("off")
-    upper.supylabel(f"held-out {METRIC} score", fontsize=9)
+    upper.supylabel(f"held-out {METRIC}", fontsize=9)
     upper.suptitle(f"gray: {baseline}; bands: {intervals.CONFIDENCE:.0%} over seeds and prompts", fontsize=9)
     axes = lower.subplots()
     for y, arm in enumerate(arms):
@@ -176,7 +176,7 @@ def picture(study: Study, results: Results, path: Path) -> None:
     axes.axvline(0, color="0.45", linewidth=1)
     axes.set_yticks(range(len(arms)), arms, fontsize=8)
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_xlabel(f"{METRIC} score at the end less {baseline}; filled: shown by interval and t-test", fontsize=9)
+    axes.set_xlabel(f"{METRIC} at the end, difference to {baseline}; filled: shown by interval and t-test", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -188,7 +188,7 @@ def notes(results: Results) -> list[str]:
     seeds = sorted(set().union(*results.scores[METRIC].values()))
     texts = [
         f"Seeds {', '.join(map(str, seeds))}; {results.iterations[-1]} iterations, scored {len(results.iterations)} "
-        f"times on {rows} held-out pictures of {distinct} prompts.",
+        f"times on {rows} held-out images of {distinct} prompts.",
         "Brackets: 95 % intervals, bootstrap over seeds and prompts at once (of one seed: over prompts alone). "
         "p: t-test over the seeds. *: both say that there is a difference. With few seeds the bootstrap alone is too "
         "sure of itself; no correction is made for the number of comparisons. Seconds are of runs side by side.",

@@ -11,11 +11,12 @@ import numpy as np
 from star import files
 from star.config import ConfigError
 from star.reports import tracking
+from star.reports.evaluations import read_evaluations
 from star.study import runs
 from star.study.spec import Study
-from star.training import curve
+from star.training.scoring import HeldOut
+from star.training.task import configured_task
 
-METRICS = ("soft", "strict")
 # Of metrics.jsonl, what tells the arms apart besides their scores.
 LOGGED = ("reward", "grad_norm", "update_norm", "weights_concentration", "clip_fraction", "approx_kl")
 
@@ -37,8 +38,13 @@ class Results:
     missing: tuple[str, ...] = ()
 
     @property
+    def metrics(self) -> list[str]:
+        """The reward and the further scores that all runs have."""
+        return list(self.scores)
+
+    @property
     def arms(self) -> list[str]:
-        return list(self.scores[METRICS[0]])
+        return list(self.scores["reward"])
 
     def category_names(self) -> list[str | None]:
         """The categories that occur, in order, and None for all prompts."""
@@ -55,7 +61,7 @@ class Results:
         return np.stack([by_seed[seed] for seed in (seeds or sorted(by_seed))])[:, :, self.chosen(category)]
 
     def common_seeds(self, arm: str, other: str) -> list[int]:
-        by_arm = self.scores[METRICS[0]]
+        by_arm = self.scores["reward"]
         return sorted(by_arm[arm].keys() & by_arm[other].keys())
 
 
@@ -66,7 +72,7 @@ def load(study: Study, out: Path) -> Results:
         for seed in study.seeds:
             config = study.config(arm, seed, out)
             if runs.finished(config):
-                lines[arm, seed] = {line["iteration"]: line for line in curve.read(config.run.out)}
+                lines[arm, seed] = {one.iteration: one for one in read_evaluations(config.run.out)}
                 logged.setdefault(arm, []).append(tracking.read(config.run.out))
             else:
                 missing.append(config.run.out.name)
@@ -75,16 +81,17 @@ def load(study: Study, out: Path) -> Results:
     iterations = sorted(set.intersection(*(set(found) for found in lines.values())))
     if len(iterations) < 2:
         raise ConfigError(f"out: the runs of {out} were scored at different iterations")
-    categories = [found[i]["categories"] for found in lines.values() for i in iterations]
+    categories = [found[i].categories for found in lines.values() for i in iterations]
     if any(names != categories[0] for names in categories):
         raise ConfigError(f"out: the runs of {out} were scored on different prompts")
-    scores = {metric: {} for metric in METRICS}
-    for metric in METRICS:
+    shared = set.intersection(*(set(found[i].values) for found in lines.values() for i in iterations))
+    metrics = [name for name in next(iter(lines.values()))[iterations[0]].values if name in shared]
+    scores: dict[str, dict[str, dict[int, np.ndarray]]] = {metric: {} for metric in metrics}
+    for metric in metrics:
         for (arm, seed), found in lines.items():
-            table = np.array([found[i][metric] for i in iterations], dtype=np.float64)
-            scores[metric].setdefault(arm, {})[seed] = table
+            scores[metric].setdefault(arm, {})[seed] = np.stack([found[i].values[metric] for i in iterations])
     means = {arm: _means([line for run in found for line in run]) for arm, found in logged.items()}
-    texts = curve.held_out_prompts(config)
+    texts = [prompt.text for prompt in HeldOut.of_run(configured_task(config), config).prompts]
     return Results(np.array(iterations), np.array(categories[0]), np.array(texts), scores, means, tuple(missing))
 
 
@@ -100,11 +107,11 @@ def write(results: Results, path: Path) -> None:
     """One JSON line for each arm, seed and scored iteration, with the scores by category."""
     lines = []
     for arm in results.arms:
-        for seed in sorted(results.scores[METRICS[0]][arm]):
+        for seed in sorted(results.scores["reward"][arm]):
             for e, iteration in enumerate(results.iterations.tolist()):
                 scores = {
                     category or "all": {
-                        m: round(float(results.of(m, arm, category, [seed])[0, e].mean()), 5) for m in METRICS
+                        m: round(float(results.of(m, arm, category, [seed])[0, e].mean()), 5) for m in results.metrics
                     }
                     for category in results.category_names()
                 }

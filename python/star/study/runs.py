@@ -32,7 +32,7 @@ def check_unchanged(config: Config) -> None:
     path = config.run.out / "config.yaml"
     if not path.exists():
         return
-    earlier = configuration.load(path)
+    earlier = configuration.update(Config(), configuration.read(path))
     if earlier.optimization.iterations > config.optimization.iterations:
         raise ConfigError(
             f"iterations: got {config.optimization.iterations}, {config.run.out} was started with "
@@ -42,11 +42,10 @@ def check_unchanged(config: Config) -> None:
     run = dataclasses.replace(earlier.run, out=config.run.out, resume=config.run.resume)
     earlier = dataclasses.replace(earlier, optimization=optimization, run=run)
     if earlier != config:
-        before, now = configuration.to_dict(earlier), configuration.to_dict(config)
-        name, key = next((n, k) for n in now for k in now[n] if now[n][k] != before[n][k])
+        before, now = configuration.flatten(earlier), configuration.flatten(config)
+        name = next(name for name in now if now[name] != before[name])
         raise ConfigError(
-            f"{name}.{key}: got {now[name][key]!r}, {config.run.out} was started with {before[name][key]!r}; "
-            "choose another --out"
+            f"{name}: got {now[name]!r}, {config.run.out} was started with {before[name]!r}; choose another --out"
         )
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from star import config as configuration
-from star.config import Config, ConfigError
+from star.config import EMBEDDED, Config, ConfigError
+from star.presets import preset as run_preset
 
 
 @dataclass
 class Study:
     """Arms x seeds. A run is the configuration `preset`, changed by `changes`, then by its arm, with its seed."""
 
-    preset: str = "shapes"
+    preset: str = EMBEDDED
     """Of `star train`."""
     baselines: tuple[str, ...] = ("uniform", "shuffled", "random")
     """The arms that all others are compared with; the first one's final score is what they are to reach earlier."""
@@ -29,11 +30,11 @@ class Study:
 
     def config(self, arm: str, seed: int, out: Path) -> Config:
         """The configuration of one run of the study in the folder `out`."""
-        config = configuration.update(configuration.preset(self.preset), self.changes)
+        config = configuration.update(run_preset(self.preset), self.changes)
         config = configuration.update(config, self.arms[arm], f"arms.{arm}.")
         if self.prompts:
             path = str(out / "prompts.txt")
-            shared = {"sampling": {"prompts": path}, "run": {"held_out_prompts": path}}
+            shared = {"sampling": {"prompts": path}, "scoring": {"prompts": path}}
             config = configuration.update(config, shared)
         config = configuration.update(config, {"run": {"seed": seed, "out": str(folder(out, arm, seed))}})
         config.check()
@@ -49,8 +50,8 @@ class Study:
             if not arm.replace("_", "").isalnum():
                 raise ConfigError(f"arms: got the name {arm!r}, expected letters, digits and '_'")
             config = self.config(arm, self.seeds[0], Path())
-            if not config.run.evaluate_every:
-                raise ConfigError("run.evaluate_every: a study needs it, and run.held_out")
+            if not config.scoring.every:
+                raise ConfigError("scoring.every: a study needs it, and scoring.count")
 
 
 def folder(out: Path, arm: str, seed: int) -> Path:
@@ -69,7 +70,8 @@ def shapes() -> Study:
         changes={
             # Checkpoints and scores at the same iterations; the norm of the updates is measured, not changed. The
             # learning rate is the one at which the scalar arm does best; see docs/evidence.md.
-            "run": {"evaluate_every": 30, "save_every": 30, "keep_checkpoints": 1, "held_out": 512, "pictures": False},
+            "scoring": {"every": 30, "count": 512},
+            "run": {"save_every": 30, "keep_checkpoints": 1, "figures": False},
             "optimization": {"update_norm": 0.0, "learning_rate": 3.5e-5},
         },
         arms={
@@ -112,7 +114,7 @@ def global_attribute() -> Study:
     study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1")
     study.prompts = tuple(f"a {background} background" for background in ("black", "gray", "white"))
     study.changes["sampling"] = {"prompts_per_iteration": 3, "images_per_prompt": 32}
-    study.changes["run"] |= {"held_out": 192}
+    study.changes["scoring"] |= {"count": 192}
     study.changes["optimization"] |= {"iterations": 120}
     study.baselines = ("uniform",)
     return study
@@ -122,6 +124,7 @@ def noise() -> Study:
     """Rewards that are noise: there is nothing to learn, and the scores fall by the harm that each arm's steps do."""
     study = _some_of_shapes("uniform", "attention", "attention_mix_1", "random_mix_1", "oracle", "oracle_mix_1")
     study.changes["run"] |= {"reward": "star.shapes.reward:noise"}
+    study.changes["scoring"] |= {"reward": "star.shapes.reward:shapes_reward"}
     study.changes["optimization"] |= {"iterations": 120}
     study.baselines = ("uniform",)
     return study
@@ -142,13 +145,14 @@ def large_batch() -> Study:
         "uniform", "attention", "shuffled", "random", "oracle_every_object", "attention_mix_1", "final_step"
     )
     study.changes["sampling"] = {"prompts_per_iteration": 64}
-    study.changes["run"] |= {"evaluate_every": 10, "save_every": 10}
+    study.changes["scoring"] |= {"every": 10}
+    study.changes["run"] |= {"save_every": 10}
     # The scalar arm's best learning rate here; the moving average forgets over as large a part of the run.
     study.changes["optimization"] |= {"iterations": 60, "learning_rate": 7e-5, "ema_decay": 0.95}
     return study
 
 
-PRESETS = {"shapes": shapes, "global": global_attribute, "noise": noise, "plain": plain, "large_batch": large_batch}
+PRESETS = {EMBEDDED: shapes, "global": global_attribute, "noise": noise, "plain": plain, "large_batch": large_batch}
 
 
 def preset(name: str) -> Study:

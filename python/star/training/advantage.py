@@ -103,7 +103,7 @@ def _advantages(rewards: Tensor, groups: Tensor, global_std: bool, eps: float) -
     return torch.where(equal[:, None], 0.0, centered / (std + eps)).to(rewards.dtype)
 
 
-def advantages_of(
+def compute_advantages(
     scores: Scores, groups: Tensor, loss: Loss, weights: Mapping[str, float], size: tuple[int, int]
 ) -> Tensor:
     """What the loss asks for: (B,), or (B, height, width) of the latents with loss.advantage "location".

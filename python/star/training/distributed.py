@@ -1,4 +1,4 @@
-"""Several processes as one: who makes which pictures, what is gathered, and how all of them end together."""
+"""Several processes as one: who makes which images, what is gathered, and how all of them end together."""
 
 from __future__ import annotations
 
@@ -46,18 +46,23 @@ def make_accelerator(config: Config) -> Accelerator:
     )
 
 
+def share_rows(images: int, updates: int, processes: int) -> Tensor:
+    """(processes, b) int64: the images of an iteration that each process makes, a contiguous part of each update."""
+    return torch.arange(images).view(updates, processes, -1).transpose(0, 1).flatten(1)
+
+
 class Share:
-    """Which of an iteration's pictures this process makes: an equal, contiguous part of each update.
+    """Which of an iteration's images this process makes: an equal, contiguous part of each update.
 
     The micro batches are those of a single process, and a group may be spread over processes: rewards are gathered
-    before its statistics are taken. rows: (b,) int64 places among the iteration's pictures.
+    before its statistics are taken. rows: (b,) int64 places among the iteration's images.
     """
 
-    def __init__(self, accelerator: Accelerator, pictures: int, updates: int) -> None:
+    def __init__(self, accelerator: Accelerator, images: int, updates: int) -> None:
         self.accelerator = accelerator
-        parts = torch.arange(pictures).view(updates, accelerator.num_processes, -1)
-        self.rows = parts[:, accelerator.process_index].flatten()
-        self.order = parts.transpose(0, 1).flatten()
+        parts = share_rows(images, updates, accelerator.num_processes)
+        self.rows = parts[accelerator.process_index]
+        self.order = parts.flatten()
 
     def gather(self, x: Tensor) -> Tensor:
         """(b, ...) of this process -> (B, ...) of all of them, each row in its place."""
@@ -67,7 +72,7 @@ class Share:
         return torch.empty_like(gathered).index_copy_(0, self.order.to(x.device), gathered)
 
     def gather_scores(self, scores: Scores) -> Scores:
-        """The same of what a reward said. Masks stay with the process whose pictures they are of."""
+        """The same of what a reward said. Masks stay with the process whose images they are of."""
         if self.accelerator.num_processes == 1:
             return scores
         # Where the reward failed for every picture of a process, it said less than elsewhere.
@@ -120,7 +125,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], object]) -> None:
         raise SystemExit(1)
 
 
-def lost(error: RuntimeError) -> bool:
+def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error is a collective's: the backends raise it where another process has ended."""
     words = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)

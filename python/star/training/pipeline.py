@@ -13,16 +13,8 @@ from star.config import Config, ConfigError
 def load_pipeline(
     path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> StableDiffusion3Pipeline:
-    """A pipeline in evaluation mode from a folder or hub id; "shapes" is the embedded one. The autoencoder stays in
-    float32 whatever the dtype: its last layers overflow in float16."""
-    if path == "shapes":
-        from star.shapes.model import load_pipeline as load_shapes
-
-        pipeline = load_shapes()
-        for frozen in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
-            if frozen.dtype != dtype:
-                frozen.to(dtype)
-        return pipeline.to(device)
+    """A pipeline in evaluation mode from a folder or hub id. The autoencoder stays in float32 whatever the dtype: its
+    last layers overflow in float16."""
     try:
         index = StableDiffusion3Pipeline.load_config(path)
         # A pipeline that was saved without T5 is loaded only if told so.

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is loaded: pictures, passes, FLOPs and memory of each GPU.
+"""What a run will take, before anything is loaded: images, passes, FLOPs and memory of each GPU.
 
 The models are built from their configurations without weights. FLOPs and activations are those of a pass with fake
 tensors, which go through every operator but hold no numbers. They are predictions: what the allocator, the
@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from star.config import Config, ConfigError
+from star.training.distributed import share_rows
 from star.training.pipeline import make_trainable
-from star.training.rollout import distinct
+from star.training.rollout import DECODED_AT_ONCE, group_members
+from star.training.task import Task, configured_task
 
 CONCEPTS = 3  # of a prompt, for the size of the maps; GenEval's have one or two
-DECODED = 16  # pictures that rollout.decode decodes at a time
-CLIP_TOKENS = 77
 
 _MEDIUM = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
                dual_attention_layers=tuple(range(13)))  # fmt: skip
@@ -43,6 +43,7 @@ class Architecture:
     transformer: SD3Transformer2DModel
     vae: AutoencoderKL
     text_encoders: tuple[nn.Module, ...]
+    clip_tokens: int = 77
 
 
 def _clip(width: int, layers: int) -> CLIPTextModelWithProjection:
@@ -57,16 +58,20 @@ def _clip(width: int, layers: int) -> CLIPTextModelWithProjection:
     )
 
 
-def architecture(path: str) -> Architecture:
-    """Of a known public model, the embedded one, or a pipeline's folder. Raises ConfigError for anything else."""
-    if path == "shapes":
-        from star.shapes.model import load_pipeline
+def task_architecture(task: Task) -> Architecture:
+    """Of a task's pipeline, which is loaded for it."""
+    pipeline = task.pipeline("cpu", torch.float32)
+    encoders = [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e is not None]
+    return Architecture(
+        pipeline.transformer.to("meta"),
+        pipeline.vae.to("meta"),
+        tuple(encoder.to("meta") for encoder in encoders),
+        clip_tokens=pipeline.tokenizer.model_max_length,
+    )
 
-        pipeline = load_pipeline()
-        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-        return Architecture(
-            pipeline.transformer.to("meta"), pipeline.vae.to("meta"), tuple(e.to("meta") for e in encoders)
-        )
+
+def architecture(path: str) -> Architecture:
+    """Of a known public model or a pipeline's folder. Raises ConfigError for anything else."""
     with torch.device("meta"):
         if path in KNOWN:
             vae = AutoencoderKL(
@@ -153,16 +158,16 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return x
 
 
-def bytes_of(tensors) -> int:
+def count_bytes(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one iteration. rows: pictures times steps, of one GPU, twice with guidance. memory: bytes of one GPU."""
+    """Of one iteration. rows: images times steps, of one GPU, twice with guidance. memory: bytes of one GPU."""
 
-    pictures: int
-    pictures_per_gpu: int
+    images: int
+    images_per_gpu: int
     trained_steps: int
     rollout_rows: int
     update_rows: int
@@ -182,7 +187,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The update and the decoding of pictures do not need their memory at the same time."""
+        """The update and the decoding of images do not need their memory at the same time."""
         alternating = ("activations", "decoding")
         return sum(v for k, v in self.memory.items() if k not in alternating) + max(self.memory[k] for k in alternating)
 
@@ -190,16 +195,16 @@ class Plan:
 def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     """Predict a run. Raises ConfigError for what cannot be run on so many GPUs."""
     config.check(gpus)
-    models, sampling, optimization = architecture(config.model.path), config.sampling, config.optimization
+    models = architecture(config.model.path) if config.model.path else task_architecture(configured_task(config))
+    sampling, optimization = config.sampling, config.optimization
     transformer, dtype = models.transformer, getattr(torch, config.model.frozen_dtype)
     for module in (transformer, *models.text_encoders):
         module.to(dtype)
     trained = make_trainable(_Parts(transformer, models.vae, *models.text_encoders), config)
-    pictures = sampling.prompts_per_iteration * sampling.images_per_prompt
-    own = pictures // gpus
-    # As train.py shares and cuts them; every process has the like of the first one's.
-    groups = torch.arange(pictures).view(optimization.updates_per_iteration, gpus, -1)[:, 0].flatten()
-    groups = groups % sampling.prompts_per_iteration
+    images = sampling.prompts_per_iteration * sampling.images_per_prompt
+    own = images // gpus
+    # Every process has the like of the first one's.
+    groups = share_rows(images, optimization.updates_per_iteration, gpus)[0] % sampling.prompts_per_iteration
     chunks = groups.split(optimization.micro_batch or own // optimization.updates_per_iteration)
     guided = 2 if sampling.guidance_scale > 1 else 1
     count = sampling.window or len(sampling.trained_steps)
@@ -209,7 +214,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     def rows(step: int) -> int:
         if step >= shared:
             return own
-        return sum(len(distinct(part)[0]) for part in (chunks if step in steps else [groups]))
+        return sum(len(group_members(part)[0]) for part in (chunks if step in steps else [groups]))
 
     update_rows = guided * sum(rows(step) for step in steps)
     largest = max(len(chunk) for chunk in chunks)
@@ -217,24 +222,24 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     height, width = config.model.height // factor, config.model.width // factor
     latents = transformer.config.in_channels * height * width
     patch = transformer.config.patch_size
-    text = CLIP_TOKENS + config.model.max_sequence_length if config.model.path != "shapes" else 12
+    text = models.clip_tokens + config.model.max_sequence_length
     parameters = sum(p.numel() for p in transformer.parameters())
     trained_parameters = sum(p.numel() for p in trained)
     shards = gpus if fsdp else 1
-    encoders = sum(bytes_of(encoder.parameters()) for encoder in models.text_encoders)
+    encoders = sum(count_bytes(encoder.parameters()) for encoder in models.text_encoders)
     embedding = text * transformer.config.joint_attention_dim * dtype.itemsize
     tokens, locations = height * width // patch**2, height * width
     memory = {
-        "transformer": bytes_of(transformer.parameters()) // shards,
+        "transformer": count_bytes(transformer.parameters()) // shards,
         "text encoders": 0 if config.model.offload_encoders else encoders,
-        "autoencoder": bytes_of(models.vae.parameters()),
+        "autoencoder": count_bytes(models.vae.parameters()),
         "gradients": 4 * trained_parameters // shards,
         "optimizer": 8 * trained_parameters // shards,
         "moving average": 4 * trained_parameters // shards if optimization.ema_decay else 0,
         "rollout": 0 if sampling.rollout_device == "cpu" else 3 * count * own * latents * 4,
         "maps and weights": count * own * (CONCEPTS * tokens + locations) * 4,
         "text": (sampling.prompts_per_iteration + guided - 1) * embedding,
-        "decoding": decoding(models.vae, min(DECODED, own), height, width),
+        "decoding": decoding(models.vae, min(DECODED_AT_ONCE, own), height, width),
     }
     size = (transformer.config.in_channels, height, width)
     with faked(transformer):
@@ -253,8 +258,8 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
                 predict(transformer, 1, size, text, config)
             reference = flops.get_total_flops()
     return Plan(
-        pictures=pictures,
-        pictures_per_gpu=own,
+        images=images,
+        images_per_gpu=own,
         trained_steps=count,
         rollout_rows=guided * sum(rows(step) for step in range(sampling.steps)),
         update_rows=update_rows,
@@ -293,17 +298,17 @@ def predict(transformer: nn.Module, rows: int, size: tuple[int, ...], text: int,
         )[0]
 
 
-def decoding(vae: AutoencoderKL, pictures: int, height: int, width: int) -> int:
+def decoding(vae: AutoencoderKL, images: int, height: int, width: int) -> int:
     """Bytes of the largest layer's input and output."""
     largest = 0
 
     def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal largest
-        largest = max(largest, bytes_of([*inputs, output]))
+        largest = max(largest, count_bytes([*inputs, output]))
 
     handles = [m.register_forward_hook(see) for m in vae.decoder.modules() if not list(m.children())]
     with torch.no_grad():
-        vae.decode(torch.empty(pictures, vae.config.latent_channels, height, width, device="meta"))
+        vae.decode(torch.empty(images, vae.config.latent_channels, height, width, device="meta"))
     for handle in handles:
         handle.remove()
     return largest

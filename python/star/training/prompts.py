@@ -1,4 +1,4 @@
-"""Where a run's prompts come from: the embedded world or a file in one of the public formats.
+"""Prompts and the files they come from, in the public formats.
 
 A text file has one prompt a line, as Flow-GRPO's dataset/ocr and dataset/pickscore. A .jsonl file has one JSON object a
 line, whose "prompt" is the text and which goes to the reward whole, as GenEval's evaluation_metadata.jsonl and
@@ -15,37 +15,38 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from star.config import Config, ConfigError
-from star.shapes import scenes
+from star.config import ConfigError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what its file says of it, for the reward."""
+    """A prompt and its metadata, which go to the reward."""
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def category(self) -> str | None:
-        """What kind of prompt it is, if that is known: GenEval's "tag", the embedded world's category."""
+        """The kind of prompt, if it is known: GenEval's "tag"."""
         return self.metadata.get("tag")
 
 
-def draw_prompts(config: Config, iteration: int) -> list[Prompt]:
-    """Distinct prompts of an iteration; the same ones whenever the run is started or resumed."""
-    count, seed = config.sampling.prompts_per_iteration, f"{config.run.seed}/{iteration}"
-    if config.sampling.prompts == "shapes":
-        texts = dict.fromkeys(scenes.prompts(8 * count, seed, "train"))
-        drawn = [Prompt(text, {"tag": scenes.parse_scene(text).category}) for text in texts]
-    else:
-        drawn = list(_read_once(config.sampling.prompts))
-        random.Random(seed).shuffle(drawn)
-    if len(drawn) < count:
-        raise ConfigError(
-            f"sampling.prompts: {config.sampling.prompts} has {len(drawn)} distinct prompts, an iteration needs {count}"
-        )
-    return drawn[:count]
+def draw_from_file(path: str, count: int, seed: str) -> list[Prompt]:
+    """`count` distinct prompts of a file, the same ones whenever the seed is; all of them if it has fewer."""
+    prompts = list(_read_once(path))
+    random.Random(seed).shuffle(prompts)
+    return prompts[:count]
+
+
+def pick_from_file(path: str, count: int, seed: str) -> list[Prompt]:
+    """`count` prompts of a file in its order: a sample of a longer file; a shorter one is repeated."""
+    prompts = list(_read_once(path))
+    if not prompts:
+        raise ConfigError(f"prompts: {path} has none")
+    if count < len(prompts):
+        chosen = sorted(random.Random(seed).sample(range(len(prompts)), count))
+        return [prompts[i] for i in chosen]
+    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -54,7 +55,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"sampling.prompts: {path} cannot be read ({reason})") from error
+        raise ConfigError(f"prompts: {path} cannot be read ({reason})") from error
     # Not splitlines(), which also breaks at characters that JSON allows within a string.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     if Path(path).suffix == ".jsonl":
@@ -71,14 +72,14 @@ def _parse(place: str, line: str) -> Prompt:
     try:
         metadata = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"sampling.prompts: {place} is not JSON ({error})") from error
+        raise ConfigError(f"prompts: {place} is not JSON ({error})") from error
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"sampling.prompts: {place} has no text under 'prompt'")
+        raise ConfigError(f"prompts: {place} has no text under 'prompt'")
     return Prompt(text.strip(), metadata)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _read_once(path: str) -> tuple[Prompt, ...]:
     """Tens of thousands of lines of JSON are not parsed again every iteration."""
     return tuple(read_prompts(path))

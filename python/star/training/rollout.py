@@ -1,4 +1,4 @@
-"""Prompts to pictures, with everything the update needs: latents before and after the trained steps, means, maps."""
+"""Prompts to images, with everything the update needs: latents before and after the trained steps, means, maps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -19,10 +20,13 @@ from star.concepts import ConceptTokens, locate, parse
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
+DECODED_AT_ONCE = 16  # images
+Normalization = Literal["raw", "content", "concepts"]
+
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the model is told, for P distinct prompts.
+    """What the model is conditioned on: P distinct prompts.
 
     embeds: (P, T, D). pooled: (P, D'). negative_embeds, negative_pooled: (1, T, D), (1, D') of the empty prompt, or
     None without guidance. tokens: the concepts' text tokens, P rows.
@@ -112,7 +116,9 @@ class PromptEncoder:
 
     def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            *([prompt], None, None),
+            [prompt],
+            prompt_2=None,
+            prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.length,
@@ -153,7 +159,7 @@ def make_steps(scheduler, count: int, trained: Sequence[int], sampler: str, nois
 
 
 def draw_window(steps: Sequence[int], size: int, seed: str) -> tuple[int, ...]:
-    """`size` neighbors of the trained steps at a place that the seed decides, as Flow-GRPO-Fast draws its SDE window;
+    """`size` consecutive trained steps from a start that the seed decides, as Flow-GRPO-Fast draws its SDE window;
     0: all of them."""
     start = random.Random(f"{seed}/window").randint(0, len(steps) - size) if size else 0
     return tuple(steps[start : start + size] if size else steps)
@@ -180,8 +186,9 @@ def predict_velocity(
     return velocity
 
 
-def distinct(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (B,) int64: the P distinct groups, the first sample of each, and (B,) each sample's place among them."""
+def group_members(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (B,) int64: the P distinct groups, the first sample of each, and (B,) the index of each sample's group among
+    the P."""
     ids, member = groups.unique(return_inverse=True)
     first = torch.full_like(ids, len(groups)).scatter_reduce_(0, member, torch.arange(len(groups)), "amin")
     return ids, first, member
@@ -229,7 +236,7 @@ class Batch:
     """One forward pass for some samples; one row for each of their prompts while they share their latents."""
 
     def __init__(self, conditions: Conditions, groups: Tensor, shared: bool) -> None:
-        ids, self.first, self.member = distinct(groups) if shared else (groups, None, None)
+        ids, self.first, self.member = group_members(groups) if shared else (groups, None, None)
         self.conditions = conditions.rows(ids)
 
     def velocity(
@@ -237,11 +244,132 @@ class Batch:
     ) -> Tensor:
         if self.first is not None:
             latents = latents[self.first]
-        return self.each(predict_velocity(transformer, latents, timestep, self.conditions, guidance_scale))
+        return self.expand(predict_velocity(transformer, latents, timestep, self.conditions, guidance_scale))
 
-    def each(self, x: Tensor) -> Tensor:
-        """Rows of the pass -> rows of the samples. index_select: its gradient is summed in a fixed order on the CPU."""
+    def expand(self, x: Tensor) -> Tensor:
+        """(P, ...) rows of the pass -> (B, ...) rows of the samples. index_select: its gradient is summed in a fixed
+        order on the CPU."""
         return x if self.member is None else x.index_select(0, self.member.to(x.device))
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How a rollout is sampled, whatever its prompts and its noise are.
+
+    size: latent (height, width). guidance_scale: 1 or less means no guidance. shared_noise: the samples of a group
+    start from one noise (Flow-GRPO-Fast) and part after the first trained step; up to and including it one pass per
+    prompt serves the whole group. chunk: samples per forward pass, and per minibatch of the update
+    (`Rollout.velocity`); None means all. captured: steps at which maps are read; None means the trained ones, an empty
+    sequence none. layers, normalize: as in `star.capture.capture`. stored_on_cpu: the latents for the update wait in
+    (pinned) memory of the CPU.
+    """
+
+    size: tuple[int, int]
+    guidance_scale: float = 1.0
+    shared_noise: bool = True
+    chunk: int | None = None
+    captured: Sequence[int] | None = None
+    layers: Sequence[int] | None = None
+    normalize: Normalization = "raw"
+    stored_on_cpu: bool = False
+
+
+class Buffers:
+    """What a rollout keeps for the update, filled step by step.
+
+    samples, prev_samples, old_means: (S, b, C, H, W) at the trained steps. maps: (M, b, G, N) at the captured steps, or
+    None before the first. Noise: the one of a trained step waits where the step's result will be, so that it costs no
+    memory of its own.
+    """
+
+    def __init__(self, shape: tuple[int, ...], steps: Steps, captured: Sequence[int], options: SamplerOptions, device):
+        self.trained, self.captured, self.device = steps.trained, tuple(captured), device
+        on_cpu = options.stored_on_cpu
+        stored = torch.empty(
+            (3, len(self.trained), *shape),
+            device="cpu" if on_cpu else device,
+            pin_memory=on_cpu and device.type == "cuda",
+        )
+        self.samples, self.prev_samples, self.old_means = stored
+        self.maps: Tensor | None = None
+
+    def set_noise(self, k: int, noise: Tensor) -> None:
+        self.prev_samples[k] = noise
+
+    def noise(self, k: int, rows: Tensor) -> Tensor:
+        return self.prev_samples[k, rows].to(self.device)
+
+    def store(self, k: int, rows: Tensor, sample: Tensor, prev_sample: Tensor, mean: Tensor) -> None:
+        """Keep the k-th trained step of some samples; its noise is gone then."""
+        self.samples[k, rows] = sample.to(self.samples.device)
+        self.prev_samples[k, rows] = prev_sample.to(self.samples.device)
+        self.old_means[k, rows] = mean.to(self.samples.device)
+
+    def store_maps(self, step: int, rows: Tensor, maps: Tensor) -> None:
+        if self.maps is None:
+            shape = (len(self.captured), self.samples.shape[1], *maps.shape[1:])
+            self.maps = torch.zeros(shape, device=self.device)
+        self.maps[self.captured.index(step), rows] = maps
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Takes samples from step to step. shared: the first steps at which the samples of a group have the same
+    latents."""
+
+    transformer: torch.nn.Module
+    conditions: Conditions
+    groups: Tensor
+    steps: Steps
+    options: SamplerOptions
+    buffers: Buffers
+    shared: int
+
+    def advance(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+        """The latents of some samples after a step of the schedule."""
+        velocity = self.velocity(step, rows, latents)
+        transition = self.steps.transitions.rows(slice(step, step + 1)).to(latents.device)
+        if step not in self.steps.trained:
+            return latents + transition.b.view(-1, 1, 1, 1) * velocity
+        k = self.steps.trained.index(step)
+        noise = self.buffers.noise(k, rows)
+        prev_sample, mean = gaussian_step(latents, velocity, noise, transition.expand(len(rows)))
+        self.buffers.store(k, rows, latents, prev_sample, mean)
+        return prev_sample
+
+    def velocity(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+        """Velocity of some samples; their maps are kept if the step is captured."""
+        batch = Batch(self.conditions, self.groups[rows], step < self.shared)
+        timestep, guidance_scale = self.steps.timesteps[step], self.options.guidance_scale
+        if step not in self.buffers.captured:
+            return batch.velocity(self.transformer, latents, timestep, guidance_scale)
+        length = len(batch.conditions.prompts)
+        patch = unwrapped(self.transformer).config.patch_size
+        with capture(
+            self.transformer,
+            batch.conditions.tokens,
+            grid=(self.options.size[0] // patch, self.options.size[1] // patch),
+            rows=None if self.conditions.negative_embeds is None else slice(length, 2 * length),
+            layers=self.options.layers,
+            normalize=self.options.normalize,
+        ) as maps:
+            velocity = batch.velocity(self.transformer, latents, timestep, guidance_scale)
+        self.buffers.store_maps(step, rows, batch.expand(maps.read()))
+        return velocity
+
+    def run(
+        self,
+        steps: range,
+        rows: Tensor,
+        latents: Tensor,
+        merged: Callable[[], AbstractContextManager[None]],
+    ) -> Tensor:
+        """The latents of some samples after several steps; those that are not trained run within `merged`."""
+        for is_trained, part in groupby(steps, lambda step: step in self.steps.trained):
+            with nullcontext() if is_trained else merged():
+                for step in part:
+                    latents = self.advance(step, rows, latents)
+        return latents
 
 
 @torch.no_grad()
@@ -250,17 +378,10 @@ def sample(
     conditions: Conditions,
     groups: Tensor,
     steps: Steps,
-    *,
-    size: tuple[int, int],
+    options: SamplerOptions,
     generator: torch.Generator,
-    guidance_scale: float = 1.0,
-    shared_noise: bool = True,
-    chunk: int | None = None,
-    captured: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
-    normalize: str = "raw",
+    *,
     rows: Tensor | None = None,
-    stored_on_cpu: bool = False,
     merged: Callable[[], AbstractContextManager[None]] = nullcontext,
     finished: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Rollout:
@@ -271,96 +392,68 @@ def sample(
         conditions: of P distinct prompts.
         groups: (B,) int64, each sample's prompt.
         steps: from `make_steps`.
-        size: latent (height, width).
+        options: see SamplerOptions.
         generator: on the CPU, so that a seed means the same everywhere.
-        shared_noise: the samples of a group start from one noise (Flow-GRPO-Fast) and part after the first trained
-            step; up to and including it one pass per prompt serves the whole group.
-        chunk: samples per minibatch of the update (`Rollout.velocity`), and per forward pass here.
-        captured: steps at which maps are read. None: the trained ones. Empty: none.
-        layers, normalize: of `star.capture.capture`.
-        rows: (b,) int64, the samples to make of the B, None: all. Their noise is what it is in the whole batch, which
-            is drawn whole; the rollout is of these b samples.
-        stored_on_cpu: keep the latents for the update in (pinned) memory of the CPU.
+        rows: (b,) int64, the samples to make of the B; None means all. Their noise is what it is in the whole batch,
+            which is drawn whole; the rollout is of these b samples.
         merged: a context for the steps that are not trained, which may compute the same velocity in another way
             (`Policy.merged`).
-        finished: is called with each chunk's places among the samples, (b',), and its final latents, before the next
-            one is begun.
+        finished: is called with each chunk's rows among the samples, (b',), and its final latents, before the next
+            one begins.
     """
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
-    total, groups = len(groups), groups[rows]
-    batch = len(groups)
-    config = unwrapped(transformer).config
-    grid = (size[0] // config.patch_size, size[1] // config.patch_size)
-    trained, captured = steps.trained, steps.trained if captured is None else tuple(captured)
-    channels = config.in_channels
-    count = len(conditions.prompts) if shared_noise else total
-    noise = torch.randn(count, channels, *size, generator=generator)
-    latents = noise[groups if shared_noise else rows].to(device)
-    stored = torch.empty(
-        *(3, len(trained), batch, channels, *size),
-        device="cpu" if stored_on_cpu else device,
-        pin_memory=stored_on_cpu and device.type == "cuda",
+    total, groups, size = len(groups), groups[rows], options.size
+    model = unwrapped(transformer).config
+    channels, batch = model.in_channels, len(groups)
+    start = torch.randn(
+        len(conditions.prompts) if options.shared_noise else total, channels, *size, generator=generator
     )
-    samples, prev_samples, old_means = stored
-    for k in range(len(trained)):
-        # The noise of a step waits where the step's result will be.
-        prev_samples[k] = torch.randn(total, channels, *size, generator=generator)[rows]
-    maps = None
-    alone = min(trained, default=len(steps.timesteps)) if shared_noise else 0  # steps before the samples part
-    shared = min(trained, default=len(steps.timesteps) - 1) + 1 if shared_noise else 0
+    latents = start[groups if options.shared_noise else rows].to(device)
+    captured = steps.trained if options.captured is None else options.captured
+    buffers = Buffers((batch, channels, *size), steps, captured, options, device)
+    for k in range(len(steps.trained)):
+        buffers.set_noise(k, torch.randn(total, channels, *size, generator=generator)[rows])
 
-    def advance(i: int, chosen: Tensor, before: Tensor) -> Tensor:
-        """The latents of some samples after the i-th step."""
-        nonlocal maps
-        part = Batch(conditions, groups[chosen], i < shared)
-        if i in captured:
-            length = len(part.conditions.prompts)
-            with capture(
-                transformer,
-                part.conditions.tokens,
-                grid=grid,
-                rows=None if conditions.negative_embeds is None else range(length, 2 * length),
-                layers=layers,
-                normalize=normalize,
-            ) as read:
-                velocity = part.velocity(transformer, before, steps.timesteps[i], guidance_scale)
-            values = part.each(read.read())
-            if maps is None:
-                maps = torch.zeros(len(captured), batch, *values.shape[1:], device=device)
-            maps[captured.index(i), chosen] = values
-        else:
-            velocity = part.velocity(transformer, before, steps.timesteps[i], guidance_scale)
-        transition = steps.transitions.rows(slice(i, i + 1)).to(device)
-        if i not in trained:
-            return before + transition.b.view(-1, 1, 1, 1) * velocity
-        k = trained.index(i)
-        noise = prev_samples[k, chosen].to(device)
-        after, mean = gaussian_step(before, velocity, noise, transition.expand(len(chosen)))
-        samples[k, chosen], prev_samples[k, chosen], old_means[k, chosen] = (
-            x.to(stored.device) for x in (before, after, mean)
-        )
-        return after
-
-    def run(span: range, chosen: Tensor) -> None:
-        now = latents[chosen]
-        for is_trained, part in groupby(span, lambda i: i in trained):
-            with nullcontext() if is_trained else merged():
-                for i in part:
-                    now = advance(i, chosen, now)
-        latents[chosen] = now
-
-    run(range(alone), torch.arange(batch))
-    for chosen in torch.arange(batch).split(chunk or batch):
-        run(range(alone, len(steps.timesteps)), chosen)
+    count = len(steps.timesteps)
+    alone = min(steps.trained, default=count) if options.shared_noise else 0  # steps that run before samples part
+    shared = min(alone + 1, count) if options.shared_noise else 0
+    sampler = Sampler(transformer, conditions, groups, steps, options, buffers, shared)
+    latents = sampler.run(range(alone), torch.arange(batch), latents, merged)
+    for chosen in torch.arange(batch).split(options.chunk or batch):
+        latents[chosen] = sampler.run(range(alone, count), chosen, latents[chosen], merged)
         if finished is not None:
             finished(chosen, latents[chosen])
-    return Rollout(conditions, groups, steps, *stored, maps, latents, grid, shared, guidance_scale)
+    return Rollout(
+        conditions,
+        groups,
+        steps,
+        buffers.samples,
+        buffers.prev_samples,
+        buffers.old_means,
+        buffers.maps,
+        latents,
+        grid=(size[0] // model.patch_size, size[1] // model.patch_size),
+        shared=shared,
+        guidance_scale=options.guidance_scale,
+    )
+
+
+def trace(pipeline: StableDiffusion3Pipeline, conditions: Conditions, steps: int, options: SamplerOptions, seed: int):
+    """Sample one image for each prompt without noise in the steps, with the maps of every step. Returns a Rollout."""
+    return sample(
+        pipeline.transformer,
+        conditions,
+        torch.arange(len(conditions.prompts)),
+        make_steps(pipeline.scheduler, steps, (), "ode", 0.0),
+        replace(options, shared_noise=False, captured=range(steps)),
+        torch.Generator().manual_seed(seed),
+    )
 
 
 @torch.no_grad()
-def decode(pipeline: StableDiffusion3Pipeline, latents: Tensor, slice_size: int = 16) -> Tensor:
-    """Latents (B, C, H, W) to pictures (B, 3, H', W') float32 in 0..1, a few at a time to bound the memory."""
+def decode(pipeline: StableDiffusion3Pipeline, latents: Tensor, slice_size: int = DECODED_AT_ONCE) -> Tensor:
+    """Latents (B, C, H, W) to images (B, 3, H', W') float32 in 0..1, a few at a time to bound the memory."""
     vae = pipeline.vae
     scaled = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-    pictures = [vae.decode(part, return_dict=False)[0].float() for part in scaled.split(slice_size)]
-    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+    images = [vae.decode(part, return_dict=False)[0].float() for part in scaled.split(slice_size)]
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)

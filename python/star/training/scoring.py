@@ -1,216 +1,301 @@
-"""Scores of a checkpoint on a prompt file in one of the public formats, picture by picture and by category."""
+"""Scores of a policy on held-out prompts: one way during training and by `star eval`, for every task."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from star.config import Config, ConfigError
+from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.rewards import Scores, pixels
-from star.rewards.worker import RewardWorker
+from star.rewards.worker import RewardWorker, Ticket
 from star.training.prompts import Prompt
+from star.training.rollout import decode
+from star.training.task import ImageOptions, Task
+
+SHOWN = 8  # images of a scoring that are kept
+
+# --- sampling and scoring ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Sampling:
-    """How pictures are made for scoring: without noise in the steps."""
+class Row(NamedTuple):
+    """The scores of one image: of the prompt at `index`, its image `number`; NaN for what the reward could not say."""
 
-    steps: int = 40
-    guidance_scale: float = 4.5
-    height: int = 512
-    width: int = 512
-    max_sequence_length: int = 128
-    images_per_prompt: int = 4
-    batch: int = 8
-    seed: int = 2026
+    index: int
+    number: int
+    scores: dict[str, float]
 
 
-@dataclass
-class Results:
-    """One row per picture. rows: what results.jsonl holds. failed: pictures without a reward."""
-
-    rows: list[dict] = field(default_factory=list)
-
-    @property
-    def failed(self) -> int:
-        return sum(row["reward"] is None for row in self.rows)
-
-    def categories(self) -> list[str]:
-        """In the order of the prompt file."""
-        return list(dict.fromkeys(row["tag"] for row in self.rows))
-
-    def columns(self) -> list[str]:
-        """The reward and its details that hold for all categories."""
-        names = dict.fromkeys(name for row in self.rows for name in row["scores"])
-        by_category = tuple(f"correct_{tag}" for tag in self.categories())
-        return [name for name in names if not name.endswith((*by_category, "retries"))]
-
-    def mean(self, column: str, category: str | None = None) -> tuple[float, float, int]:
-        """Mean, its standard error and the number of prompts. Pictures of a prompt are no independent draws: the mean
-        is over the prompts' means, and so is the error."""
-        values: dict[int, list[float]] = {}
-        for row in self.rows:
-            value = row["scores"].get(column)
-            if category in (None, row["tag"]) and value is not None:
-                values.setdefault(row["index"], []).append(value)
-        means = np.array([np.mean(v) for v in values.values()])
-        if not len(means):
-            return math.nan, math.nan, 0
-        error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else math.nan
-        return float(means.mean()), float(error), len(means)
-
-    def table(self, title: str) -> Table:
-        """By category; the last row is the mean over the categories, as GenEval reports it."""
-        columns, categories = self.columns(), self.categories()
-        table = Table("category", "prompts", *columns, title=title)
-        for category in categories:
-            cells = [self.mean(column, category) for column in columns]
-            table.add_row(category or "all", str(cells[0][2]), *(_cell(*cell[:2]) for cell in cells))
-        if len(categories) > 1:
-            table.add_section()
-            total = [self.mean(column) for column in columns]
-            table.add_row("all prompts", str(total[0][2]), *(_cell(*cell[:2]) for cell in total))
-            over = [np.mean([self.mean(column, c)[0] for c in categories]) for column in columns]
-            table.add_row("mean of categories", "", *(f"{value:.4f}" for value in over))
-        table.caption = "± one standard error over prompts"
-        if self.failed:
-            table.caption += f"; {self.failed} of {len(self.rows)} pictures have no reward"
-        return table
-
-    def summary(self) -> dict:
-        """The table as numbers."""
-        groups = {category or "all": category for category in self.categories()} | {"all": None}
-        return {
-            "pictures": len(self.rows),
-            "failed": self.failed,
-            "categories": {
-                label: {column: _finite(self.mean(column, category)[0]) for column in self.columns()}
-                for label, category in groups.items()
-            },
-        }
-
-
-def _cell(mean: float, error: float) -> str:
-    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+Observer = Callable[[list[Row], Tensor], None]
+"""Is called with each batch of this process: its rows, and its images (B, 3, H, W) in 0..1."""
 
 
 @torch.no_grad()
-def pictures(pipeline: StableDiffusion3Pipeline, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple]:
-    """(indices of the prompts, numbers of the pictures, images (B, 3, H, W) in 0..1), batch by batch.
+def sample_images(
+    pipeline: StableDiffusion3Pipeline,
+    prompts: Sequence[Prompt],
+    options: ImageOptions,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """([(prompt, image)], images (B, 3, H, W) float32 in 0..1) of this process, batch by batch.
 
-    A picture's noise follows from seed, prompt index and number alone: no other batch size changes it.
+    Batches go round the processes. All of them make the same number of passes, because weights may be sharded: the
+    images of a pass too many are dropped. Another number of processes changes no image.
     """
-    jobs = [(i, k) for i in range(len(prompts)) for k in range(sampling.images_per_prompt)]
-    for start in range(0, len(jobs), sampling.batch):
-        chosen = jobs[start : start + sampling.batch]
-        generators = [
-            torch.Generator().manual_seed(int(np.random.SeedSequence([sampling.seed, *job]).generate_state(1)[0]))
-            for job in chosen
-        ]
-        images = pipeline(
-            [prompts[index].text for index, _ in chosen],
-            height=sampling.height,
-            width=sampling.width,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            max_sequence_length=sampling.max_sequence_length if pipeline.text_encoder_3 is not None else 0,
-            generator=generators,
-            output_type="pt",
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(options.images_per_prompt)]
+    batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+    factor = pipeline.vae_scale_factor
+    shape = (pipeline.transformer.config.in_channels, options.height // factor, options.width // factor)
+    generator = torch.Generator().manual_seed(options.seed)
+    for start in range(0, len(batches), processes):
+        drawn = [_noise(batch, shape, options, generator) for batch in batches[start : start + processes]]
+        own = min(process, len(drawn) - 1)
+        latents = pipeline(
+            [prompts[index].text for index, _ in batches[start + own]],
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            max_sequence_length=options.max_sequence_length if pipeline.text_encoder_3 is not None else 0,
+            latents=drawn[own].to(pipeline.transformer.dtype),
+            output_type="latent",
         ).images
-        yield [index for index, _ in chosen], [number for _, number in chosen], images.float().clamp(0, 1)
+        images = decode(pipeline, latents)
+        if own == process:
+            yield batches[start + own], images
+
+
+def _noise(
+    batch: list[tuple[int, int]], shape: tuple[int, int, int], options: ImageOptions, generator: torch.Generator
+) -> Tensor:
+    if options.noise_in_order:
+        return torch.randn(len(batch), *shape, generator=generator)
+    seeds = (np.random.SeedSequence([options.seed, *job]).generate_state(1)[0] for job in batch)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
 def evaluate(
     pipeline: StableDiffusion3Pipeline,
     prompts: Sequence[Prompt],
     worker: RewardWorker,
-    sampling: Sampling,
-    out: Path | None = None,
-    save_images: bool = False,
-) -> Results:
-    """Sample and score; the pictures of one batch are scored while the next ones are made.
+    options: ImageOptions,
+    *,
+    iteration: int | None = None,
+    process: int = 0,
+    processes: int = 1,
+    observe: Observer | None = None,
+) -> Evaluation:
+    """Sample and score; the images of one batch are scored while the next ones are sampled.
 
-    out: a folder for results.jsonl (a line a picture, also readable by GenEval's summary_scores.py) and summary.json;
-    save_images: also images/00000/samples/00000.png with metadata.jsonl beside them, the layout that GenEval's
-    evaluate_images.py reads. Raises RewardError if the reward fails for every picture.
+    With several processes each scores its share, and every one of them returns the whole.
+
+    Raises:
+        RewardError: the reward failed for every image.
     """
-    results, waiting = Results(), []
-    total = len(prompts) * sampling.images_per_prompt
+    rows: list[Row] = []
+    waiting: list[tuple[list[tuple[int, int]], Tensor, Ticket]] = []
 
-    def collect(indices: list[int], numbers: list[int], ticket) -> None:
-        rows = list(_rows(prompts, indices, numbers, ticket.result()))
-        results.rows += rows
-        if out is not None:
-            with (out / "results.jsonl").open("a") as file:
-                file.writelines(json.dumps(_line(row)) + "\n" for row in rows)
-        bar.update(len(rows))
+    def collect() -> None:
+        jobs, images, ticket = waiting.pop(0)
+        found = _rows(jobs, ticket.result())
+        rows.extend(found)
+        if observe is not None:
+            observe(found, images)
+        bar.update(len(found))
 
-    with tqdm(total=total, desc="scoring", dynamic_ncols=True) as bar:
-        for indices, numbers, images in pictures(pipeline, prompts, sampling):
-            if out is not None and save_images:
-                _save(out / "images", prompts, indices, numbers, images)
-            chosen = [prompts[index] for index in indices]
+    total = len(prompts) * options.images_per_prompt
+    with tqdm(total=total, desc="scoring", dynamic_ncols=True, leave=False, disable=process > 0) as bar:
+        for jobs, images in sample_images(pipeline, prompts, options, process, processes):
+            chosen = [prompts[index] for index, _ in jobs]
             ticket = worker.submit(images, [p.text for p in chosen], [p.metadata for p in chosen])
-            waiting.append((indices, numbers, ticket))
+            waiting.append((jobs, images, ticket))
             if len(waiting) > 1:
-                collect(*waiting.pop(0))
-        for job in waiting:
-            collect(*job)
+                collect()
+        while waiting:
+            collect()
     worker.count_failures()
-    if out is not None:
-        (out / "summary.json").write_text(json.dumps(results.summary(), indent=2) + "\n")
-    return results
+    if processes > 1:
+        rows = gather_object(rows)
+    return summarize(prompts, rows, iteration)
 
 
-def _rows(prompts: Sequence[Prompt], indices: list[int], numbers: list[int], scores: Scores) -> Iterator[dict]:
-    values = {"reward": scores.reward}
+def _rows(jobs: Sequence[tuple[int, int]], scores: Scores) -> list[Row]:
+    columns = {"reward": scores.reward}
     if len(scores.terms) > 1:
-        values |= scores.terms
-    values |= scores.details
-    for row, (index, number) in enumerate(zip(indices, numbers, strict=True)):
-        found = {name: _finite(column[row].item()) for name, column in values.items()}
-        prompt = prompts[index]
-        yield {
-            "index": index,
-            "number": number,
+        columns |= scores.terms
+    columns |= scores.details
+    return [
+        Row(index, number, {name: column[i].item() for name, column in columns.items()})
+        for i, (index, number) in enumerate(jobs)
+    ]
+
+
+def summarize(prompts: Sequence[Prompt], rows: Sequence[Row], iteration: int | None = None) -> Evaluation:
+    """The means over each prompt's images. Columns that speak of one category alone, and counts of retries, are left to
+    results.jsonl."""
+    categories = tuple(None if p.category is None else str(p.category) for p in prompts)
+    special = (*(f"correct_{name}" for name in dict.fromkeys(categories) if name), "retries")
+    names = [name for name in dict.fromkeys(n for row in rows for n in row.scores) if not name.endswith(special)]
+    values = {name: np.full(len(prompts), math.nan) for name in names}
+    for name in names:
+        found: dict[int, list[float]] = {}
+        for row in rows:
+            value = row.scores.get(name, math.nan)
+            if math.isfinite(value):
+                found.setdefault(row.index, []).append(value)
+        for index, numbers in found.items():
+            values[name][index] = np.mean(numbers)
+    failed = sum(not math.isfinite(row.scores["reward"]) for row in rows)
+    return Evaluation(iteration, categories, values, len(rows), failed)
+
+
+class FirstImages:
+    """Keeps the first image of each of the first prompts."""
+
+    def __init__(self) -> None:
+        self.images: dict[int, Tensor] = {}
+
+    def __call__(self, rows: list[Row], images: Tensor) -> None:
+        for row, image in zip(rows, images, strict=True):
+            if row.index < SHOWN and row.number == 0:
+                self.images[row.index] = image.cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write them as 00000.png and so on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, image in self.images.items():
+            Image.fromarray(pixels(image[None])[0]).save(folder / f"{index:05d}.png")
+
+
+def read_images(folder: Path) -> np.ndarray:
+    """(n, H, W, 3) uint8: what FirstImages wrote."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+# --- a run's own held-out prompts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts of a run and how they are scored: always the same prompts with the same noise."""
+
+    run: Path
+    prompts: list[Prompt]
+    options: ImageOptions
+    every: int
+
+    @classmethod
+    def of_run(cls, task: Task, config: Config) -> HeldOut:
+        """What a run's configuration asks for; no prompts if `scoring.count` is 0."""
+        scoring, sampling, model = config.scoring, config.sampling, config.model
+        prompts = task.prompts("held_out", scoring.count, str(scoring.seed)) if scoring.count else []
+        options = ImageOptions(
+            steps=scoring.steps or sampling.steps,
+            guidance_scale=sampling.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale,
+            height=model.height,
+            width=model.width,
+            max_sequence_length=model.max_sequence_length,
+            images_per_prompt=scoring.images_per_prompt,
+            batch=scoring.batch or task.images.batch,
+            seed=scoring.seed,
+            noise_in_order=task.images.noise_in_order,
+        )
+        return cls(config.run.out, prompts, options, scoring.every)
+
+    def score(
+        self, pipeline: StableDiffusion3Pipeline, worker: RewardWorker, iteration: int, accelerator: Accelerator
+    ) -> None:
+        """Score the policy as it is; the run's evaluations.jsonl gets a line, and held_out/ its first images."""
+        shown = FirstImages()
+        evaluation = evaluate(
+            pipeline,
+            self.prompts,
+            worker,
+            self.options,
+            iteration=iteration,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            observe=shown,
+        )
+        if accelerator.is_main_process:
+            write_evaluation(self.run, evaluation)
+            shown.save(self.run / "held_out" / ("before" if iteration == 0 else "after"))
+
+    def is_due(self, iteration: int, last: int) -> bool:
+        """Whether the policy is scored after an iteration: before the first, after the last and on the schedule."""
+        scheduled = bool(self.every) and iteration % self.every == 0
+        return bool(self.prompts) and (iteration in (0, last) or scheduled)
+
+    def check_resumed(self) -> None:
+        """Raise ConfigError unless a run that goes on was scored on these prompts before its first iteration: the
+        policy has moved since, and scores of now would be called those of the untrained one."""
+        if not self.prompts:
+            return
+        found = read_evaluations(self.run)
+        if not found or found[0].iteration != 0:
+            raise ConfigError(
+                "scoring.count: the run was started without scoring, so its scores before training are unknown; use 0"
+            )
+        if len(found[0].categories) != len(self.prompts):
+            raise ConfigError(
+                f"scoring.count: got {len(self.prompts)}, the run was started with {len(found[0].categories)}"
+            )
+
+
+# --- the files of `star eval` -----------------------------------------------------------------------------------------
+
+
+class ResultsWriter:
+    """Writes what is scored, image by image, into a folder: results.jsonl, which GenEval's summary_scores.py reads too,
+    and with save_images images/00000/samples/00000.png with metadata.jsonl beside them, the layout that GenEval's
+    evaluate_images.py reads."""
+
+    def __init__(self, folder: Path, prompts: Sequence[Prompt], save_images: bool) -> None:
+        self.folder, self.prompts, self.save_images = folder, prompts, save_images
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, rows: list[Row], images: Tensor) -> None:
+        with (self.folder / "results.jsonl").open("a") as file:
+            file.writelines(json.dumps(self.line(row)) + "\n" for row in rows)
+        if self.save_images:
+            for row, image in zip(rows, pixels(images), strict=True):
+                self.save(row, image)
+
+    def line(self, row: Row) -> dict:
+        prompt = self.prompts[row.index]
+        scores = {name: value for name, value in row.scores.items() if math.isfinite(value)}
+        line = {
+            "filename": f"images/{self.path(row)}",
+            "index": row.index,
+            "number": row.number,
             "prompt": prompt.text,
-            "tag": str(prompt.metadata.get("tag", "")),
-            "reward": found["reward"],
-            "scores": {name: value for name, value in found.items() if value is not None},
-            "metadata": dict(prompt.metadata),
+            "tag": prompt.category or "",
+            "reward": scores.get("reward"),
+            "scores": scores,
+            "metadata": json.dumps(dict(prompt.metadata)),
         }
+        return line | ({"correct": scores["correct"] == 1} if "correct" in scores else {})
 
+    def path(self, row: Row) -> str:
+        return f"{row.index:05d}/samples/{row.number:05d}.png"
 
-def _line(row: dict) -> dict:
-    """A row as GenEval's results.jsonl has it, and more."""
-    line = {"filename": f"images/{_place(row['index'], row['number'])}", **row}
-    if "correct" in row["scores"]:
-        line["correct"] = row["scores"]["correct"] == 1
-    return line | {"metadata": json.dumps(row["metadata"])}
-
-
-def _place(index: int, number: int) -> str:
-    return f"{index:05d}/samples/{number:05d}.png"
-
-
-def _save(folder: Path, prompts: Sequence[Prompt], indices: list[int], numbers: list[int], images: Tensor) -> None:
-    for index, number, picture in zip(indices, numbers, pixels(images), strict=True):
-        place = folder / _place(index, number)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {**prompts[index].metadata, "prompt": prompts[index].text}
-        (place.parent.parent / "metadata.jsonl").write_text(json.dumps(metadata))
-        Image.fromarray(picture).save(place)
+    def save(self, row: Row, image: np.ndarray) -> None:
+        path = self.folder / "images" / self.path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {**self.prompts[row.index].metadata, "prompt": self.prompts[row.index].text}
+        (path.parent.parent / "metadata.jsonl").write_text(json.dumps(metadata))
+        Image.fromarray(image).save(path)

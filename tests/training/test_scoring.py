@@ -12,19 +12,23 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from builders import small_run
+from builders import small_run, small_sd35
 from star import config as configuration
 from star import rewards
 from star.cli import main
 from star.config import ConfigError
+from star.presets import preset
 from star.reports import card
+from star.reports.evaluations import Evaluation, compare, parse_line, read_evaluations
+from star.reports.tables import evaluation_table
 from star.rewards import RewardError, Scores
 from star.rewards.worker import RewardWorker
 from star.shapes.model import load_pipeline
 from star.train import train
-from star.training import scoring as evaluation
-from star.training.prompts import Prompt, draw_prompts, read_prompts
-from star.training.scoring import Results
+from star.training import scoring
+from star.training.prompts import Prompt, pick_from_file, read_prompts
+from star.training.scoring import ResultsWriter, Row, evaluate, summarize
+from star.training.task import ImageOptions, Task, configured_task, draw_prompts, find_task
 
 GENEVAL = [
     {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red circle"},
@@ -79,10 +83,10 @@ def test_metadata_reaches_the_reward_of_a_run(tmp_path):
     rows = [{"prompt": f"{a} {b} circle", "tag": b} for a in ("a", "one", "the") for b in ("red", "blue")]
     path = lines(tmp_path / "p.jsonl", rows)
     config = small_run(tmp_path / "run", sampling={"prompts": str(path)}, optimization={"iterations": 1},
-                   run={"reward": "test_evaluation:red_reward"})  # fmt: skip
+                   run={"reward": "test_scoring:red_reward"})  # fmt: skip
     train(config)
     (line,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    drawn = draw_prompts(config, 0)
+    drawn = draw_prompts(configured_task(config), config, 0)
     assert line["reward"] == pytest.approx(np.mean([p.metadata["tag"] == "red" for p in drawn]))
 
 
@@ -106,19 +110,35 @@ def test_a_run_with_the_real_reader(tmp_path):
 # --- scoring ------------------------------------------------------------------------------------------------------
 
 
-def row(index, tag, **scores):
-    return {"index": index, "tag": tag, "scores": scores, "reward": scores.get("reward")}
-
-
 def test_means_and_errors_are_over_prompts():
-    results = Results([row(0, "a", reward=1.0), row(0, "a", reward=0.0), row(1, "a", reward=1.0), row(2, "b"),
-                       row(3, "b", reward=0.2, correct_b=1.0)])  # fmt: skip
-    assert results.mean("reward", "a") == (0.75, pytest.approx(0.25), 2)
-    assert results.mean("reward", "b")[::2] == (0.2, 1) and math.isnan(results.mean("reward", "b")[1])
-    assert results.mean("reward")[0] == pytest.approx((0.5 + 1 + 0.2) / 3)
-    assert results.failed == 1 and results.categories() == ["a", "b"] and results.columns() == ["reward"]
-    summary = results.summary()
-    assert summary["failed"] == 1 and summary["categories"]["a"] == {"reward": 0.75}
+    prompts = [Prompt(str(i), {"tag": tag}) for i, tag in enumerate("aabb")]
+    rows = [Row(0, 0, {"reward": 1.0}), Row(0, 1, {"reward": 0.0}), Row(1, 0, {"reward": 1.0}),
+            Row(2, 0, {"reward": math.nan}), Row(3, 0, {"reward": 0.2, "correct_b": 1.0})]  # fmt: skip
+    found = summarize(prompts, rows, iteration=7)
+    assert found.mean("reward", "a") == (0.75, pytest.approx(0.25), 2)
+    assert found.mean("reward", "b")[::2] == (0.2, 1) and math.isnan(found.mean("reward", "b")[1])
+    assert found.mean("reward").mean == pytest.approx((0.5 + 1 + 0.2) / 3)
+    assert found.failed == 1 and found.category_names() == ["a", "b"] and list(found.values) == ["reward"]
+    line = json.loads(json.dumps(found.line()))
+    assert line["iteration"] == 7 and line["failed"] == 1 and line["values"]["reward"] == [0.5, 1.0, None, 0.2]
+    assert line["scores"]["a"]["reward"] == {"mean": 0.75, "standard_error": 0.25, "prompts": 2}
+    assert line["scores"]["b"]["reward"]["standard_error"] is None
+    assert parse_line(line).line() == line
+
+
+def test_differences_are_paired_by_prompt():
+    before = Evaluation(0, ("a", "a", "b"), {"reward": np.array([0.0, 1.0, 0.5])}, 3, 0)
+    after = Evaluation(9, ("a", "a", "b"), {"reward": np.array([0.25, 1.25, math.nan])}, 3, 1)
+    found = compare(before, after)["reward"]
+    assert found == {"before": 0.5, "after": 0.75, "difference": 0.25, "standard_error": 0.0}
+    assert compare(before, after, "b") == {}
+
+
+def test_lines_of_the_first_version_are_read():
+    old = {"iteration": 30, "scores": {}, "categories": ["a", "b"], "strict": [1, 0], "soft": [1.0, 0.25]}
+    found = parse_line(old)
+    assert found.iteration == 30 and found.images == 2 and found.categories == ("a", "b")
+    assert found.mean("reward").mean == 0.625 and found.mean("strict").mean == 0.5
 
 
 def run(capsys, *arguments):
@@ -129,7 +149,7 @@ def run(capsys, *arguments):
 
 def test_a_prompt_file_is_scored_by_category_and_kept_in_genevals_layout(tmp_path, capsys):
     path, out = lines(tmp_path / "p.jsonl", GENEVAL[:2]), tmp_path / "out"
-    arguments = ("--prompts", path, "--reward", "test_evaluation:tag_reward", "--images-per-prompt", 3)
+    arguments = ("--prompts", path, "--reward", "test_scoring:tag_reward", "--images-per-prompt", 3)
     code, output, _ = run(capsys, *arguments, "--batch", 4, "--out", out, "--save-images")
     assert code == 0
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in output.splitlines() if line.startswith("│")}
@@ -140,7 +160,8 @@ def test_a_prompt_file_is_scored_by_category_and_kept_in_genevals_layout(tmp_pat
         *((1, k, "counting", 0.0) for k in range(3)),
     ]
     assert json.loads(rows[0]["metadata"]) == GENEVAL[0]
-    assert json.loads((out / "summary.json").read_text())["categories"]["all"] == {"reward": 0.5}
+    (evaluation,) = read_evaluations(out)
+    assert evaluation.iteration is None and evaluation.mean("reward").mean == 0.5 and evaluation.images == 6
     assert json.loads((out / "images/00001/metadata.jsonl").read_text()) == GENEVAL[1]
     images = {r["filename"]: np.asarray(Image.open(out / r["filename"])) for r in rows}
     assert len({image.tobytes() for image in images.values()}) == 6 and images[rows[0]["filename"]].shape == (36, 36, 3)
@@ -159,10 +180,8 @@ def test_an_adapter_changes_the_scores_and_text_files_have_one_category(tmp_path
     arguments = ("--prompts", path, "--reward", "jpeg_compressibility", "--images-per-prompt", 2)
     for name, lora in (("plain", ()), ("trained", ("--lora", tmp_path / "run/lora"))):
         assert run(capsys, *arguments, *lora, "--out", tmp_path / name)[0] == 0
-    plain, trained = (
-        json.loads((tmp_path / n / "summary.json").read_text())["categories"] for n in ("plain", "trained")
-    )
-    assert plain.keys() == {"all"} and plain["all"]["reward"] != trained["all"]["reward"]
+    (plain,), (trained,) = (read_evaluations(tmp_path / name) for name in ("plain", "trained"))
+    assert plain.category_names() == [] and plain.mean("reward").mean != trained.mean("reward").mean
 
 
 def test_the_real_reader_scores_a_prompt_file(tmp_path, capsys):
@@ -175,8 +194,10 @@ def test_the_real_reader_scores_a_prompt_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--reward", "ocr"], "star: prompts: needed for the reward 'ocr'"),
-        (["--prompts", "/nowhere.txt"], "star: sampling.prompts: /nowhere.txt cannot be read"),
+        (["--model", "/nowhere", "--reward", "ocr"], "star: scoring.prompts: not set, and there is no task"),
+        (["--task", "triangles"], r"star: task: unknown 'triangles', expected one of .'shapes'. or"),
+        (["--task", "json:dumps"], "star: task: 'json:dumps' is a function, expected a star.training.task.Task"),
+        (["--prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
         (["--prompts", __file__, "--reward", "beauty"], "star: reward: unknown 'beauty'"),
         (["--prompts", __file__, "--save-images"], "star: save_images: needs a folder, --out"),
         (["--prompts", __file__, "--lora", "/nowhere"], "star: lora: /nowhere is no folder"),
@@ -193,29 +214,136 @@ def failing(images, prompts, metadata):
 
 
 def test_pictures_without_a_reward_are_counted_and_none_at_all_is_an_error(tmp_path):
-    pipeline, sampling = load_pipeline(), evaluation.Sampling(2, 1.0, 36, 36, 0, images_per_prompt=2, batch=2)
+    pipeline, options = load_pipeline(), ImageOptions(2, 1.0, 36, 36, 0, images_per_prompt=2, batch=2)
     prompts = [Prompt("a red circle"), Prompt("a blue ring")]
     some = lambda images, texts, metadata: Scores(
         torch.where(torch.tensor([t == "a blue ring" for t in texts]), 1.0, torch.nan)
     )
     with RewardWorker(some) as worker:
-        results = evaluation.evaluate(pipeline, prompts, worker, sampling, tmp_path)
-    assert results.failed == 2 and results.mean("reward")[::2] == (1.0, 1)
-    assert "2 of 4 pictures have no reward" in results.table("").caption
+        found = evaluate(pipeline, prompts, worker, options, observe=ResultsWriter(tmp_path, prompts, False))
+    assert found.failed == 2 and found.mean("reward")[::2] == (1.0, 1)
+    assert "2 of 4 images have no reward" in evaluation_table(found, "").caption
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["reward"] is None
     with RewardWorker(failing) as worker, pytest.raises(RewardError, match=r"no color.*for every picture"):
-        evaluation.evaluate(pipeline, prompts, worker, sampling)
+        evaluate(pipeline, prompts, worker, options)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_another_batch_or_number_of_processes_changes_no_image(in_order):
+    prompts = [Prompt(text) for text in ("a red circle", "a blue ring", "two green rings")]
+
+    def images(batch, processes=1):
+        options = ImageOptions(2, 1.0, 36, 36, 0, images_per_prompt=2, batch=batch, noise_in_order=in_order)
+        found = {}
+        for process in range(processes):
+            passes = []
+            handle = pipeline.transformer.register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
+            for jobs, made in scoring.sample_images(pipeline, prompts, options, process, processes):
+                found |= dict(zip(jobs, made, strict=True))
+            handle.remove()
+            counts.append(len(passes))
+        return torch.stack([found[job] for job in sorted(found)])
+
+    pipeline, counts = load_pipeline(), []
+    whole = images(6)
+    torch.testing.assert_close(images(4), whole, rtol=0, atol=1e-4)
+    counts.clear()
+    torch.testing.assert_close(images(2, processes=2), images(2), rtol=0, atol=0)
+    assert counts[0] == counts[1] == 2 * 2  # two rounds of two steps: a process without a batch runs along
+
+
+def test_prompts_of_a_file_are_a_sample_in_its_order_or_repeat(tmp_path):
+    path = str(lines(tmp_path / "p.txt", [str(i) for i in range(10)]))
+    few = [prompt.text for prompt in pick_from_file(path, 4, "2026")]
+    assert few == sorted(few) and len(set(few)) == 4 and few != ["0", "1", "2", "3"]
+    assert few == [prompt.text for prompt in pick_from_file(path, 4, "2026")]
+    assert [prompt.text for prompt in pick_from_file(path, 12, "0")] == [*map(str, range(10)), "0", "1"]
+
+
+# --- tasks: a third one needs nothing of the package ------------------------------------------------------------------
+
+
+def own_prompts(split, count, seed):
+    words = ("circle", "square", "ring", "cross") if split == "train" else ("triangle",) * count
+    return [Prompt(f"a red {word}", {"tag": word}) for word in words[:count]]
+
+
+OWN = Task(
+    pipeline=lambda device, dtype: load_pipeline().to(device, dtype),
+    prompts=own_prompts,
+    reward=lambda images, prompts, metadata: images.mean((1, 2, 3)),
+    images=ImageOptions(2, 1.0, 36, 36, 0),
+)
+
+
+def test_a_task_of_the_users_own_trains_and_is_scored(tmp_path, capsys):
+    config = small_run(tmp_path / "run", scoring={"count": 3, "every": 1, "images_per_prompt": 2})
+    config.task = "test_scoring:OWN"
+    summary = train(config)
+    found = read_evaluations(tmp_path / "run")
+    assert [one.iteration for one in found] == [0, 1, 2] and found[0].category_names() == ["triangle"]
+    assert found[0].images == 6 and summary["held_out"]["reward"]["before"] == round(found[0].mean("reward").mean, 5)
+    code, output, _ = run(capsys, "--task", "test_scoring:OWN", "--n", 2)
+    assert code == 0 and "triangle" in output
+    assert find_task("test_scoring:OWN").images.steps == 2
+
+
+def test_a_small_sd3_run_with_prompt_files_is_scored_on_its_schedule_and_reported(tmp_path, capsys):
+    """What an SD3.5 run does: a pipeline's folder, prompt files with categories, a reward by name."""
+    texts = [f"a photo of {n} {c} dogs" for n in ("one", "two", "three") for c in ("red", "blue")]
+    small_sd35(texts).save_pretrained(tmp_path / "pipeline")
+    rows = [{"prompt": text, "tag": text.split()[4]} for text in texts]
+    train_file, test_file = lines(tmp_path / "train.jsonl", rows), lines(tmp_path / "test.jsonl", rows[:4])
+    config = configuration.update(
+        preset("geneval-sd35m"),
+        {
+            "model": {"path": str(tmp_path / "pipeline"), "height": 64, "width": 64, "frozen_dtype": "float32"},
+            "sampling": {"prompts": str(train_file), "prompts_per_iteration": 2, "images_per_prompt": 2, "steps": 3,
+                         "trained_steps": [0, 1]},
+            "optimization": {"iterations": 4, "micro_batch": 2, "mixed_precision": "no", "ema_every": 1},
+            "scoring": {"count": 4, "prompts": str(test_file), "every": 2, "steps": 2, "batch": 3},
+            "run": {"out": str(tmp_path / "run"), "reward": "test_scoring:dark_blue", "grid_every": 0},
+        },
+    )  # fmt: skip
+    summary = train(config)
+    found = read_evaluations(tmp_path / "run")
+    assert [one.iteration for one in found] == [0, 2, 4]
+    assert found[0].category_names() == ["red", "blue"] and found[0].images == 4
+    assert found[0].mean("reward", "red").prompts == 2 and found[0].mean("reward", "red").standard_error > 0
+    assert summary["held_out"]["reward"]["difference"] is not None
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<code>held-out reward</code>" in page and "<td>reward</td><td>blue</td>" in page
+    assert {p.name for p in (tmp_path / "run").glob("*.png")} == {
+        *("reward_curve.png", "before_after.png", "allocation.png")
+    }
+
+
+def dark_blue(images, prompts, metadata):
+    return [float(-x.mean()) + (m["tag"] == "blue") for x, m in zip(images, metadata, strict=True)]
+
+
+def test_the_held_out_images_may_have_a_reward_of_their_own(tmp_path):
+    config = small_run(tmp_path / "run", scoring={"count": 3, "reward": "test_scoring:one"})
+    train(config)
+    assert [one.mean("reward").mean for one in read_evaluations(tmp_path / "run")] == [1.0, 1.0]
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["reward"] != 1.0
+
+
+def one(images, prompts, metadata):
+    return [1.0] * len(prompts)
 
 
 # --- the card -----------------------------------------------------------------------------------------------------
 
 
 def test_an_exported_adapter_has_a_card_whose_code_runs(tmp_path):
-    summary = train(small_run(tmp_path / "run", run={"held_out": 8}))
+    summary = train(small_run(tmp_path / "run", scoring={"count": 8}))
     text = (tmp_path / "run/lora/README.md").read_text()
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "diffusers" and "lora" in data["tags"] and "base_model" not in data
-    assert f"| soft | {summary['soft_before']:.4f} | {summary['soft_after']:.4f} |" in text
+    found = summary["held_out"]["reward"]
+    assert f"| reward | {found['before']:.4f} | {found['after']:.4f} | {found['difference']:+.4f} ± " in text
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert settings == yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     names = {}
@@ -233,7 +361,7 @@ def test_a_card_names_the_hubs_base_model_and_every_reward(tmp_path):
             "allocation": {"strategy": "uniform"},
         },
     )
-    text = card.write(tmp_path, config, {"iterations": 3}).read_text()
+    text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog").read_text()
     assert ModelCard(text).data.base_model == "stabilityai/stable-diffusion-3.5-medium"
     assert "| Reward | 1 `ocr`, 0.5 `pickscore` |" in text and "Nothing was measured" in text
     assert "STAR" not in text.split("## Scores")[0]  # nothing was allocated
@@ -248,4 +376,5 @@ def test_a_checkout_that_is_not_installed_writes_its_card_too(tmp_path, monkeypa
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert "learning by star-kernels: " in card.write(tmp_path, configuration.Config(), {"iterations": 3}).read_text()
+    path = card.write(tmp_path, configuration.Config(), {"iterations": 3, "held_out": {}}, "a photo of a dog")
+    assert "learning by star-kernels: " in path.read_text()

@@ -1,0 +1,121 @@
+"""Ready configurations: the embedded world on two CPU cores, and SD3.5 Medium with Flow-GRPO's published settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from star.config import EMBEDDED, Config, ConfigError, Loss, Model, Optimization, Run, Sampling, Scoring
+
+# Of Flow-GRPO's test files.
+TEST_PROMPTS = {"geneval": 2212, "ocr": 1018, "pickscore": 2048}
+
+
+def shapes() -> Config:
+    """The embedded world on two CPU cores: `make demo`.
+
+    One stochastic step, early and with much noise: of what was tried it moves the reward most, and up to it one pass
+    per prompt serves the whole group, in the update too. At this size adapters lose what lies outside their rank: they
+    have the rank of the model's width, on every matrix of the blocks, and learn as full fine-tuning does. The moving
+    average takes out most of the noise of the single updates.
+    """
+    stream = ("to_q", "to_k", "to_v", "to_out.0")
+    return Config(
+        task=EMBEDDED,
+        model=Model(
+            max_sequence_length=0,
+            height=36,
+            width=36,
+            lora_rank=128,
+            lora_alpha=1024,
+            lora_targets=(
+                *(f"{attention}.{matrix}" for attention in ("attn", "attn2") for matrix in stream),
+                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+                *(f"{part}.net.{matrix}" for part in ("ff", "ff_context") for matrix in ("0.proj", "2")),
+                *("norm1.linear", "norm1_context.linear", "proj_out"),
+            ),
+        ),
+        sampling=Sampling(
+            steps=4,
+            guidance_scale=1.0,
+            noise_level=1.2,
+            trained_steps=(1,),
+            shared_noise=True,
+            prompts_per_iteration=16,
+            images_per_prompt=6,
+            layers=(2, 3),
+            merge_adapter=True,
+        ),
+        loss=Loss(clip_range=2e-3, global_std=True),
+        optimization=Optimization(iterations=240, learning_rate=7e-5, ema_decay=0.98, ema_every=1),
+        scoring=Scoring(count=512),
+        run=Run(out=Path("runs/shapes"), grid_every=60),
+    )
+
+
+def sd35m(task: str, fast: bool = False) -> Config:
+    """Stable Diffusion 3.5 Medium with Flow-GRPO's published settings and STAR's allocation (the defaults).
+
+    Sources: flow_grpo config/base.py and config/grpo.py, `geneval_sd3`, `general_ocr_sd3` and `pickscore_sd3`; LoRA and
+    the 128 tokens of T5 from scripts/train_sd3.py. fast: `geneval_sd3_fast_nocfg` and `pickscore_sd3_fast_nocfg`; there
+    is no such configuration for OCR, so it takes GenEval's.
+    """
+    kind = "metadata.jsonl" if task == "geneval" else "txt"
+    files = {split: f"dataset/{task}/{split}{'_' if task == 'geneval' else '.'}{kind}" for split in ("train", "test")}
+    published = Config(
+        # Flow-GRPO keeps the frozen transformer in float32; its products are in float16 there too.
+        model=Model(path="stabilityai/stable-diffusion-3.5-medium", frozen_dtype="float16"),
+        sampling=Sampling(
+            prompts=files["train"],
+            text_cache=1024,  # 205 x 4096 numbers each: 1.7 GB in half precision
+        ),
+        loss=Loss(kl_coef=0.01 if task == "pickscore" else 0.04, global_std=True),
+        optimization=Optimization(
+            # Flow-GRPO sets 100000 and is stopped by hand.
+            iterations=5000,
+            # train_batch_size; 48 x 24 images in 2 updates: up to 64 processes with whole micro batches.
+            micro_batch=9,
+            mixed_precision="fp16",
+            ema_decay=0.9,  # both in scripts/train_sd3.py
+            ema_every=8,
+        ),
+        # eval_freq, eval_num_steps and test_batch_size; the whole test set.
+        scoring=Scoring(count=TEST_PROMPTS[task], prompts=files["test"], every=60, steps=40, batch=16),
+        run=Run(out=Path(f"runs/{task}-sd35m"), seed=42, reward=task, save_every=60, grid_every=60),
+    )
+    if not fast:
+        return published
+    groups = {"prompts_per_iteration": 64, "images_per_prompt": 18} if task == "pickscore" else {}
+    return dataclasses.replace(
+        published,
+        sampling=dataclasses.replace(
+            published.sampling,
+            guidance_scale=1.0,
+            sampler="cps",
+            noise_level=0.8,
+            # sde_window_size 3 in sde_window_range (0, 5).
+            trained_steps=(0, 1, 2, 3, 4),
+            window=3,
+            **groups,
+        ),
+        loss=dataclasses.replace(published.loss, clip_range=1e-5, kl_coef=0.0),
+        run=dataclasses.replace(published.run, out=Path(f"runs/{task}-sd35m-fast")),
+    )
+
+
+PRESETS = {
+    EMBEDDED: shapes,
+    "geneval-sd35m": lambda: sd35m("geneval"),
+    "geneval-sd35m-fast": lambda: sd35m("geneval", fast=True),
+    "ocr-sd35m": lambda: sd35m("ocr"),
+    "ocr-sd35m-fast": lambda: sd35m("ocr", fast=True),
+    "pickscore-sd35m": lambda: sd35m("pickscore"),
+    "pickscore-sd35m-fast": lambda: sd35m("pickscore", fast=True),
+}
+
+
+def preset(name: str) -> Config:
+    """The configuration of that name. Raises ConfigError for a name that PRESETS does not have."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: unknown {name!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[name]()

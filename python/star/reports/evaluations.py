@@ -1,0 +1,150 @@
+"""evaluations.jsonl: the scores of a policy on held-out prompts, one line for each scoring.
+
+The first line of a run is the policy before training, the last one the policy after it.
+
+    {"iteration": 30, "images": 512, "failed": 0,
+     "scores": {"all": {"reward": {"mean": 0.74, "standard_error": 0.01, "prompts": 512}, ...}, "counting": ...},
+     "categories": [...], "values": {"reward": [...], ...}}
+
+`categories` and `values` have an entry for each prompt, in the order of the prompts: paired intervals need them. A
+value is the mean over the prompt's images; null stands for a reward that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from star import files
+
+FILE = "evaluations.jsonl"
+DIGITS = 5
+
+
+class Mean(NamedTuple):
+    """Over prompts. standard_error: NaN for a single prompt; mean too if no prompt has a value."""
+
+    mean: float
+    standard_error: float
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One scoring of P prompts.
+
+    iteration: of the run, None outside of one. categories: (P,) kinds of prompts, None where unknown. values: by column
+    (P,) the mean over each prompt's images, NaN where it has none; "reward" is always there. images, failed: how many
+    there are, and how many of them have no reward.
+    """
+
+    iteration: int | None
+    categories: tuple[str | None, ...]
+    values: dict[str, np.ndarray]
+    images: int
+    failed: int
+
+    def category_names(self) -> list[str]:
+        """The known categories, in the order of the prompts."""
+        return list(dict.fromkeys(name for name in self.categories if name is not None))
+
+    def is_of(self, category: str | None) -> np.ndarray:
+        """(P,) whether a prompt is of a category; None stands for all prompts."""
+        return np.array([category in (None, name) for name in self.categories], dtype=bool)
+
+    def mean(self, column: str, category: str | None = None) -> Mean:
+        """Mean of a column over the prompts of a category; None stands for all prompts.
+
+        Images of a prompt are no independent draws: the mean is over the prompts' means, and so is its error.
+        """
+        values = self.values[column][self.is_of(category)]
+        values = values[np.isfinite(values)]
+        if not len(values):
+            return Mean(math.nan, math.nan, 0)
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+        return Mean(float(values.mean()), float(error), len(values))
+
+    def line(self) -> dict:
+        """The line of evaluations.jsonl."""
+        groups = {"all": None, **{name: name for name in self.category_names()}}
+        return {
+            "iteration": self.iteration,
+            "images": self.images,
+            "failed": self.failed,
+            "scores": {
+                label: {
+                    column: {key: _rounded(value) for key, value in self.mean(column, category)._asdict().items()}
+                    for column in self.values
+                }
+                for label, category in groups.items()
+            },
+            "categories": list(self.categories),
+            "values": {column: [_rounded(value) for value in values] for column, values in self.values.items()},
+        }
+
+
+def _rounded(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    return round(float(value), DIGITS) if math.isfinite(value) else None
+
+
+def parse_line(line: dict) -> Evaluation:
+    """An Evaluation from its line, also from a line of version 0.1, whose columns were `soft` and `strict`."""
+    if "values" in line:
+        columns = line["values"]
+        images, failed = line["images"], line["failed"]
+    else:
+        columns = {"reward": line["soft"], "strict": line["strict"]}
+        images, failed = len(line["soft"]), 0
+    values = {name: np.array([math.nan if v is None else v for v in column]) for name, column in columns.items()}
+    return Evaluation(line["iteration"], tuple(line["categories"]), values, images, failed)
+
+
+def read_evaluations(run: Path) -> list[Evaluation]:
+    """The scorings of a run, in order; none if there are none yet."""
+    path = run / FILE
+    return [parse_line(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_evaluation(run: Path, evaluation: Evaluation) -> None:
+    """Add a scoring to a run's file. Lines of this and later iterations go: they are of a run that was killed before
+    its checkpoint."""
+    kept = [
+        line
+        for line in ((run / FILE).read_text().splitlines(keepends=True) if (run / FILE).exists() else [])
+        if evaluation.iteration is not None and json.loads(line)["iteration"] < evaluation.iteration
+    ]
+    files.replace_text(run / FILE, "".join([*kept, json.dumps(evaluation.line()) + "\n"]))
+
+
+def compare(before: Evaluation, after: Evaluation, category: str | None = None) -> dict[str, dict[str, float | None]]:
+    """By column the means before and after, their difference and its standard error, paired by prompt; over the prompts
+    of a category, None stands for all."""
+    chosen = before.is_of(category)
+    found = {}
+    for column in before.values:
+        if column not in after.values:
+            continue
+        difference = (after.values[column] - before.values[column])[chosen]
+        difference = difference[np.isfinite(difference)]
+        if len(difference):
+            error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else math.nan
+            found[column] = {
+                "before": _rounded(before.mean(column, category).mean),
+                "after": _rounded(after.mean(column, category).mean),
+                "difference": _rounded(float(difference.mean())),
+                "standard_error": _rounded(float(error)),
+            }
+    return found
+
+
+def compare_run(run: Path) -> dict[str, dict[str, float | None]]:
+    """`compare` of the first and the last scoring of a run; nothing if it has fewer than two."""
+    found = read_evaluations(run)
+    return compare(found[0], found[-1]) if len(found) > 1 else {}

@@ -1,0 +1,37 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from star.reports.evaluations import Evaluation, Mean
+
+
+def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+    """Scores by category; the last row is the mean over the categories, as GenEval reports it."""
+
+    def cells(category: str | None) -> list[str]:
+        means = [evaluation.mean(column, category) for column in evaluation.values]
+        return [str(means[0].prompts), *(_cell(mean) for mean in means)]
+
+    table = Table("category", "prompts", *map(escape, evaluation.values), title=escape(title))
+    categories = evaluation.category_names()
+    for category in categories:
+        table.add_row(escape(category), *cells(category))
+    table.add_section()
+    table.add_row("all prompts", *cells(None))
+    if len(categories) > 1:
+        over = [np.mean([evaluation.mean(column, c).mean for c in categories]) for column in evaluation.values]
+        table.add_row("mean of categories", "", *(f"{value:.4f}" for value in over))
+    table.caption = "± one standard error over prompts"
+    if evaluation.failed:
+        table.caption += f"; {evaluation.failed} of {evaluation.images} images have no reward"
+    return table
+
+
+def _cell(mean: Mean) -> str:
+    return f"{mean.mean:.4f}" if math.isnan(mean.standard_error) else f"{mean.mean:.4f} ± {mean.standard_error:.4f}"

@@ -1,0 +1,127 @@
+"""What is drawn of a run: arrays out of the pipeline, for the figures, which know none."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from star.concepts import parse
+from star.config import Config
+from star.objective import Allocation, allocation_weights
+from star.reports import tracking
+from star.reports.evaluations import read_evaluations
+from star.training.prompts import Prompt
+from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
+from star.training.scoring import SHOWN, read_images
+
+log = logging.getLogger("star")
+TRACED = 4  # prompts whose allocation is drawn step by step
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Some images of a rollout. images: (n, H, W, 3) in 0..1. rewards: (n,), NaN where one failed. weights: (S, n, h,
+    w) of the steps with noise levels `sigmas`, or None for uniform ones."""
+
+    prompts: list[str]
+    images: np.ndarray
+    rewards: np.ndarray
+    weights: np.ndarray | None
+    sigmas: list[float]
+
+
+def of_rollout(
+    pipeline: StableDiffusion3Pipeline, rollout: Rollout, weights: Tensor | None, rewards: Tensor
+) -> Preview:
+    """The first images of a rollout."""
+    count = min(SHOWN, len(rollout.latents))
+    return Preview(
+        prompts=[rollout.conditions.prompts[i] for i in rollout.groups[:count].tolist()],
+        images=_arrays(decode(pipeline, rollout.latents[:count])),
+        rewards=rewards[:count].cpu().numpy(),
+        weights=None if weights is None else weights[:, :count].float().cpu().numpy(),
+        sigmas=[float(rollout.steps.sigmas[step]) for step in rollout.steps.trained],
+    )
+
+
+def of_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[str]) -> Preview:
+    """An image of each prompt with the weights that attention would allocate at every step."""
+    sampling, factor = config.sampling, pipeline.vae_scale_factor
+    options = SamplerOptions(
+        size=(config.model.height // factor, config.model.width // factor),
+        guidance_scale=sampling.guidance_scale,
+        layers=sampling.layers,
+        normalize=sampling.normalize,
+    )
+    conditions = encode(pipeline, prompts, config.model.max_sequence_length, sampling.guidance_scale)
+    rollout = trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
+    return Preview(
+        prompts=list(prompts),
+        images=_arrays(decode(pipeline, rollout.latents)),
+        rewards=np.full(len(prompts), np.nan),
+        weights=attention_weights(pipeline, rollout, config.allocation),
+        sigmas=rollout.steps.sigmas[:-1].tolist(),
+    )
+
+
+def attention_weights(pipeline: StableDiffusion3Pipeline, rollout: Rollout, allocation: Allocation) -> np.ndarray:
+    """(S, B, h, w): what the strategy "attention" allocates at every step of a trace, whatever the run's own is."""
+    attention = dataclasses.replace(allocation, strategy="attention")
+    patch = pipeline.transformer.config.patch_size
+    weights = [allocation_weights(attention, maps, rollout.grid, patch=patch) for maps in rollout.maps]
+    return torch.stack(weights).cpu().numpy()
+
+
+def _arrays(images: Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+# --- drawing: a figure that cannot be drawn costs a warning, never the run --------------------------------------------
+
+
+def draw_rollout(preview: Preview, path: Path) -> None:
+    """The grid of a rollout."""
+    from star.reports import figures  # matplotlib is slow to import
+
+    path.parent.mkdir(exist_ok=True)
+    _attempt(path, lambda: figures.rollout_grid(preview, path))
+
+
+def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[Prompt], *, write: bool) -> None:
+    """What a run shows at its end: reward_curve.png, before_after.png where it was scored, allocation.png.
+
+    With several processes all of them sample; only one may write.
+    """
+    # Prompts of several concepts say most about where the maps look.
+    texts = sorted(dict.fromkeys(p.text for p in prompts[:512]), key=lambda text: -len(parse(text)))[:TRACED]
+    traced = of_prompts(pipeline, config, texts)
+    if not write:
+        return
+    from star.reports import figures  # matplotlib is slow to import
+
+    out = config.run.out
+    metrics = tracking.read(out)
+    iterations, rewards = [line["iteration"] + 1 for line in metrics], [line["reward"] for line in metrics]
+    _attempt(out / "reward_curve.png", lambda: figures.reward_curve(iterations, rewards, out / "reward_curve.png"))
+    evaluations = read_evaluations(out)
+    if len(evaluations) > 1:
+        first, last = evaluations[0].values["reward"], evaluations[-1].values["reward"]
+        before, after = read_images(out / "held_out/before"), read_images(out / "held_out/after")
+        shown = figures.BeforeAfter([p.text for p in prompts[: len(before)]], before, after, first, last)
+        _attempt(out / "before_after.png", lambda: figures.before_after(shown, out / "before_after.png"))
+    _attempt(out / "allocation.png", lambda: figures.allocation(traced, out / "allocation.png"))
+
+
+def _attempt(path: Path, draw: Callable[[], None]) -> None:
+    try:
+        draw()
+    except Exception as error:
+        log.warning("figures: %s could not be drawn (%s: %s)", path, type(error).__name__, " ".join(str(error).split()))
