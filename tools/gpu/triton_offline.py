@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from occupancy import PROCESSORS, occupancy
-from star_kernels.triton import allocate, attention_maps, gaussian_step
+from star_kernels.triton import allocate, attention_maps, gaussian_step, policy_loss
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -115,6 +115,14 @@ def cases(target: str) -> Iterator[Case]:
         chosen = constants | {"SMOOTH": used, "SHARPEN": used}
         yield Case(allocate.allocate_kernel, about, types, chosen, options, wide=False)
 
+    for shape, dtype, ratio, guard in (
+        ((9, 16, 128, 128), "fp32", "token", False),
+        ((9, 16, 128, 128), "bf16", "token", False),
+        ((9, 16, 128, 128), "bf16", "location", True),
+        ((9, 4096, 64), "bf16", "token", False),
+    ):
+        yield from of_loss(shape, dtype, ratio, guard)
+
 
 def resources(compiled) -> dict[str, int]:
     """Registers, bytes of shared memory and stack, local memory or spills, and instructions of one build."""
@@ -139,6 +147,33 @@ def resources(compiled) -> dict[str, int]:
     report["vectors"] = len(re.findall(VECTORS, code))
     report["contracted"] = len(re.findall(CONTRACTED, code))
     return report
+
+
+def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool) -> Iterator[Case]:
+    """Of latents in float32 with weights and a velocity in dtype. guard: with a reference velocity and an advantage for
+    each location too."""
+    one, code = policy_loss.cut(shape), policy_loss
+    about = f"{'packed' if len(shape) == 3 else 'planar'}, {dtype} velocity, {ratio}{', guard, KL' if guard else ''}"
+    others = ("sample", "prev_sample", "old_mean", "a", "b", "s", "precision", "log_norm", "kl_precision", "advantages")
+    others += ("step_weights", "weights", "old_log_prob", "log_ratios", "loss", "statistics", "grad_loss")
+    types = dict.fromkeys(("velocity", "reference_velocity", "gradient"), f"*{dtype}")
+    types |= dict.fromkeys(others, "*fp32") | {"sums": "*fp64"}
+    types |= dict.fromkeys(("clip_low", "clip_high", "adv_clip", "kl_coef", "per_channel", "per_element"), "fp64")
+    options = {"num_warps": code.WARPS, "enable_fp_fusion": False}
+    fixed = {"fields": 1, "RATIO": ratio}
+    tiled = fixed | {"GUARD": guard, "EACH_ADVANTAGE": guard, "BLOCK_C": one.block_c, "BLOCK_P": one.block_p}
+    tiled |= {"stride_c" if len(shape) == 3 else "stride_p": 1, "step_weights": None}
+    tiled |= {} if guard else {"reference_velocity": None}
+    sums = {"EACH_OLD": False, "SUMS": code.SUMS, "old_log_prob": None}
+    # The other cases divide or exponentiate by sequences of fused multiply-adds.
+    exact = ratio == "token" and not guard
+    yield Case(code.ratios_kernel, about, types, tiled | sums, options, exact=exact)
+    tiled |= {} if guard else {"old_mean": None}
+    options = options | {"num_warps": code.GRADIENT_WARPS}
+    yield Case(code.gradient_kernel, about, types, tiled, options, exact=exact)
+    added = {"KL_TERM": guard, "SUMS": code.SUMS, "BLOCK_B": code.BLOCK_B, "BLOCK_T": code.BLOCK_T}
+    options = options | {"num_warps": code.STATISTICS_WARPS}
+    yield Case(code.statistics_kernel, about, types, fixed | added, options, wide=False)
 
 
 def builds() -> Iterator[dict]:
