@@ -33,3 +33,15 @@ def test_the_best_blocks_are_those_of_all_shapes():
     second = {Candidate(narrow, 1): 4.0, Candidate(wide, 1): 2.0, Candidate(other, 1): 1.0}
     (one, blocks), (two, _) = tune_triton.best_blocks([first, second])
     assert blocks == wide and one == pytest.approx(3**0.5) and two == pytest.approx(2)
+
+
+def test_the_other_operators_are_compared(monkeypatch, capsys):
+    small = tune_triton.model.Model("small", 2, 8, 1, 16, 5, 1, 3, 2)
+    monkeypatch.setattr(tune_triton.model, "MODELS", (small,))
+    monkeypatch.setattr(tune_triton.model, "BATCHES", (2,))
+    monkeypatch.setattr(tune_triton, "seconds_of", lambda call: call().numel() * 1e-6)
+    rows = tune_triton.compare(CPU)
+    assert [row["operator"].split()[0] for row in rows] == ["allocate", "gaussian_step", "policy_loss"]
+    for row in rows:
+        assert set(row["us"]) == set(row["relative_error"]) >= {"triton"} and max(row["relative_error"].values()) < 1e-5
+    assert rows[1]["relative_error"]["triton"] == 0 and rows[1]["us"]["triton"] == 2 * 3 * 64

@@ -4,7 +4,7 @@ PYTHONPATH=benchmarks python tools/gpu/tune_triton.py results.json
 
 The values of every candidate are checked before it is timed. Prints the best of each shape beside what a launch takes
 by itself, then the block sizes that are best over all shapes, which star_kernels.triton.attention_maps.TUNED_BLOCKS is
-meant for, and writes all times as JSON.
+meant for; then the other operators in CUDA, where it is built, and in Triton. Writes all times as JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -24,12 +25,14 @@ import triton
 from torch import Tensor
 
 import cost_model as model
+import star_kernels as sk
 from gpu_check import in_a_graph
 from star_kernels import reference
+from star_kernels.ops import POLICY_LOSS
 from star_kernels.triton import attention_maps as kernels
 from star_kernels.triton.attention_maps import Blocks
 
-LIMIT = 100.0  # seconds of sweeping
+LIMIT = 80.0  # seconds of sweeping
 CALLS, ROUNDS = 20, 5
 QUERIES, WARPS, STAGES, GROUPS = (64, 128), (4, 8), (3, 2, 4), (1, 2, 4, 8)
 
@@ -105,6 +108,10 @@ def seconds(sets: list[tuple], candidate: Candidate) -> float:
     def call() -> Tensor:
         return kernels.launch(*sets[next(turn) % len(sets)], blocks=candidate.blocks, groups=candidate.groups)
 
+    return seconds_of(call)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
     measure = in_a_graph(call, CALLS)
     return median(measure() for _ in range(ROUNDS))
 
@@ -139,6 +146,43 @@ def best_blocks(results: list[Times]) -> list[tuple[float, Blocks]]:
     return sorted((geometric_mean(each), blocks) for blocks, each in ratios.items() if len(each) == len(results))
 
 
+def others(one: model.Model, batch: int, device: torch.device) -> dict[str, Callable[[str], object]]:
+    """Calls of the operators over the latents, by name; they take the implementation."""
+    side = int(one.locations**0.5)
+    size = (batch, one.channels, side, side) if one.patch > 1 else (batch, one.locations, one.channels)
+    sample, velocity, noise, prev_sample = torch.randn(4, *size, device=device).unbind(0)
+    step = sk.Transition.gaussian(*(torch.rand(3, batch, device=device) + 0.5).unbind(0))
+    maps, grid = torch.rand(batch, model.CONCEPTS, one.image, device=device), (int(one.image**0.5),) * 2
+    weights = torch.ones(batch, *(size[2:] if one.patch > 1 else size[1:2]), device=device)
+    given = (velocity, sample, prev_sample, *step, torch.randn(batch, device=device), weights, noise, None, None, None,
+             "token", 1e-4, 1e-4, 5.0, 0.0, False)  # fmt: skip
+    outer = torch.ones((), device=device)
+
+    def loss_and_gradient(impl: str) -> Tensor:
+        return POLICY_LOSS.gradient.run(impl)(outer, POLICY_LOSS.run(impl)(*given)[2], *given)
+
+    return {
+        "allocate": lambda impl: sk.allocate(maps, grid, patch=one.patch, impl=impl),
+        "gaussian_step": lambda impl: sk.gaussian_step(sample, velocity, noise, step, impl=impl)[0],
+        "policy_loss and its gradient": loss_and_gradient,
+    }
+
+
+def compare(device: torch.device) -> list[dict]:
+    """Their times in CUDA and in Triton, inputs in the cache, and how far apart their values are."""
+    rows = []
+    for one, batch in product(model.MODELS, model.BATCHES):
+        for name, call in others(one, batch, device).items():
+            impls = [i for i, reason in sk.implementations(name.split()[0], device).items() if reason is None]
+            impls, expected = [i for i in impls if i != "reference"], call("reference")
+            took = {i: 1e6 * seconds_of(partial(call, i)) for i in impls}
+            apart = {i: ((call(i) - expected).abs().max() / expected.abs().max()).item() for i in impls}
+            rows.append({"operator": name, "shape": f"{one.name}, {batch}", "us": took, "relative_error": apart})
+            told = ", ".join(f"{i} {took[i]:.1f} us (off by {apart[i]:.0e})" for i in impls)
+            print(f"{name}, {one.name}, {batch}: {told}", flush=True)
+    return rows
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here (torch.cuda.is_available() is False): nothing was timed.", file=sys.stderr)
@@ -167,6 +211,7 @@ def main() -> int:
         ]
     for ratio, blocks in best_blocks(list(results.values()))[:4]:
         print(f"{ratio:.3f} x the best over all shapes: {blocks}")
+    about["operators"] = compare(device)
     if sys.argv[1:]:
         Path(sys.argv[1]).write_text(json.dumps(about | {"rows": rows}, indent=1))
     return 0
