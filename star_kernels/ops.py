@@ -67,11 +67,11 @@ def fake_policy_loss_gradient(grad_loss: Tensor, log_ratio: Tensor, velocity: Te
     return velocity.new_empty(velocity.shape)
 
 
-def triton_launcher(operator: str) -> Callable:
-    """`launch` of star_kernels.triton.OPERATOR, not imported before it runs: star_kernels needs torch alone."""
+def triton_launcher(operator: str, name: str = "launch") -> Callable:
+    """A function of star_kernels.triton.OPERATOR, not imported before it runs: star_kernels needs torch alone."""
 
     def launch(*arguments, **options):
-        return importlib.import_module(f"star_kernels.triton.{operator}").launch(*arguments, **options)
+        return getattr(importlib.import_module(f"star_kernels.triton.{operator}"), name)(*arguments, **options)
 
     return launch
 
@@ -158,6 +158,7 @@ POLICY_LOSS_GRADIENT = Operator(
     fake=fake_policy_loss_gradient,
     reference=reference.policy_loss_gradient,
     native=("cpu", "cuda"),
+    triton=triton_launcher("policy_loss", "launch_gradient"),
 )
 
 POLICY_LOSS = Operator(
@@ -166,6 +167,7 @@ POLICY_LOSS = Operator(
     fake=fake_policy_loss,
     reference=reference.policy_loss,
     native=("cpu", "cuda"),
+    triton=triton_launcher("policy_loss"),
     gradient=POLICY_LOSS_GRADIENT,
 )
 

@@ -19,10 +19,10 @@ TOKENS_OF_WARP = 256  # every thread has tokens of its own, 8 of them
 
 
 @triton.jit
-def smooth_axis(source, to, tokens, size, step, SIGMA: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+def smooth_axis(source, to, tokens, size, step, sigma, radius, BLOCK: tl.constexpr):
     """to = weighted mean of the neighbors of source (tokens,) along an axis of `size` tokens that lie `step` apart."""
     kind: tl.constexpr = source.dtype.element_ty
-    radius = min(RADIUS, size - 1)
+    radius = min(radius, size - 1)
     for start in range(0, tokens, BLOCK):
         i = start + tl.arange(0, BLOCK)
         location = i // step % size
@@ -31,7 +31,7 @@ def smooth_axis(source, to, tokens, size, step, SIGMA: tl.constexpr, RADIUS: tl.
         for neighbor in range(2 * radius + 1):
             distance = neighbor - radius
             inside = (i < tokens) & (location + distance >= 0) & (location + distance < size)
-            scaled = distance.to(kind) / SIGMA
+            scaled = distance.to(kind) / sigma
             tap = tl.exp(-0.5 * scaled * scaled)
             total += tap * tl.load(source + i + distance * step, mask=inside, other=0.0)
             norm += tl.where(inside, tap, 0.0)
@@ -40,12 +40,12 @@ def smooth_axis(source, to, tokens, size, step, SIGMA: tl.constexpr, RADIUS: tl.
 
 
 @triton.jit
-def mixed(field, scale, CAP: tl.constexpr, MIX: tl.constexpr):
-    """Weights before they are brought to mean 1. scale: what brings the field to it."""
-    return (1 - MIX) + MIX * tl.minimum(field * scale, CAP)
+def mixed(field, scale, cap, mix, rest):
+    """Weights before they are brought to mean 1. scale: what brings the field to it. rest: 1 - mix."""
+    return rest + mix * tl.minimum(field * scale, cap)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["concepts", "rows", "columns", "radius", "patch"])
 def allocate_kernel(
     maps,  # (B, G, N), any strides
     workspace,  # (B, G + 2 N) in the type of the arithmetic, float32 or float64
@@ -56,16 +56,20 @@ def allocate_kernel(
     concepts,
     rows,
     columns,
+    patch,
+    radius,  # of the smoothing
+    sigma: tl.float64,
+    sharpen: tl.float64,
+    cap: tl.float64,
+    mix: tl.float64,
     LARGEST: tl.constexpr,  # combine: the largest of the concepts instead of their mean
-    SIGMA: tl.constexpr,  # of the smoothing, 0 for none
-    RADIUS: tl.constexpr,
-    SHARPEN: tl.constexpr,
-    CAP: tl.constexpr,
-    MIX: tl.constexpr,
-    PATCH: tl.constexpr,
+    SMOOTH: tl.constexpr,  # sigma > 0
+    SHARPEN: tl.constexpr,  # sharpen != 1
     BLOCK: tl.constexpr,
 ):
     kind: tl.constexpr = weights.dtype.element_ty
+    sigma, sharpen = tl.full((), sigma, kind), tl.full((), sharpen, kind)
+    rest, mix, cap = tl.full((), 1.0 - mix, kind), tl.full((), mix, kind), tl.full((), cap, kind)
     row = tl.program_id(0).to(tl.int64)
     tokens = rows * columns
     maps += row * maps_b
@@ -109,10 +113,10 @@ def allocate_kernel(
         tl.store(field + i, combined, mask=i < tokens)
     tl.debug_barrier()
 
-    if SIGMA > 0:
-        smooth_axis(field, other, tokens, rows, columns, SIGMA, RADIUS, BLOCK)
-        smooth_axis(other, field, tokens, columns, 1, SIGMA, RADIUS, BLOCK)
-    if SHARPEN != 1:
+    if SMOOTH:
+        smooth_axis(field, other, tokens, rows, columns, sigma, radius, BLOCK)
+        smooth_axis(other, field, tokens, columns, 1, sigma, radius, BLOCK)
+    if SHARPEN:
         most = tl.zeros((), kind)
         for start in range(0, tokens, BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -121,7 +125,7 @@ def allocate_kernel(
         for start in range(0, tokens, BLOCK):
             i = start + tl.arange(0, BLOCK)
             base = tl.minimum(tl.load(field + i, mask=i < tokens, other=0.0) * scale, 1.0)
-            power = tl.exp2(SHARPEN * tl.log2(tl.where(base > 0, base, 1.0)))
+            power = tl.exp2(sharpen * tl.log2(tl.where(base > 0, base, 1.0)))
             tl.store(field + i, tl.where(base > 0, power, 0.0), mask=i < tokens)
         tl.debug_barrier()
 
@@ -133,17 +137,17 @@ def allocate_kernel(
     weight_sum = tl.zeros((), tl.float64)
     for start in range(0, tokens, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        weight = mixed(tl.load(field + i, mask=i < tokens, other=0.0), scale, CAP, MIX)
+        weight = mixed(tl.load(field + i, mask=i < tokens, other=0.0), scale, cap, mix, rest)
         weight_sum += tl.sum(tl.where(i < tokens, weight, 0.0).to(tl.float64))
     level = (tokens / tl.where(weight_sum > 0, weight_sum, 1.0)).to(kind)
     for start in range(0, tokens, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        weight = mixed(tl.load(field + i, mask=i < tokens, other=0.0), scale, CAP, MIX) * level
+        weight = mixed(tl.load(field + i, mask=i < tokens, other=0.0), scale, cap, mix, rest) * level
         weight = tl.where(healthy, weight, 1.0)
-        corner = (row * rows + i // columns) * PATCH * columns * PATCH + i % columns * PATCH
-        for a in range(PATCH):
-            for b in range(PATCH):
-                tl.store(weights + corner + a * columns * PATCH + b, weight, mask=i < tokens)
+        corner = (row * rows + i // columns) * patch * columns * patch + i % columns * patch
+        for a in range(patch):
+            for b in range(patch):
+                tl.store(weights + corner + a * columns * patch + b, weight, mask=i < tokens)
 
 
 def launch(
@@ -157,7 +161,7 @@ def launch(
     mix: float,
     patch: int,
 ) -> Tensor:
-    """The operator star::allocate_triton; see api.allocate. A program is compiled for each set of options."""
+    """The operator star::allocate_triton; see api.allocate."""
     batch, concepts, tokens = maps.shape
     kind = torch.float64 if maps.dtype == torch.float64 else torch.float32
     weights = maps.new_empty((batch, rows * patch, columns * patch), dtype=kind)
@@ -167,14 +171,11 @@ def launch(
     block = min(MOST_TOKENS, max(TOKENS_OF_WARP, triton.next_power_of_2(tokens)))
     with torch.cuda.device_of(maps):
         allocate_kernel[(batch,)](
-            *(maps, workspace, weights, *maps.stride(), concepts, rows, columns),
+            *(maps, workspace, weights, *maps.stride(), concepts, rows, columns, patch),
+            *(math.ceil(min(3 * smooth, 2.0**30)), smooth, sharpen, cap, mix),
             LARGEST=combine == "max",
-            SIGMA=smooth,
-            RADIUS=math.ceil(min(3 * smooth, 2.0**30)),
-            SHARPEN=sharpen,
-            CAP=cap,
-            MIX=mix,
-            PATCH=patch,
+            SMOOTH=smooth > 0,
+            SHARPEN=sharpen != 1,
             BLOCK=block,
             num_warps=block // TOKENS_OF_WARP,
         )

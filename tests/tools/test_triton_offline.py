@@ -22,7 +22,8 @@ def test_every_build_fits_without_spills_and_multiplies_on_the_matrix_units():
         "for build in triton_offline.builds(): print(json.dumps([build, triton_offline.problems(build)]))"
     )
     assert {build["target"] for build, _ in builds} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    kernels = {"maps_kernel", "lse_kernel", "sum_kernel", "step_kernel", "allocate_kernel"}
+    kernels = {"maps_kernel", "lse_kernel", "sum_kernel", "step_kernel", "allocate_kernel", "ratios_kernel"}
+    kernels |= {"statistics_kernel", "gradient_kernel"}
     assert {build["kernel"] for build, _ in builds} == kernels
     assert not [(build, problems) for build, problems in builds if problems]
 
@@ -47,3 +48,34 @@ for processors in (1, 1000):
     alone, both = compiling(code)
     assert alone == [4, 1, 1]  # more than 64 columns: two blocks
     assert both == [6, 1, 2]
+
+
+def test_what_is_launched_compiles_at_the_smallest_sizes_too():
+    """A size of 1 is a constant for the compiler, where it is not told otherwise."""
+    code = """
+import json, torch, triton, triton_offline
+from star_kernels.triton import allocate, attention_maps, gaussian_step, policy_loss
+triton.runtime.driver.set_active(triton_offline.Driver())
+for shape in ((1, 1, 1, 1), (2, 3, 1, 5, 7), (1, 33, 16)):
+    batch, each = shape[0], (*shape[:1], *shape[2:]) if len(shape) != 3 else shape[:2]
+    x, weights, fields = torch.rand(shape), torch.rand(each), [torch.rand(1).expand(batch) for _ in range(6)]
+    gaussian_step.launch(x.bfloat16(), x, x, *fields[:3])
+    for ratio in ("token", "location", "sample"):
+        for dtype in (torch.float16, torch.float64):
+            old = (x, None, None, None) if ratio == "token" else (None, weights, x, torch.rand(batch))
+            given = (x.to(dtype), x, x, *fields, torch.rand(batch), weights, *old, ratio, 0.1, 0.1, 5.0, 0.1)
+            loss, statistics, log_ratio = policy_loss.launch(*given, ratio == "token")
+            policy_loss.launch_gradient(loss, log_ratio, *given, ratio == "token")
+for rows, columns, concepts in ((1, 1, 1), (1, 7, 2), (3, 5, 0)):
+    for combine, smooth, sharpen in (("mean", 0.0, 1.0), ("max", 1.5, 2.0)):
+        maps = torch.rand(1, concepts, rows * columns).bfloat16()
+        allocate.launch(maps, rows, columns, combine, smooth, sharpen, 4.0, 0.5, 1)
+        allocate.launch(maps.double(), rows, columns, combine, smooth, sharpen, 4.0, 0.5, 3)
+for heads, queries, slots in ((1, 1, 1), (11, 70, 40)):
+    query = torch.rand(1, heads, queries, 16)
+    index = torch.zeros(1, 2, slots, dtype=torch.int64)
+    attention_maps.launch(query, query, index, None, None, 1.0, None)
+    attention_maps.launch(query, query, index, torch.ones(index.shape), query[..., 0], 1.0, torch.rand(heads))
+print(json.dumps(True))
+"""
+    assert compiling(code) == [True]

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from occupancy import PROCESSORS, occupancy
-from star_kernels.triton import allocate, attention_maps, gaussian_step
+from star_kernels.triton import allocate, attention_maps, gaussian_step, policy_loss
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -36,6 +36,7 @@ CONTRACTED = r"\b[FD]FMA\d?\b|v_(?:pk_)?(?:fma|fmac|mad|mac)_f(?:16|32|64)"
 SIZES = {"bf16": 2, "fp32": 4}  # bytes of an element
 # Whose alignment a launch sees, beside that of every pointer.
 ALIGNED = {"query_b", "query_h", "query_n", "key_b", "key_h", "key_s", "lse_b", "lse_h", "elements", "maps_b", "maps_g"}
+ALIGNED |= {"channels", "locations", "stride_b", "stride_c", "stride_p"}
 
 
 class Case(NamedTuple):
@@ -105,13 +106,22 @@ def cases(target: str) -> Iterator[Case]:
         yield Case(gaussian_step.step_kernel, about, types, constants, options, exact=True)
 
     block = allocate.MOST_TOKENS
-    constants = {"maps_n": 1, "LARGEST": False, "CAP": 4.0, "MIX": 0.5, "PATCH": 2, "BLOCK": block}
+    constants = {"maps_n": 1, "LARGEST": False, "BLOCK": block}
     types = dict.fromkeys(("maps", "workspace", "weights"), "*fp32")
+    types |= dict.fromkeys(("sigma", "sharpen", "cap", "mix"), "fp64")
     options = {"num_warps": block // allocate.TOKENS_OF_WARP}
-    for sigma, sharpen in ((0.0, 1.0), (1.0, 2.0)):
-        chosen = constants | {"SIGMA": sigma, "RADIUS": round(3 * sigma), "SHARPEN": sharpen}
-        about = f"smooth {sigma:g}, sharpen {sharpen:g}"
+    for used in (False, True):
+        about = "smoothed and sharpened" if used else "neither smoothed nor sharpened"
+        chosen = constants | {"SMOOTH": used, "SHARPEN": used}
         yield Case(allocate.allocate_kernel, about, types, chosen, options, wide=False)
+
+    for shape, dtype, ratio, guard in (
+        ((9, 16, 128, 128), "fp32", "token", False),
+        ((9, 16, 128, 128), "bf16", "token", False),
+        ((9, 16, 128, 128), "bf16", "location", True),
+        ((9, 4096, 64), "bf16", "token", False),
+    ):
+        yield from of_loss(shape, dtype, ratio, guard)
 
 
 def resources(compiled) -> dict[str, int]:
@@ -139,6 +149,33 @@ def resources(compiled) -> dict[str, int]:
     return report
 
 
+def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool) -> Iterator[Case]:
+    """Of latents in float32 with weights and a velocity in dtype. guard: with a reference velocity and an advantage for
+    each location too."""
+    one, code = policy_loss.cut(shape), policy_loss
+    about = f"{'packed' if len(shape) == 3 else 'planar'}, {dtype} velocity, {ratio}{', guard, KL' if guard else ''}"
+    others = ("sample", "prev_sample", "old_mean", "a", "b", "s", "precision", "log_norm", "kl_precision", "advantages")
+    others += ("step_weights", "weights", "old_log_prob", "log_ratios", "loss", "statistics", "grad_loss")
+    types = dict.fromkeys(("velocity", "reference_velocity", "gradient"), f"*{dtype}")
+    types |= dict.fromkeys(others, "*fp32") | {"sums": "*fp64"}
+    types |= dict.fromkeys(("clip_low", "clip_high", "adv_clip", "kl_coef", "per_channel", "per_element"), "fp64")
+    options = {"num_warps": code.WARPS, "enable_fp_fusion": False}
+    fixed = {"fields": 1, "RATIO": ratio}
+    tiled = fixed | {"GUARD": guard, "EACH_ADVANTAGE": guard, "BLOCK_C": one.block_c, "BLOCK_P": one.block_p}
+    tiled |= {"stride_c" if len(shape) == 3 else "stride_p": 1, "step_weights": None}
+    tiled |= {} if guard else {"reference_velocity": None}
+    sums = {"EACH_OLD": False, "SUMS": code.SUMS, "old_log_prob": None}
+    # The other cases divide or exponentiate by sequences of fused multiply-adds.
+    exact = ratio == "token" and not guard
+    yield Case(code.ratios_kernel, about, types, tiled | sums, options, exact=exact)
+    tiled |= {} if guard else {"old_mean": None}
+    options = options | {"num_warps": code.GRADIENT_WARPS}
+    yield Case(code.gradient_kernel, about, types, tiled, options, exact=exact)
+    added = {"KL_TERM": guard, "SUMS": code.SUMS, "BLOCK_B": code.BLOCK_B, "BLOCK_T": code.BLOCK_T}
+    options = options | {"num_warps": code.STATISTICS_WARPS}
+    yield Case(code.statistics_kernel, about, types, fixed | added, options, wide=False)
+
+
 def builds() -> Iterator[dict]:
     """Every case on every target. matrix, vectors, contracted: instructions of the matrix units, global accesses of 16
     bytes, fused multiply-adds."""
@@ -148,6 +185,19 @@ def builds() -> Iterator[dict]:
             build = {"kernel": case.kernel.fn.__name__, "about": case.about, "target": name, "warps": warps}
             build |= {"products": case.products, "wide": case.wide, "exact": case.exact} | resources(compiled)
             yield build | {"occupancy": occupancy(name, build["registers"], build["shared"], warps)}
+
+
+class Driver:
+    """Stands for a GPU's: launches compile what they would there, and start nothing."""
+
+    class utils:
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": PROCESSORS["sm_90"].block_shared})
+        load_binary = staticmethod(lambda name, kernel, shared, device: (name, 0, 0, 0, 1024))
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+    get_current_target = staticmethod(lambda: TARGETS["sm_90"])
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
 
 
 class Recorder:
