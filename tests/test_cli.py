@@ -78,10 +78,8 @@ def test_eval_and_maps(tmp_path, capsys):
     code, output, _ = run(capsys, "maps", *arguments)
     assert code == 0 and "red circle, ring; 2 blocks, 3 steps" in output and picture.stat().st_size > 5000
     assert run(capsys, "maps", "--prompt", "of and")[2].strip() == "star: prompt: no concept found in 'of and'"
-    assert (
-        run(capsys, "eval", "--lora", "/nowhere")[2].strip()
-        == "star: adapter: '/nowhere' is no adapter (there is no such folder)"
-    )
+    expected = "star: adapter: '/nowhere' is no adapter (there is no such folder)"
+    assert run(capsys, "eval", "--lora", "/nowhere")[2].strip() == expected
 
 
 def test_info_tells_what_each_operator_uses(capsys):
