@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from medium import medium_transformer
 from star import config as configuration
+from star.config import EMBEDDED
 from star.presets import preset
 from star.shapes.model import load_pipeline
 from star.train import Trainer
@@ -83,6 +84,7 @@ def medium_trainer(
     config = configuration.update(
         configuration.Config(),
         {
+            "task": EMBEDDED,  # for its prompts
             "model": {"path": str(out / "model"), "gradient_checkpointing": True, "frozen_dtype": dtype},
             "sampling": {
                 "steps": 2,
