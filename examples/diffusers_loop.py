@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from star import concept_tokens, record
 from star.objective import fused_grpo_loss, sde_step_with_logprob
+from star.reports.metrics import gradient_share
 from star.rewards import load
 from star.shapes.model import LATENT_SIZE, load_pipeline
 from star.shapes.scenes import prompts
@@ -84,7 +85,8 @@ def train(iterations=12, seed=0, weighted=True, learning_rate=1e-3):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"reward {rewards[-1]:.3f}  ratio {statistics.ratio_mean:.6f}  clipped {statistics.clip_fraction:.3f}")
+        share = gradient_share(weights if weighted else torch.ones_like(weights)).mean()
+        print(f"reward {rewards[-1]:.3f}  ratio {statistics.ratio_mean:.6f}  top tenth {share:.3f}")
     return rewards
 
 
