@@ -24,8 +24,8 @@ class PolicyLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.implementation, velocity, rest = inputs
         (sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean, _,
-         reference_velocity, step_weights, *ctx.options, guard) = rest  # fmt: skip
-        ctx.options.append(guard)
+         reference_velocity, step_weights, *options, guard) = rest  # fmt: skip
+        ctx.options = (*options, guard)
         _, statistics, log_ratio = output
         ctx.mark_non_differentiable(statistics, log_ratio)
         # The gradient reads neither the old log-probs nor, but for the guard, the old mean: they need not be kept.

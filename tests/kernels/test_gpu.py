@@ -49,7 +49,7 @@ def policy_loss():
 
     def loss():
         out = sk.policy_loss(velocity, sample, prev_sample, step, advantages, weights, old_mean=old_mean)
-        return [out.loss.detach(), torch.stack(out.statistics), torch.autograd.grad(out.loss, velocity)[0]]
+        return [out.loss.detach(), out.statistics.values, torch.autograd.grad(out.loss, velocity)[0]]
 
     return loss, [velocity]
 
