@@ -18,7 +18,7 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 CHUNKS = 8  # of heads, at most: what a row can be cut into
-PROGRAMS = 2  # per processor: with fewer, memory waits for the next request
+PROGRAMS = 4  # per processor: with fewer, memory waits for the next request (docs/gpu-measured.md)
 BLOCK_S = 64  # keys per turn of the log-sum-exp
 MOST_CONCEPTS = 8  # whose maps a program adds up in registers
 MOST_COLUMNS = 64  # per program: more make further programs, each reading the queries again
@@ -212,9 +212,10 @@ class Blocks(NamedTuple):
     stages: int  # of the pipeline over the heads
 
 
-# By architecture and bytes of an element. Predicted from machine code, not tuned on a GPU.
+# By bytes of an element: predicted from machine code. Where a GPU was there, the best of those that were tried on it, by
+# architecture and bytes of an element; see docs/gpu-measured.md.
 DEFAULT_BLOCKS = {2: Blocks(64, 4, 3), 4: Blocks(64, 8, 3)}
-TUNED_BLOCKS: dict[tuple[str, int], Blocks] = {}
+TUNED_BLOCKS = {("sm_90", 2): Blocks(64, 4, 3)}
 
 
 def blocks_of(architecture: str, element_size: int) -> Blocks:
