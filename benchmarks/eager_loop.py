@@ -1,6 +1,6 @@
 """One GRPO iteration of the embedded world in the way of the public Flow-GRPO scripts.
 
-A pass per picture and step, lists of steps, log-probabilities from rollout and update subtracted, an eager loss.
+A pass per image and step, lists of steps, log-probabilities from rollout and update subtracted, an eager loss.
 """
 
 from __future__ import annotations

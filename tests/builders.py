@@ -201,7 +201,7 @@ def small_sd35(corpus) -> StableDiffusion3Pipeline:
 
 
 def small_run(out, **changes):
-    """The shapes preset with the fewest pictures; changes as in YAML."""
+    """The shapes preset with the fewest images; changes as in YAML."""
     config = preset("shapes")
     base = {
         "model": {"lora_rank": 16, "lora_alpha": 32},

@@ -73,10 +73,10 @@ def test_a_corrupt_checkpoint_is_one_line_and_stays(tmp_path, capsys):
 def test_eval_and_maps(tmp_path, capsys):
     code, output, _ = run(capsys, "eval", "--n", "16")
     assert code == 0 and "16 prompts of the held-out split" in output and "±" in output
-    picture = tmp_path / "maps.png"
-    arguments = ("--prompt", "a red circle and a ring", "--out", str(picture), "--steps", "3", "--layers", "2", "3")
+    image = tmp_path / "maps.png"
+    arguments = ("--prompt", "a red circle and a ring", "--out", str(image), "--steps", "3", "--layers", "2", "3")
     code, output, _ = run(capsys, "maps", *arguments)
-    assert code == 0 and "red circle, ring; 2 blocks, 3 steps" in output and picture.stat().st_size > 5000
+    assert code == 0 and "red circle, ring; 2 blocks, 3 steps" in output and image.stat().st_size > 5000
     assert run(capsys, "maps", "--prompt", "of and")[2].strip() == "star: prompt: no concept found in 'of and'"
     expected = "star: adapter: '/nowhere' is no adapter (there is no such folder)"
     assert run(capsys, "eval", "--lora", "/nowhere")[2].strip() == expected

@@ -212,8 +212,8 @@ class Blocks(NamedTuple):
     stages: int  # of the pipeline over the heads
 
 
-# By bytes of an element: predicted from machine code. Where a GPU was there, the best of those that were tried on it, by
-# architecture and bytes of an element; see docs/gpu-measured.md.
+# By bytes of an element: predicted from machine code. By architecture and bytes of an element: the best of those that
+# were tried on such a GPU; see docs/gpu-measured.md.
 DEFAULT_BLOCKS = {2: Blocks(64, 4, 3), 4: Blocks(64, 8, 3)}
 TUNED_BLOCKS = {("sm_90", 2): Blocks(64, 4, 3)}
 

@@ -127,7 +127,7 @@ def test_random_fields_of_any_size_keep_the_values(rows, columns, seed):
 
 
 def test_random_fields_are_shared_where_the_weights_are():
-    """The pictures of a prompt that part after the trained step have one map between them."""
+    """The images of a prompt that part after the trained step have one map between them."""
     own = blobs(4, 9, 9, 1.0)[[2, 0, 2, 1, 0, 2]]
     fields = random_like(own, torch.Generator().manual_seed(0))
     alike = (fields.flatten(1)[:, None] == fields.flatten(1)[None]).all(2)

@@ -1,4 +1,4 @@
-"""Two processes are one: the same pictures, advantages and losses, in DDP and in FSDP2, on gloo."""
+"""Two processes are one: the same images, advantages and losses, in DDP and in FSDP2, on gloo."""
 
 import json
 from pathlib import Path

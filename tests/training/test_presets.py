@@ -51,12 +51,12 @@ def folder(tmp_path_factory):
 
 
 def scaled(folder, out, name, **changes):
-    """A preset with a small model and few pictures; everything else as it is."""
+    """A preset with a small model and few images; everything else as it is."""
     config = preset(name)
     base = {
         "model": {"path": str(folder / "pipeline"), "height": 64, "width": 64, "frozen_dtype": "bfloat16"},
         "sampling": {"prompts_per_iteration": 2, "images_per_prompt": 2, "prompts": str(folder / "prompts.txt")},
-        # float16 needs a GPU. With so few pictures one update averages.
+        # float16 needs a GPU. With so few images one update averages.
         "optimization": {"iterations": 1, "micro_batch": 2, "mixed_precision": "bf16", "ema_every": 1},
         "scoring": {"count": 0, "prompts": None, "every": 0},
         "run": {"out": str(out), "reward": "test_presets:brightness", "figures": False},
@@ -88,20 +88,20 @@ def test_a_run_of_a_preset_leaves_an_adapter_that_plain_diffusers_loads(folder, 
     )
     assert training.train(config)["iterations"] == 1
 
-    def picture(pipeline):
+    def image(pipeline):
         return pipeline(
             PROMPTS[0], height=64, width=64, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=32,
             generator=torch.Generator().manual_seed(0), output_type="pt",
         ).images  # fmt: skip
 
     plain = load_pipeline(str(folder / "pipeline"))
-    base = picture(plain)
+    base = image(plain)
     plain.load_lora_weights(str(tmp_path / "run/lora"))
     resumed = Trainer(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True)))
     with resumed.policy.averaged():
-        averaged = picture(resumed.pipeline)
-    trained = picture(resumed.pipeline)
-    torch.testing.assert_close(picture(plain), averaged, rtol=0, atol=1e-4)
+        averaged = image(resumed.pipeline)
+    trained = image(resumed.pipeline)
+    torch.testing.assert_close(image(plain), averaged, rtol=0, atol=1e-4)
     assert not torch.equal(base, averaged) and not torch.equal(trained, averaged)
 
 

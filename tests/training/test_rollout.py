@@ -56,8 +56,8 @@ def test_shapes_and_seeds(pipeline):
     assert torch.equal(first.latents, again.latents) and torch.equal(first.maps, again.maps)
     assert not torch.equal(first.latents, other.latents)
     assert torch.equal(first.prev_samples[0], first.samples[1])
-    pictures = decode(pipeline, first.latents, 4)
-    assert pictures.shape == (6, 3, 36, 36) and pictures.min() >= 0 and pictures.max() <= 1
+    images = decode(pipeline, first.latents, 4)
+    assert images.shape == (6, 3, 36, 36) and images.min() >= 0 and images.max() <= 1
 
 
 def test_a_group_shares_its_latents_until_the_first_trained_step(pipeline):

@@ -187,7 +187,7 @@ def test_a_prompt_file_is_scored_by_category_and_kept_in_genevals_layout(tmp_pat
     assert json.loads((out / "images/00001/metadata.jsonl").read_text()) == GENEVAL[1]
     images = {r["filename"]: np.asarray(Image.open(out / r["filename"])) for r in rows}
     assert len({image.tobytes() for image in images.values()}) == 6 and images[rows[0]["filename"]].shape == (36, 36, 3)
-    # The same pictures in batches of another size, up to the rounding of another matrix product.
+    # The same images in batches of another size, up to the rounding of another matrix product.
     assert run(capsys, *arguments, "--batch", 5, "--out", tmp_path / "other", "--save-images")[0] == 0
     for name, image in images.items():
         other = np.asarray(Image.open(tmp_path / "other" / name)).astype(int)
@@ -235,7 +235,7 @@ def failing(images, prompts, metadata):
     raise RuntimeError("no color")
 
 
-def test_pictures_without_a_reward_are_counted_and_none_at_all_is_an_error(tmp_path):
+def test_images_without_a_reward_are_counted_and_none_at_all_is_an_error(tmp_path):
     pipeline, options = load_pipeline(), ImageOptions(2, 1.0, 36, 36, 0, images_per_prompt=2, batch=2)
     prompts = [Prompt("a red circle"), Prompt("a blue ring")]
     some = lambda images, texts, metadata: Scores(
@@ -246,7 +246,7 @@ def test_pictures_without_a_reward_are_counted_and_none_at_all_is_an_error(tmp_p
     assert found.failed == 2 and found.mean("reward")[::2] == (1.0, 1)
     assert "2 of 4 images have no reward" in evaluation_table(found, "").caption
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["reward"] is None
-    with RewardWorker(failing) as worker, pytest.raises(RewardError, match=r"no color.*for every picture"):
+    with RewardWorker(failing) as worker, pytest.raises(RewardError, match=r"no color.*for every image"):
         evaluate(pipeline, prompts, worker, options)
 
 

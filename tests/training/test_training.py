@@ -120,7 +120,7 @@ def test_a_merged_adapter_is_the_same_model_and_is_taken_out_again_without_a_tra
     assert all(torch.equal(p, weights[name]) for name, p in transformer.named_parameters())
 
 
-def test_merging_the_adapter_changes_the_pictures_by_rounding_only(tmp_path):
+def test_merging_the_adapter_changes_the_images_by_rounding_only(tmp_path):
     def after_two(out, merge):
         trainer = Trainer(small_run(out, sampling={"merge_adapter": merge}))
         trainer.step()
@@ -144,7 +144,7 @@ def darkness(images, prompts, metadata):
 
 
 def test_what_is_easily_learned_is_learned(tmp_path):
-    """Advantages, latents and gradients belong together, with the right sign: pictures get darker, prompt by prompt."""
+    """Advantages, latents and gradients belong together, with the right sign: images get darker, prompt by prompt."""
     sampling = {"prompts_per_iteration": 2, "images_per_prompt": 8, "steps": 8}
     trainer = Trainer(
         small_run(
@@ -179,7 +179,7 @@ def test_final_step_gives_every_trained_step_the_weights_of_the_last_one(tmp_pat
     assert len(rollout.maps) == 1
     got = trainer.weights(rollout, None, torch.Generator())
     assert torch.equal(got[0], got[1])
-    # There the pictures of a prompt have parted: each has weights of its own.
+    # There the images of a prompt have parted: each has weights of its own.
     assert len(torch.unique(got[0], dim=0)) == len(rollout.groups)
 
 
@@ -199,7 +199,7 @@ def test_prompts_from_a_file_a_reward_by_name_and_a_prompt_without_concept(tmp_p
     )
     trainer = Trainer(config)
     metrics = [trainer.step(), trainer.step()]
-    # Two pictures of "of and" at two trained steps have weights of exactly 1; told once, counted always.
+    # Two images of "of and" at two trained steps have weights of exactly 1; told once, counted always.
     assert [m["weights_uniform"] for m in metrics] == [4.0, 4.0]
     assert [r.message for r in caplog.records] == ["4 samples had no usable map; their weights are 1"]
 
@@ -234,7 +234,7 @@ def test_a_chunk_is_scored_while_the_next_one_is_sampled(tmp_path, monkeypatch):
     assert passes[trainer.config.sampling.steps] is True
 
 
-def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog):
+def test_a_reward_that_fails_costs_its_image_and_not_the_run(tmp_path, caplog):
     run = {"reward": "test_training:nan_reward"}
     trainer = Trainer(small_run(tmp_path / "a", run=run))
     metrics = trainer.step()
@@ -249,7 +249,7 @@ def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog)
 def test_a_reward_that_always_fails_ends_the_run(tmp_path):
     trainer = Trainer(small_run(tmp_path, run={"reward": "test_training:broken_reward"}))
     with pytest.raises(
-        RewardError, match=r"reward: KeyError \('color'\) for the prompt 'a.*; it failed for every picture"
+        RewardError, match=r"reward: KeyError \('color'\) for the prompt 'a.*; it failed for every image"
     ):
         trainer.step()
 

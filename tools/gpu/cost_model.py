@@ -206,7 +206,7 @@ def policy_loss(batch: int, channels: int, places: int, weighted: bool, size: in
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer at a size of picture. rows: of a pass per picture, 2 with guidance."""
+    """A transformer at a size of image. rows: of a pass per image, 2 with guidance."""
 
     name: str
     heads: int
@@ -239,7 +239,7 @@ MODELS = (
 )
 CONCEPTS, SLOTS = 2, 8  # of a prompt, and text tokens of a concept
 STEPS, TRAINED = 10, 9  # Flow-GRPO's sampling
-BATCHES = (1, 9)  # pictures of a pass: one, and Flow-GRPO's micro batch
+BATCHES = (1, 9)  # images of a pass: one, and Flow-GRPO's micro batch
 
 
 @dataclass(frozen=True)
@@ -362,24 +362,24 @@ class Prediction:
         return self.added / self.eager
 
 
-def predict_layer(model: Model, device: Device, pictures: int) -> Prediction:
+def predict_layer(model: Model, device: Device, images: int) -> Prediction:
     """A captured layer of the cheapest kind that there is more than one of."""
-    rows = model.rows * pictures
-    added = capture(pictures, model.heads, model.image, model.text, model.width, CONCEPTS, SLOTS, device.processors)
+    rows = model.rows * images
+    added = capture(images, model.heads, model.image, model.text, model.width, CONCEPTS, SLOTS, device.processors)
     eager = eager_seconds(kernels(model, "joint", rows)[0], device)
     return Prediction(layer(model).seconds(device, rows), eager, total(added, device))
 
 
-def floor(model: Model, device: Device, pictures: int) -> float:
+def floor(model: Model, device: Device, images: int) -> float:
     """Seconds to read the queries once and do nothing with them: no kernel beside the attention adds less."""
-    return 2 * pictures * model.heads * model.image * model.width / device.bandwidth
+    return 2 * images * model.heads * model.image * model.width / device.bandwidth
 
 
-def predict_iteration(model: Model, device: Device, pictures: int) -> Prediction:
-    """Rollout with maps and update of the pictures of one pass. Without STAR the transition and the scalar loss touch
+def predict_iteration(model: Model, device: Device, images: int) -> Prediction:
+    """Rollout with maps and update of the images of one pass. Without STAR the transition and the scalar loss touch
     every tensor once, in one launch each and one more for the gradient."""
-    rows, elements = model.rows * pictures, model.channels * model.locations
-    once = 4 * pictures * elements / device.bandwidth
+    rows, elements = model.rows * images, model.channels * model.locations
+    once = 4 * images * elements / device.bandwidth
     plain_step, plain_loss = LAUNCH + 4 * once, 2 * LAUNCH + 4 * once
 
     def plain(forward: float, backward: float) -> float:
@@ -390,29 +390,29 @@ def predict_iteration(model: Model, device: Device, pictures: int) -> Prediction
         lambda x: x.seconds(device, rows), lambda x: x.backward(device, rows))))  # fmt: skip
     started = [kernels(model, kind, rows) for kind in kinds(model)]
     eager = plain(*(sum(eager_seconds(found[i], device) for found in started) for i in range(2)))
-    captured = capture(pictures, model.heads, model.image, model.text, model.width, CONCEPTS, SLOTS, device.processors)
+    captured = capture(images, model.heads, model.image, model.text, model.width, CONCEPTS, SLOTS, device.processors)
     maps = model.joint * total(captured, device) + total(
-        read_maps(model.joint, pictures, CONCEPTS, model.image), device
+        read_maps(model.joint, images, CONCEPTS, model.image), device
     )
-    weights = total(allocate(pictures, CONCEPTS, model.image, model.patch), device)
-    loss = total(policy_loss(pictures, model.channels, model.locations, weighted=True), device) - plain_loss
-    step = total(gaussian_step(pictures, elements), device) - plain_step
+    weights = total(allocate(images, CONCEPTS, model.image, model.patch), device)
+    loss = total(policy_loss(images, model.channels, model.locations, weighted=True), device) - plain_loss
+    step = total(gaussian_step(images, elements), device) - plain_step
     return Prediction(best, eager, STEPS * step + TRAINED * (maps + weights + loss))
 
 
 def table() -> str:
     """Markdown. In bold what misses the goal."""
-    titles = "model | pictures | device | layer at best | by diffusers | STAR adds | of best | of diffusers | floor"
+    titles = "model | images | device | layer at best | by diffusers | STAR adds | of best | of diffusers | floor"
     titles += " | iteration at best | by diffusers | STAR adds | of best | of diffusers"
     lines = [f"| {titles} |", "|---" * 14 + "|"]
     for model in MODELS:
-        for pictures in BATCHES:
+        for images in BATCHES:
             for device in DEVICES:
-                one, whole = predict_layer(model, device, pictures), predict_iteration(model, device, pictures)
-                cells = [model.name, str(pictures), device.name]
+                one, whole = predict_layer(model, device, images), predict_iteration(model, device, images)
+                cells = [model.name, str(images), device.name]
                 cells += [f"{1e6 * x:.0f} us" for x in (one.best, one.eager)] + [f"{1e6 * one.added:.1f} us"]
                 cells += [mark(x, LAYER_GOAL) for x in (one.of_best, one.of_eager)]
-                cells.append(f"{100 * floor(model, device, pictures) / one.best:.2f} %")
+                cells.append(f"{100 * floor(model, device, images) / one.best:.2f} %")
                 cells += [f"{1e3 * x:.0f} ms" for x in (whole.best, whole.eager)] + [f"{1e3 * whole.added:.2f} ms"]
                 cells += [mark(x, ITERATION_GOAL) for x in (whole.of_best, whole.of_eager)]
                 lines.append(f"| {' | '.join(cells)} |")

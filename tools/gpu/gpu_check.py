@@ -98,27 +98,27 @@ def median(measure: Callable[[], float], rounds: int = 21) -> float:
     return statistics.median(measure() for _ in range(rounds))
 
 
-def operators(shape, pictures: int, device) -> list[tuple[str, Callable[[], object], list]]:
+def operators(shape, images: int, device) -> list[tuple[str, Callable[[], object], list]]:
     """(name, call, launches that the cost model knows) at a model's shapes."""
     import cost_model as model
     import star_kernels as sk
     from star_kernels.ops import POLICY_LOSS
 
     side = int(shape.locations**0.5)
-    size = (pictures, shape.channels, side, side) if shape.patch > 1 else (pictures, shape.locations, shape.channels)
+    size = (images, shape.channels, side, side) if shape.patch > 1 else (images, shape.locations, shape.channels)
     sample, velocity, noise, prev_sample = torch.randn(4, *size).unbind(0)
-    transition = sk.Transition.gaussian(*(torch.rand(3, pictures) + 0.5).unbind(0))
-    concepts = (pictures, model.CONCEPTS)
+    transition = sk.Transition.gaussian(*(torch.rand(3, images) + 0.5).unbind(0))
+    concepts = (images, model.CONCEPTS)
     maps, index = torch.rand(*concepts, shape.image), torch.randint(0, shape.text, (*concepts, model.SLOTS))
-    query = torch.randn(pictures, shape.heads, shape.image, shape.width, dtype=torch.bfloat16)
-    key = torch.randn(pictures, shape.heads, shape.image + shape.text, shape.width, dtype=torch.bfloat16)
+    query = torch.randn(images, shape.heads, shape.image, shape.width, dtype=torch.bfloat16)
+    key = torch.randn(images, shape.heads, shape.image + shape.text, shape.width, dtype=torch.bfloat16)
     weight, lse = torch.rand(index.shape), torch.full(query.shape[:3], 10.0)
-    grid, advantages = (int(shape.image**0.5),) * 2, torch.randn(pictures)
+    grid, advantages = (int(shape.image**0.5),) * 2, torch.randn(images)
     spots = torch.ones(size[0], *(size[2:] if shape.patch > 1 else size[1:2]))
     arguments = (velocity, sample, prev_sample, *transition, advantages, spots, noise, None, None, None)
     arguments += ("token", 1e-4, 1e-4, 5.0, 0.0, False)
     loss, gradient, one = POLICY_LOSS.run("native"), POLICY_LOSS.gradient.run("native"), torch.ones(())
-    attention = (pictures, shape.heads, shape.image, shape.width, *concepts[1:], model.SLOTS, device.processors)
+    attention = (images, shape.heads, shape.image, shape.width, *concepts[1:], model.SLOTS, device.processors)
     return [
         (
             "attention_maps",
@@ -128,22 +128,22 @@ def operators(shape, pictures: int, device) -> list[tuple[str, Callable[[], obje
         (
             "allocate",
             lambda: sk.allocate(maps, grid, smooth=1.0, patch=shape.patch),
-            model.allocate(pictures, model.CONCEPTS, shape.image, shape.patch),
+            model.allocate(images, model.CONCEPTS, shape.image, shape.patch),
         ),
         (
             "gaussian_step",
             lambda: sk.gaussian_step(sample, velocity, noise, transition),
-            model.gaussian_step(pictures, shape.channels * shape.locations),
+            model.gaussian_step(images, shape.channels * shape.locations),
         ),
         (
             "policy_loss",
             lambda: gradient(one, loss(*arguments)[2], *arguments),
-            model.policy_loss(pictures, shape.channels, shape.locations, weighted=True),
+            model.policy_loss(images, shape.channels, shape.locations, weighted=True),
         ),
     ]
 
 
-def layer_overhead(shape, pictures: int) -> float:
+def layer_overhead(shape, images: int) -> float:
     """What capture adds to a layer of SD3.5, measured alternately."""
     from diffusers.models.attention import JointTransformerBlock
     from diffusers.models.attention_processor import JointAttnProcessor2_0
@@ -152,13 +152,13 @@ def layer_overhead(shape, pictures: int) -> float:
     from star.capture import CapturingJointAttnProcessor, Maps
     from star.concepts import ConceptTokens
 
-    width, rows = shape.heads * shape.width, shape.rows * pictures
+    width, rows = shape.heads * shape.width, shape.rows * images
     block = JointTransformerBlock(width, shape.heads, shape.width, qk_norm="rms_norm").bfloat16()
     inputs = [torch.randn(rows, *size, dtype=torch.bfloat16) for size in ((shape.image, width), (shape.text, width))]
     inputs.append(torch.randn(rows, width, dtype=torch.bfloat16))
-    index = torch.randint(0, shape.text, (pictures, model.CONCEPTS, model.SLOTS))
+    index = torch.randint(0, shape.text, (images, model.CONCEPTS, model.SLOTS))
     tokens, side = ConceptTokens(index, torch.ones(index.shape)), int(shape.image**0.5)
-    maps = Maps(tokens=tokens, grid=(side, side), rows=slice(rows - pictures, rows))
+    maps = Maps(tokens=tokens, grid=(side, side), rows=slice(rows - images, rows))
     measures = []
     for processor in (JointAttnProcessor2_0(), CapturingJointAttnProcessor(maps, 0)):
         block.attn.processor = processor
@@ -228,11 +228,11 @@ def launches() -> Iterator[Row]:
     device = next((model.DEVICES[i] for part, i in known.items() if part in name), None)
     one = device or model.DEVICES[0]
     with torch.device("cuda"), torch.no_grad():
-        for shape, pictures in product(model.MODELS, model.BATCHES):
+        for shape, images in product(model.MODELS, model.BATCHES):
             check_time()
-            for operator, call, counted in operators(shape, pictures, one):
+            for operator, call, counted in operators(shape, images, one):
                 seconds, promise = median(in_a_graph(call)), model.total(counted, one)
-                label = f"{operator}, {shape.name}, {pictures}"
+                label = f"{operator}, {shape.name}, {images}"
                 told = f"{1e6 * seconds:.1f} us"
                 if device is None:  # no promise was made for it
                     yield Row(label, "-", told, True)
@@ -240,10 +240,10 @@ def launches() -> Iterator[Row]:
                     limit = f"<= {ALLOWED:g} x {1e6 * promise:.1f} us"
                     yield Row(label, limit, told, seconds <= ALLOWED * promise)
             if shape.last_without_text:
-                added, promise = layer_overhead(shape, pictures), model.LAYER_GOAL
+                added, promise = layer_overhead(shape, images), model.LAYER_GOAL
                 if device is not None:
-                    promise = max(promise, model.predict_layer(shape, device, pictures).of_eager)
-                label = f"capture of a layer, {shape.name}, {pictures}"
+                    promise = max(promise, model.predict_layer(shape, device, images).of_eager)
+                label = f"capture of a layer, {shape.name}, {images}"
                 yield Row(label, f"<= {promise:.2%}", f"{added:.2%}", added <= promise)
             torch.cuda.empty_cache()
 
