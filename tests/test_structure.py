@@ -52,7 +52,8 @@ ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("star_kernels",),
     ("star_kernels.api",),
-    ("star_kernels.autograd", "star_kernels.native", "star_kernels.ops"),
+    ("star_kernels.autograd",),
+    ("star_kernels.native", "star_kernels.ops"),
     ("star_kernels.reference", "star_kernels.triton"),
     ("star_kernels.transition", "star_kernels._C", "star_kernels._cuda"),
 )
@@ -71,6 +72,11 @@ LINES, PARAMETERS = 100, 12
 DOORS = {
     "star_kernels.api.policy_loss": "the operator's door: what a loss takes and its options, each checked",
     "star_kernels.reference.policy_loss": "the specification: the whole formula on one page, with all its arguments",
+    "star_kernels.reference.policy_loss_gradient": "the specification of the gradient, with the same arguments",
+    "star_kernels.triton.policy_loss.launch": "the operator's arguments, as the dispatcher gives them",
+    "star_kernels.triton.policy_loss.launch_gradient": "the operator's arguments, as the dispatcher gives them",
+    "star_kernels.triton.policy_loss.ratios_kernel": "a kernel: its parts share values in registers",
+    "star_kernels.triton.allocate.allocate_kernel": "a kernel: its parts share values in registers",
     "star.objective.grpo.fused_grpo_loss": "stands where a trainer has its loss, and takes what trainers hold",
 }
 

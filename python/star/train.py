@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from star import config as configuration
 from star import files, rewards
 from star.config import Config
-from star.objective import Allocation, allocation_weights, captured_steps, temporal_weights
+from star.objective import Allocation, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
 from star.reports.tracking import Tracker, timed
@@ -27,6 +26,7 @@ from star.rewards import load as load_reward
 from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages
+from star.training.credit import Credit, rollout_weights
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
 from star.training.pipeline import check_size
@@ -107,7 +107,7 @@ class Trainer:
         step_weights = temporal_weights(config.allocation.temporal, noise.to(rollout.latents.device), weights)
         with timed(seconds, "update"):
             own_advantages = advantages[self.share.rows].to(rollout.latents.device)
-            metrics = self.update(rollout, own_advantages, weights, step_weights)
+            metrics = self.update(rollout, Credit(own_advantages, weights, step_weights))
         self.iteration += 1
 
         categories = [prompts[i].category for i in self.groups.tolist()]
@@ -166,34 +166,11 @@ class Trainer:
     def weights(
         self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator, allocation: Allocation | None = None
     ) -> Tensor | None:
-        """(S, B, H, W) weights of the trained steps, or None for uniform ones. allocation: None means the run's own."""
-        allocation = allocation or self.config.allocation
-        if masks is not None:
-            masks = F.adaptive_avg_pool2d(masks[:, None], rollout.grid).flatten(1).to(rollout.latents.device)
-        # Every step starts from the same state: who gets whose weights does not change from step to step.
-        seed = int(torch.randint(2**62, (), generator=generator))
-        # The controls look beyond a sample: they need those of every process.
-        everyone = allocation.strategy in ("shuffled", "random")
-        per_step: list[Tensor] = []
-        for k in range(len(rollout.steps.trained)):
-            maps = None if rollout.maps is None else rollout.maps[min(k, len(rollout.maps) - 1)]
-            weights = allocation_weights(
-                allocation,
-                self.share.gather(maps) if everyone and maps is not None else maps,
-                rollout.grid,
-                patch=self.pipeline.transformer.config.patch_size,
-                groups=self.groups if everyone else rollout.groups,
-                masks=masks,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            if weights is None:
-                return None
-            per_step.append(weights[self.share.rows] if everyone else weights)
-        return torch.stack(per_step)
+        """`rollout_weights` of this run. allocation: None means the run's own."""
+        patch, allocation = self.pipeline.transformer.config.patch_size, allocation or self.config.allocation
+        return rollout_weights(allocation, rollout, masks, generator, share=self.share, groups=self.groups, patch=patch)
 
-    def update(
-        self, rollout: Rollout, advantages: Tensor, weights: Tensor | None, step_weights: Tensor | None
-    ) -> dict[str, float]:
+    def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
         """Optimizer steps over the rollout; each sees its own images at every trained step."""
         chunks, trained = torch.arange(len(rollout.groups)).split(self.chunk), len(rollout.steps.trained)
         per_update = len(chunks) // self.config.optimization.updates_per_iteration
@@ -204,35 +181,18 @@ class Trainer:
                 # Gradients add up locally; processes exchange them once per update.
                 exchanged = ends_update and k == trained - 1
                 with nullcontext() if exchanged else self.accelerator.no_sync(self.policy.transformer):
-                    loss, statistics = self.loss(
-                        rollout,
-                        k,
-                        rows,
-                        advantages[rows],
-                        None if weights is None else weights[k, rows],
-                        None if step_weights is None else step_weights[k, rows],
-                    )
+                    loss, statistics = self.loss(rollout, k, rows, credit.at(k, rows))
                     self.accelerator.backward(loss / (trained * per_update))
                 seen.add_pass(loss, statistics)
             if ends_update:
                 seen.add_step(*self.policy.step())
         return seen.metrics()
 
-    def loss(
-        self,
-        rollout: Rollout,
-        k: int,
-        rows: Tensor,
-        advantages: Tensor,
-        weights: Tensor | None,
-        step_weights: Tensor | None,
-    ) -> PolicyLoss:
-        """The loss of some samples at the k-th trained step. Their advantages, weights and step weights have len(rows)
-        rows."""
-        config = self.config.loss
+    def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> PolicyLoss:
+        """The loss of some samples at the k-th trained step. credit: theirs, `Credit.at`."""
+        config, reference = self.config.loss, None
         samples, prev_samples, old_means, transition = rollout.transition(k, rows)
         velocity = rollout.velocity(self.policy.transformer, k, rows)
-        reference = None
         if config.kl_coef:
             with self.policy.reference() as transformer:
                 reference = rollout.velocity(transformer, k, rows)
@@ -241,11 +201,11 @@ class Trainer:
             samples,
             prev_samples,
             transition,
-            advantages,
-            weights,
+            credit.advantages,
+            credit.weights,
             old_mean=old_means,
             reference_velocity=reference,
-            step_weights=step_weights,
+            step_weights=credit.step_weights,
             ratio=config.ratio,
             clip_range=config.clip_range,
             adv_clip=config.adv_clip,

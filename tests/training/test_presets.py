@@ -18,6 +18,7 @@ from star.presets import PRESETS, preset
 from star.rewards import Scores
 from star.train import Trainer
 from star.training import plan as planning
+from star.training.credit import Credit
 from star.training.pipeline import load_pipeline
 from star.training.rollout import PromptEncoder, draw_window
 
@@ -212,7 +213,7 @@ def test_the_plan_is_what_a_small_model_takes(folder, tmp_path, changes):
         velocity = rollout.velocity(trainer.policy.transformer, 0, torch.arange(config.optimization.micro_batch))
     del velocity
     with planning.flop_counter() as update_flops:
-        trainer.update(rollout, torch.ones(4), weights, None)
+        trainer.update(rollout, Credit(torch.ones(4), weights, None))
     assert rollout_flops.get_total_flops() + update_flops.get_total_flops() == pytest.approx(
         plan.flops_per_gpu, rel=0.02
     )

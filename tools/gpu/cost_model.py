@@ -391,9 +391,7 @@ def predict_iteration(model: Model, device: Device, images: int) -> Prediction:
     started = [kernels(model, kind, rows) for kind in kinds(model)]
     eager = plain(*(sum(eager_seconds(found[i], device) for found in started) for i in range(2)))
     captured = capture(images, model.heads, model.image, model.text, model.width, CONCEPTS, SLOTS, device.processors)
-    maps = model.joint * total(captured, device) + total(
-        read_maps(model.joint, images, CONCEPTS, model.image), device
-    )
+    maps = model.joint * total(captured, device) + total(read_maps(model.joint, images, CONCEPTS, model.image), device)
     weights = total(allocate(images, CONCEPTS, model.image, model.patch), device)
     loss = total(policy_loss(images, model.channels, model.locations, weighted=True), device) - plain_loss
     step = total(gaussian_step(images, elements), device) - plain_step
