@@ -207,6 +207,7 @@ def evaluate(arguments: list[str]) -> None:
 
     from star.reports import evaluations
     from star.reports.tables import evaluation_table
+    from star.rewards import check_models
     from star.rewards.worker import RewardWorker
     from star.training import scoring
     from star.training.prompts import read_prompts
@@ -229,6 +230,7 @@ def evaluate(arguments: list[str]) -> None:
         raise ValueError(f"prompts: {options.prompts or options.task} has none")
     if options.reward:
         task = dataclasses.replace(task, reward=options.reward)
+    check_models(options.models, task.reward)
     reward = load_task_reward(task, options.models, device)
     images = given(task.images, options, "images_per_prompt", "steps", "guidance_scale", "height", "width", "batch",
                    "max_sequence_length", "seed")  # fmt: skip

@@ -5,6 +5,7 @@ Each reward lives in a file of its own; `worker.py` runs them beside the rollout
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = (
-    *("ocr", "geneval", "pickscore", "clipscore", "hps", "image_reward", "aesthetic"),
-    *("jpeg_compressibility", "jpeg_incompressibility"),
-)
+# Names of rewards, and under which keys of run.reward_models each finds its weights.
+WEIGHTS = {
+    "ocr": (),
+    "geneval": ("geneval", "geneval_clip"),
+    "pickscore": ("pickscore", "pickscore_tokenizer"),
+    "clipscore": ("clipscore",),
+    "hps": ("hps", "hps_clip"),
+    "image_reward": ("image_reward", "image_reward_tokenizer"),
+    "aesthetic": ("aesthetic", "aesthetic_clip"),
+    "jpeg_compressibility": (),
+    "jpeg_incompressibility": (),
+}
+NAMES = tuple(WEIGHTS)
+SERVERS = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,15 @@ Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[
 
 
 class RewardError(RuntimeError):
-    """A reward failed for a whole batch, so that asking again picture by picture is no use. One line for the user."""
+    """A reward failed for a whole batch, so that asking again image by image is no use. One line for the user."""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """A text or an error's message on one line, cut at `limit` characters, without control characters; of an error
+    without a message, its kind."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
+    line = " ".join(line.split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def as_scores(result: Scores | Tensor | Sequence[float], count: int) -> Scores:
@@ -121,7 +140,9 @@ def pixels(images: Tensor) -> np.ndarray:
 
 def missing(name: str, error: ImportError) -> RewardError:
     """The line for a reward whose libraries are not installed."""
-    return RewardError(f"reward: {name!r} needs {error.name or error}; pip install 'star-kernels[rewards]'")
+    library = error.name or one_line(error)
+    extra = "train" if library.partition(".")[0] in ("transformers", "tokenizers", "huggingface_hub") else "rewards"
+    return RewardError(f"reward: {name!r} needs {library}; pip install 'star-kernels[{extra}]'")
 
 
 @dataclass(frozen=True)
@@ -182,6 +203,33 @@ def parse(specification: str | Mapping[str, float]) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items()}
 
 
+def keys_of(specification: object, models: Mapping[str, str]) -> set[str]:
+    """The keys of `models` that the rewards of a specification read; none if it is no specification, but a callable."""
+    if not isinstance(specification, str | Mapping) or not specification:
+        return set()
+    asked = {name for name in parse(specification) if str(models.get(name, "")).startswith(SERVERS)}
+    local = parse(specification).keys() - asked
+    return models.keys() & (asked | {key for name in local for key in WEIGHTS.get(name, ())})
+
+
+def check_models(models: Mapping[str, str], *specifications: object) -> None:
+    """Raise ValueError unless each key of `models` belongs to a reward of one of the specifications, so that no
+    misspelled name leaves a reward with its default weights."""
+    used = set().union(*(keys_of(specification, models) for specification in specifications))
+    if unused := sorted(models.keys() - used):
+        names = [name for s in specifications if isinstance(s, str | Mapping) and s for name in parse(s)]
+        keys = [key for name in names for key in WEIGHTS.get(name, ())]
+        close = difflib.get_close_matches(unused[0], keys, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it reads {keys}" if keys else "leave it out"
+        rewards = ", ".join(names) or "the task's own"
+        raise ValueError(f"reward_models: got {unused[0]!r}, which no reward of this run ({rewards}) reads; {hint}")
+
+
+def models_for(specification: object, models: Mapping[str, str]) -> dict[str, str]:
+    """The part of `models` that the rewards of a specification read."""
+    return {key: models[key] for key in keys_of(specification, models)}
+
+
 def load(
     specification: str | Mapping[str, float],
     models: Mapping[str, str] | None = None,
@@ -191,20 +239,29 @@ def load(
 
     Args:
         specification: see `parse`; names of NAMES, or any callable as "module:function".
-        models: where a reward finds its weights, by name: a folder, a file or a hub id. A reward for which there is an
-            http:// or https:// address is asked over the network (see remote.py), whatever its name.
+        models: where a reward finds its weights, under the keys of WEIGHTS: a folder, a file or a hub id. A reward for
+            which there is an http:// or https:// address is asked over the network (see remote.py), whatever its name.
         device: for rewards that run a model.
 
     Raises:
-        ValueError: an unknown name. RewardError: weights or libraries that are missing.
+        ValueError: an unknown name, or a key of `models` that none of the rewards reads. RewardError: libraries that
+            are missing, and weights or tokenizers that are not whole.
     """
-    weights, models = parse(specification), dict(models or {})
+    weights, models = parse(specification), {name: str(path) for name, path in (models or {}).items()}
+    check_models(models, specification)
     return Weighted({name: _load(name, models, device) for name in weights}, weights)
 
 
 def _load(name: str, models: dict[str, str], device: torch.device | str) -> Reward:
+    try:
+        return _load_installed(name, models, device)
+    except ImportError as error:
+        raise missing(name, error) from error
+
+
+def _load_installed(name: str, models: dict[str, str], device: torch.device | str) -> Reward:
     path = models.get(name)
-    if path and path.startswith(("http://", "https://")):
+    if path and path.startswith(SERVERS):
         from star.rewards.remote import Remote
 
         return Remote(path, name)
@@ -221,10 +278,14 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
             from star.rewards import geneval
 
             return geneval.load(path, models.get("geneval_clip"), device)
-        case "pickscore" | "clipscore":
+        case "pickscore":
             from star.rewards import clip
 
-            return getattr(clip, name)(path, device)
+            return clip.pickscore(path, models.get("pickscore_tokenizer"), device)
+        case "clipscore":
+            from star.rewards import clip
+
+            return clip.clipscore(path, device)
         case "hps" | "aesthetic":
             from star.rewards import clip
 
@@ -239,4 +300,4 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: {name!r} could not be loaded ({error})") from error
+        raise ValueError(f"reward: {name!r} could not be loaded ({one_line(error)})") from error
