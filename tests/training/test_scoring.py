@@ -224,7 +224,7 @@ def test_pictures_without_a_reward_are_counted_and_none_at_all_is_an_error(tmp_p
     assert found.failed == 2 and found.mean("reward")[::2] == (1.0, 1)
     assert "2 of 4 images have no reward" in evaluation_table(found, "").caption
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["reward"] is None
-    with RewardWorker(failing) as worker, pytest.raises(RewardError, match=r"no color.*for every picture"):
+    with RewardWorker(failing) as worker, pytest.raises(RewardError, match=r"no color.*for every image"):
         evaluate(pipeline, prompts, worker, options)
 
 

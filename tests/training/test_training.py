@@ -244,7 +244,7 @@ def test_a_reward_that_fails_costs_its_picture_and_not_the_run(tmp_path, caplog)
 def test_a_reward_that_always_fails_ends_the_run(tmp_path):
     trainer = Trainer(small_run(tmp_path, run={"reward": "test_training:broken_reward"}))
     with pytest.raises(
-        RewardError, match=r"reward: KeyError \('color'\) for the prompt 'a.*; it failed for every picture"
+        RewardError, match=r"reward: KeyError \('color'\) for the prompt 'a.*; it failed for every image"
     ):
         trainer.step()
 

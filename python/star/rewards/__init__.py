@@ -1,4 +1,4 @@
-"""Rewards: pictures, their prompts and the prompts' metadata in, scores out. `load` finds rewards by name.
+"""Rewards: images, their prompts and the prompts' metadata in, scores out. `load` finds rewards by name.
 
 Each reward lives in a file of its own; `worker.py` runs them beside the rollout, `serve.py` and `remote.py` over HTTP.
 """
@@ -30,15 +30,16 @@ WEIGHTS = {
 }
 NAMES = tuple(WEIGHTS)
 SERVERS = ("http://", "https://")
+ROUNDING = 1e-3  # by which values in 0..1 may be beyond
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of B pictures. NaN stands for what it could not say.
+    """What a reward says of B images of H x W pixels. NaN stands for what it could not say.
 
-    reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, in pixels, where
-    the picture shows what was asked for, if the reward knows. reward_map: (B, H, W), in pixels, what each place of the
-    picture earned, on the scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of.
+    reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, where the image
+    shows what was asked for, if the reward knows. reward_map: (B, H, W), what each pixel's location earned, on the
+    scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of.
     """
 
     reward: Tensor
@@ -49,9 +50,9 @@ class Scores:
 
 
 Metadata = Sequence[Mapping[str, Any]]
-Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[float]]
+Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[float | None]]
 """images (B, 3, H, W) float32 in 0..1, B prompts, B dicts (empty where a prompt file has none) -> Scores, or the bare
-(B,) rewards. It is called from one thread at a time, with gradients off."""
+(B,) rewards; None or NaN: it failed for an image. It is called from one thread at a time, with gradients off."""
 
 
 class RewardError(RuntimeError):
@@ -66,32 +67,63 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-def as_scores(result: Scores | Tensor | Sequence[float], count: int) -> Scores:
-    """What a reward returned as Scores on the CPU. Raises RewardError if it does not say one number a picture."""
+def check_images(images: Tensor, count: int) -> None:
+    """Raise ValueError unless these are `count` images (count, 3, H, W) of floating-point values in 0..1."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: got {got}, expected a floating-point tensor with values in 0..1")
+    if images.ndim != 4 or images.shape[:2] != (count, 3) or 0 in images.shape:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected ({count}, 3, H, W)")
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+        raise ValueError(f"images: got values from {low:g} to {high:g}, expected 0..1")
+
+
+def as_scores(result: object, count: int, size: Sequence[int] | None = None) -> Scores:
+    """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known.
+
+    Raises RewardError if it does not say one number an image, or if its masks and maps have another size.
+    """
     try:
         if not isinstance(result, Scores):
-            result = Scores(torch.as_tensor(result, dtype=torch.float32))
-        fields = {
-            "reward": result.reward.detach().float().cpu(),
-            "details": {name: value.detach().float().cpu() for name, value in result.details.items()},
-            "terms": {name: value.detach().float().cpu() for name, value in result.terms.items()},
+            result = Scores(_numbers(result))
+        fields: dict[str, Any] = {
+            "reward": _real(result.reward),
+            "details": {name: _real(value) for name, value in result.details.items()},
+            "terms": {name: _real(value) for name, value in result.terms.items()},
         }
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        maps = {name: getattr(result, name) for name in ("masks", "reward_map")}
+        fields |= {name: _real(value) for name, value in maps.items() if value is not None}
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise RewardError(f"reward: got {type(result).__name__}, expected Scores or {count} numbers") from error
     for name, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
         if value.shape != (count,):
             raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count},)")
-    for name in ("masks", "reward_map"):
-        value = getattr(result, name)
-        if value is not None:
-            if value.ndim != 3 or len(value) != count:
-                raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count}, H, W)")
-            fields[name] = value.detach().float().cpu()
+    height, width = size or ("H", "W")
+    for name in maps.keys() & fields.keys():
+        shape = tuple(fields[name].shape)
+        if len(shape) != 3 or len(fields[name]) != count or (size and shape[1:] != tuple(size)):
+            raise RewardError(f"reward: got shape {shape} of {name!r}, expected ({count}, {height}, {width})")
+    if "masks" in fields and not ((fields["masks"] >= -ROUNDING) & (fields["masks"] <= 1 + ROUNDING)).all():
+        raise RewardError("reward: got values of 'masks' outside 0..1")
     return Scores(**fields)
 
 
+def _numbers(result: Any) -> Tensor:
+    """Bare rewards, with NaN for None."""
+    if isinstance(result, Tensor):
+        return result
+    return torch.as_tensor([math.nan if value is None else value for value in result], dtype=torch.float32)
+
+
+def _real(value: Tensor) -> Tensor:
+    if value.is_complex():
+        raise TypeError("complex numbers")
+    return value.detach().float().cpu()
+
+
 def failed(count: int) -> Scores:
-    """Scores of pictures whose reward failed."""
+    """Scores of images whose reward failed."""
     return Scores(torch.full((count,), torch.nan))
 
 
@@ -147,20 +179,26 @@ def missing(name: str, error: ImportError) -> RewardError:
 
 @dataclass(frozen=True)
 class Weighted:
-    """The weighted sum of rewards; of one reward with weight 1, that reward."""
+    """The weighted sum of rewards; of one reward with weight 1, that reward. Images may be of any floating-point type.
+
+    Raises:
+        ValueError: images that are none, see `check_images`. RewardError: a reward returned something else.
+    """
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Scores:
         count = len(prompts)
+        check_images(images, count)
+        images, size = images.float(), images.shape[-2:]
         metadata = [{} for _ in prompts] if metadata is None else metadata
-        found = {name: as_scores(reward(images, prompts, metadata), count) for name, reward in self.rewards.items()}
+        found = {n: as_scores(reward(images, prompts, metadata), count, size) for n, reward in self.rewards.items()}
         terms = {name: scores.reward for name, scores in found.items()}
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
             return replace(next(iter(found.values())), terms=terms)
         # The sum is known only where every term is.
-        total = sum(self.weights[name] * value for name, value in terms.items())
+        total = sum((self.weights[name] * value for name, value in terms.items()), torch.zeros(()))
         masks = [scores.masks for scores in found.values() if scores.masks is not None]
         return Scores(
             total,
@@ -174,20 +212,21 @@ class Weighted:
         """A reward that does not localize earned the same everywhere."""
         if all(scores.reward_map is None for scores in found.values()):
             return None
-        return sum(
-            self.weights[name] * (scores.reward.view(-1, 1, 1) if scores.reward_map is None else scores.reward_map)
+        maps = {
+            name: scores.reward.view(-1, 1, 1) if scores.reward_map is None else scores.reward_map
             for name, scores in found.items()
-        )
+        }
+        return sum((self.weights[name] * one for name, one in maps.items()), torch.zeros(()))
 
 
 def parse(specification: str | Mapping[str, float]) -> dict[str, float]:
     """{name: weight} of "ocr", "ocr:1.0,pickscore:0.5", "module:function", "module:function:0.5" or such a dict."""
     if isinstance(specification, str):
-        weights = {}
+        weights: dict[str, float] = {}
         for item in filter(None, (part.strip() for part in specification.split(","))):
-            name, _, weight = item.rpartition(":")
+            name, _, number = item.rpartition(":")
             try:
-                value = (name, float(weight)) if name else (item, 1.0)
+                value = (name, float(number)) if name else (item, 1.0)
             except ValueError:
                 value = (item, 1.0)
             if value[0] in weights:
