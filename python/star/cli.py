@@ -201,7 +201,8 @@ def train(arguments: list[str]) -> None:
     else:
         console.print(f"{title}; no held-out prompts were scored (scoring.count is 0)")
     console.print(
-        f"[bold]{escape(str(config.run.out))}[/bold]: " + ", ".join(sorted(p.name for p in config.run.out.iterdir()))
+        f"[bold]{escape(str(config.run.out))}[/bold]: "
+        + ", ".join(sorted(p.name for p in config.run.out.iterdir() if p.name[0] != "."))
     )
 
 
@@ -241,6 +242,7 @@ def evaluate(arguments: list[str]) -> None:
 
     from star.reports import evaluations
     from star.reports.tables import evaluation_table
+    from star.rewards import check_models
     from star.rewards.worker import RewardWorker
     from star.training import scoring
     from star.training.adapter import load_adapter
@@ -262,6 +264,7 @@ def evaluate(arguments: list[str]) -> None:
         raise ValueError(f"prompts: {options.prompts or options.task} has none")
     if options.reward:
         task = dataclasses.replace(task, reward=options.reward)
+    check_models(options.models, task.reward)
     reward = load_task_reward(task, options.models, device)
     images = given(task.images, options, "images_per_prompt", "steps", "guidance_scale", "height", "width", "batch",
                    "max_sequence_length", "seed")  # fmt: skip

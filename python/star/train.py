@@ -49,6 +49,7 @@ class Trainer:
         config.check()
         self.config = config
         self.task = configured_task(config)
+        rewards.check_models(config.run.reward_models, self.task.reward, config.scoring.reward)
         draw_prompts(self.task, config, 0)
         self.held_out = HeldOut.of_run(self.task, config)
         self.accelerator = make_accelerator(config)
@@ -58,7 +59,8 @@ class Trainer:
         self.worker = RewardWorker(self.reward, config.run.reward_timeout, config.run.reward_strict)
         self.judge = self.worker  # of the held-out images
         if config.scoring.reward:
-            reward = load_reward(config.scoring.reward, config.run.reward_models, device)
+            models = rewards.models_for(config.scoring.reward, config.run.reward_models)
+            reward = load_reward(config.scoring.reward, models, device)
             self.judge = RewardWorker(reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
         check_size(self.pipeline, config)

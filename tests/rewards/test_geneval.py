@@ -222,6 +222,10 @@ def test_there_are_cocos_eighty_classes():
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
+    return small_detector()
+
+
+def small_detector():
     config = Mask2FormerConfig(
         backbone_config=SwinConfig(
             image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
@@ -292,7 +296,7 @@ class Eye:
     def __init__(self):
         self.seen = []
 
-    def pictures(self, images):
+    def images(self, images):
         self.seen.append(images)
         return F.normalize(images.mean((2, 3)), dim=-1)
 

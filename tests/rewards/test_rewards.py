@@ -257,7 +257,7 @@ def test_one_bad_prompt_costs_one_picture_and_is_named():
     torch.testing.assert_close(scores.reward[[0, 3]], images[[0, 3]].mean((1, 2, 3)))
     assert scores.reward_map.isnan().all((1, 2)).tolist() == [False, True, True, False]
     assert lines == [
-        "reward: RuntimeError (out of paint) for the prompt 'raise'",
+        "reward: RuntimeError (out of paint and more) for the prompt 'raise'",
         "reward: got nan for the prompt 'nan'",
     ]
 
@@ -327,7 +327,9 @@ def test_a_reward_that_never_worked_ends_the_run_and_strict_ends_it_at_once():
     images = torch.rand(2, 3, 2, 2)
     with RewardWorker(mean_and_bad_prompts) as worker:
         assert worker.submit(images, ["raise", "raise"]).result().reward.isnan().all()
-        with pytest.raises(RewardError, match=r"out of paint\) for the prompt 'raise'; it failed for every picture"):
+        with pytest.raises(
+            RewardError, match=r"out of paint and more\) for the prompt 'raise'; it failed for every image"
+        ):
             worker.count_failures()
         worker.submit(images, ["a", "b"]).result()
         worker.count_failures()

@@ -20,9 +20,14 @@ assert len(WORDS) + 4 == 11  # the vocabularies below
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small CLIP in transformers' format."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("clip")
+    save_small_clip(path)
+    return path
+
+
+def save_small_clip(path):
+    """A small CLIP in transformers' format."""
     end = word_tokenizer(path, "<s>", "<e>", "!").convert_tokens_to_ids("<e>")
     tower = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
              "hidden_act": "gelu"}  # fmt: skip
@@ -38,7 +43,6 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.2)
     model.logit_scale.data.fill_(math.log(90.0))
     model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -288,9 +292,10 @@ def test_weights_that_are_not_there_or_not_weights_are_one_clear_line(tmp_path, 
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
     for name, words in (
         ("aesthetic", r"found no 'layers.N.weight'"),
-        ("hps", "could not load"),
+        ("hps", "cannot use .* it lacks .* weights .* and it has 1 weight \\(a\\), of no use there"),
         ("image_reward", "could not load"),
     ):
+        clip_folder = {key: str(folder) for key in (f"{name}_clip",) if key in rewards.WEIGHTS[name]}
         with pytest.raises(RewardError, match=f"reward: '{name}' {words}") as caught:
-            rewards.load(name, {name: str(tmp_path / "other.pt"), "hps_clip": str(folder)})
+            rewards.load(name, {name: str(tmp_path / "other.pt"), **clip_folder})
         assert "\n" not in str(caught.value)

@@ -161,7 +161,7 @@ def test_a_dead_server_costs_the_batch_and_is_not_asked_picture_by_picture(caplo
         pass
     with RewardWorker(quick(url)) as worker:
         assert worker.submit(*ASK).result().reward.isnan().all()
-        with pytest.raises(RewardError, match=r"reward: 'far' at .* failed 3 times \(.*refused.*\).*for every picture"):
+        with pytest.raises(RewardError, match=r"reward: 'far' at .* failed 3 times \(.*refused.*\).*for every image"):
             worker.count_failures()
     assert caplog.text.count("attempt 2 follows") == caplog.text.count("attempt 3 follows") == 1
 

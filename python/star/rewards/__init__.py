@@ -1,10 +1,11 @@
-"""Rewards: pictures, their prompts and the prompts' metadata in, scores out. `load` finds rewards by name.
+"""Rewards: images, their prompts and the prompts' metadata in, scores out. `load` finds rewards by name.
 
 Each reward lives in a file of its own; `worker.py` runs them beside the rollout, `serve.py` and `remote.py` over HTTP.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = (
-    *("ocr", "geneval", "pickscore", "clipscore", "hps", "image_reward", "aesthetic"),
-    *("jpeg_compressibility", "jpeg_incompressibility"),
-)
+# Names of rewards, and under which keys of run.reward_models each finds its weights.
+WEIGHTS = {
+    "ocr": (),
+    "geneval": ("geneval", "geneval_clip"),
+    "pickscore": ("pickscore", "pickscore_tokenizer"),
+    "clipscore": ("clipscore",),
+    "hps": ("hps", "hps_clip"),
+    "image_reward": ("image_reward", "image_reward_tokenizer"),
+    "aesthetic": ("aesthetic", "aesthetic_clip"),
+    "jpeg_compressibility": (),
+    "jpeg_incompressibility": (),
+}
+NAMES = tuple(WEIGHTS)
+SERVERS = ("http://", "https://")
+ROUNDING = 1e-3  # by which values in 0..1 may be beyond
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of B pictures. NaN stands for what it could not say.
+    """What a reward says of B images of H x W pixels. NaN stands for what it could not say.
 
-    reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, in pixels, where
-    the picture shows what was asked for, if the reward knows. reward_map: (B, H, W), in pixels, what each place of the
-    picture earned, on the scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of.
+    reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, where the image
+    shows what was asked for, if the reward knows. reward_map: (B, H, W), what each pixel's location earned, on the
+    scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of.
     """
 
     reward: Tensor
@@ -38,41 +50,80 @@ class Scores:
 
 
 Metadata = Sequence[Mapping[str, Any]]
-Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[float]]
+Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[float | None]]
 """images (B, 3, H, W) float32 in 0..1, B prompts, B dicts (empty where a prompt file has none) -> Scores, or the bare
-(B,) rewards. It is called from one thread at a time, with gradients off."""
+(B,) rewards; None or NaN: it failed for an image. It is called from one thread at a time, with gradients off."""
 
 
 class RewardError(RuntimeError):
-    """A reward failed for a whole batch, so that asking again picture by picture is no use. One line for the user."""
+    """A reward failed for a whole batch, so that asking again image by image is no use. One line for the user."""
 
 
-def as_scores(result: Scores | Tensor | Sequence[float], count: int) -> Scores:
-    """What a reward returned as Scores on the CPU. Raises RewardError if it does not say one number a picture."""
+def one_line(text: object, limit: int = 300) -> str:
+    """A text or an error's message on one line, cut at `limit` characters, without control characters; of an error
+    without a message, its kind."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
+    line = " ".join(line.split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def check_images(images: Tensor, count: int) -> None:
+    """Raise ValueError unless these are `count` images (count, 3, H, W) of floating-point values in 0..1."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: got {got}, expected a floating-point tensor with values in 0..1")
+    if images.ndim != 4 or images.shape[:2] != (count, 3) or 0 in images.shape:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected ({count}, 3, H, W)")
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+        raise ValueError(f"images: got values from {low:g} to {high:g}, expected 0..1")
+
+
+def as_scores(result: object, count: int, size: Sequence[int] | None = None) -> Scores:
+    """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known.
+
+    Raises RewardError if it does not say one number an image, or if its masks and maps have another size.
+    """
     try:
         if not isinstance(result, Scores):
-            result = Scores(torch.as_tensor(result, dtype=torch.float32))
+            result = Scores(_numbers(result))
         fields: dict[str, Any] = {
-            "reward": result.reward.detach().float().cpu(),
-            "details": {name: value.detach().float().cpu() for name, value in result.details.items()},
-            "terms": {name: value.detach().float().cpu() for name, value in result.terms.items()},
+            "reward": _real(result.reward),
+            "details": {name: _real(value) for name, value in result.details.items()},
+            "terms": {name: _real(value) for name, value in result.terms.items()},
         }
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        maps = {name: getattr(result, name) for name in ("masks", "reward_map")}
+        fields |= {name: _real(value) for name, value in maps.items() if value is not None}
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise RewardError(f"reward: got {type(result).__name__}, expected Scores or {count} numbers") from error
     for name, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
         if value.shape != (count,):
             raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count},)")
-    for name in ("masks", "reward_map"):
-        value = getattr(result, name)
-        if value is not None:
-            if value.ndim != 3 or len(value) != count:
-                raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count}, H, W)")
-            fields[name] = value.detach().float().cpu()
+    height, width = size or ("H", "W")
+    for name in maps.keys() & fields.keys():
+        shape = tuple(fields[name].shape)
+        if len(shape) != 3 or len(fields[name]) != count or (size and shape[1:] != tuple(size)):
+            raise RewardError(f"reward: got shape {shape} of {name!r}, expected ({count}, {height}, {width})")
+    if "masks" in fields and not ((fields["masks"] >= -ROUNDING) & (fields["masks"] <= 1 + ROUNDING)).all():
+        raise RewardError("reward: got values of 'masks' outside 0..1")
     return Scores(**fields)
 
 
+def _numbers(result: Any) -> Tensor:
+    """Bare rewards, with NaN for None."""
+    if isinstance(result, Tensor):
+        return result
+    return torch.as_tensor([math.nan if value is None else value for value in result], dtype=torch.float32)
+
+
+def _real(value: Tensor) -> Tensor:
+    if value.is_complex():
+        raise TypeError("complex numbers")
+    return value.detach().float().cpu()
+
+
 def failed(count: int) -> Scores:
-    """Scores of pictures whose reward failed."""
+    """Scores of images whose reward failed."""
     return Scores(torch.full((count,), torch.nan))
 
 
@@ -121,20 +172,28 @@ def pixels(images: Tensor) -> np.ndarray:
 
 def missing(name: str, error: ImportError) -> RewardError:
     """The line for a reward whose libraries are not installed."""
-    return RewardError(f"reward: {name!r} needs {error.name or error}; pip install 'star-kernels[rewards]'")
+    library = error.name or one_line(error)
+    extra = "train" if library.partition(".")[0] in ("transformers", "tokenizers", "huggingface_hub") else "rewards"
+    return RewardError(f"reward: {name!r} needs {library}; pip install 'star-kernels[{extra}]'")
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """The weighted sum of rewards; of one reward with weight 1, that reward."""
+    """The weighted sum of rewards; of one reward with weight 1, that reward. Images may be of any floating-point type.
+
+    Raises:
+        ValueError: images that are none, see `check_images`. RewardError: a reward returned something else.
+    """
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Scores:
         count = len(prompts)
+        check_images(images, count)
+        images, size = images.float(), images.shape[-2:]
         metadata = [{} for _ in prompts] if metadata is None else metadata
-        found = {name: as_scores(reward(images, prompts, metadata), count) for name, reward in self.rewards.items()}
+        found = {n: as_scores(reward(images, prompts, metadata), count, size) for n, reward in self.rewards.items()}
         terms = {name: scores.reward for name, scores in found.items()}
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
             return replace(next(iter(found.values())), terms=terms)
@@ -183,6 +242,33 @@ def parse(specification: str | Mapping[str, float]) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items()}
 
 
+def keys_of(specification: object, models: Mapping[str, str]) -> set[str]:
+    """The keys of `models` that the rewards of a specification read; none if it is no specification, but a callable."""
+    if not isinstance(specification, str | Mapping) or not specification:
+        return set()
+    asked = {name for name in parse(specification) if str(models.get(name, "")).startswith(SERVERS)}
+    local = parse(specification).keys() - asked
+    return models.keys() & (asked | {key for name in local for key in WEIGHTS.get(name, ())})
+
+
+def check_models(models: Mapping[str, str], *specifications: object) -> None:
+    """Raise ValueError unless each key of `models` belongs to a reward of one of the specifications, so that no
+    misspelled name leaves a reward with its default weights."""
+    used = set().union(*(keys_of(specification, models) for specification in specifications))
+    if unused := sorted(models.keys() - used):
+        names = [name for s in specifications if isinstance(s, str | Mapping) and s for name in parse(s)]
+        keys = [key for name in names for key in WEIGHTS.get(name, ())]
+        close = difflib.get_close_matches(unused[0], keys, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it reads {keys}" if keys else "leave it out"
+        rewards = ", ".join(names) or "the task's own"
+        raise ValueError(f"reward_models: got {unused[0]!r}, which no reward of this run ({rewards}) reads; {hint}")
+
+
+def models_for(specification: object, models: Mapping[str, str]) -> dict[str, str]:
+    """The part of `models` that the rewards of a specification read."""
+    return {key: models[key] for key in keys_of(specification, models)}
+
+
 def load(
     specification: str | Mapping[str, float],
     models: Mapping[str, str] | None = None,
@@ -192,20 +278,29 @@ def load(
 
     Args:
         specification: see `parse`; names of NAMES, or any callable as "module:function".
-        models: where a reward finds its weights, by name: a folder, a file or a hub id. A reward for which there is an
-            http:// or https:// address is asked over the network (see remote.py), whatever its name.
+        models: where a reward finds its weights, under the keys of WEIGHTS: a folder, a file or a hub id. A reward for
+            which there is an http:// or https:// address is asked over the network (see remote.py), whatever its name.
         device: for rewards that run a model.
 
     Raises:
-        ValueError: an unknown name. RewardError: weights or libraries that are missing.
+        ValueError: an unknown name, or a key of `models` that none of the rewards reads. RewardError: libraries that
+            are missing, and weights or tokenizers that are not whole.
     """
-    weights, models = parse(specification), dict(models or {})
+    weights, models = parse(specification), {name: str(path) for name, path in (models or {}).items()}
+    check_models(models, specification)
     return Weighted({name: _load(name, models, device) for name in weights}, weights)
 
 
 def _load(name: str, models: dict[str, str], device: torch.device | str) -> Reward:
+    try:
+        return _load_installed(name, models, device)
+    except ImportError as error:
+        raise missing(name, error) from error
+
+
+def _load_installed(name: str, models: dict[str, str], device: torch.device | str) -> Reward:
     path = models.get(name)
-    if path and path.startswith(("http://", "https://")):
+    if path and path.startswith(SERVERS):
         from star.rewards.remote import Remote
 
         return Remote(path, name)
@@ -222,10 +317,14 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
             from star.rewards import geneval
 
             return geneval.load(path, models.get("geneval_clip"), device)
-        case "pickscore" | "clipscore":
+        case "pickscore":
             from star.rewards import clip
 
-            return getattr(clip, name)(path, device)
+            return clip.pickscore(path, models.get("pickscore_tokenizer"), device)
+        case "clipscore":
+            from star.rewards import clip
+
+            return clip.clipscore(path, device)
         case "hps" | "aesthetic":
             from star.rewards import clip
 
@@ -240,4 +339,4 @@ def _load(name: str, models: dict[str, str], device: torch.device | str) -> Rewa
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: {name!r} could not be loaded ({error})") from error
+        raise ValueError(f"reward: {name!r} could not be loaded ({one_line(error)})") from error

@@ -1,5 +1,5 @@
-"""Rewards from CLIP: PickScore, CLIPScore and HPSv2 compare picture and prompt, LAION's aesthetic predictor looks at
-the picture alone. The encoders are transformers', the weights come from a folder, a file or the hub."""
+"""Rewards from CLIP: PickScore, CLIPScore and HPSv2 compare image and prompt, LAION's aesthetic predictor looks at
+the image alone. The encoders are transformers', the weights come from a folder, a file or the hub."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from star.rewards import Metadata, RewardError, Scores
+from star.rewards.loading import fill, load_head, load_pretrained, load_state, load_tokenizer, unreadable
 
 OPENAI_L = "openai/clip-vit-large-patch14"
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -44,7 +45,7 @@ class CLIP:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
 
     @torch.no_grad()
-    def pictures(self, images: Tensor) -> Tensor:
+    def images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 -> (B, D) of length 1."""
         images = preprocess(images.to(self.model.device), self.model.config.vision_config.image_size)
         parts = [self.model.vision_model(pixel_values=part).pooler_output for part in images.split(BATCH)]
@@ -61,88 +62,66 @@ class CLIP:
 
 @dataclass(frozen=True)
 class Similarity:
-    """scale * cosine of picture and prompt."""
+    """scale * cosine of image and prompt."""
 
     clip: CLIP
     scale: float
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-        return Scores(self.scale * (self.clip.pictures(images) * self.clip.texts(prompts)).sum(-1))
+        return Scores(self.scale * (self.clip.images(images) * self.clip.texts(prompts)).sum(-1))
 
 
 @dataclass(frozen=True)
 class Aesthetic:
-    """A head's opinion of the picture's embedding."""
+    """A head's opinion of the image's embedding."""
 
     clip: CLIP
     head: nn.Module
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-        return Scores(self.head(self.clip.pictures(images))[:, 0])
+        return Scores(self.head(self.clip.images(images))[:, 0])
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def unreadable(name: str, path: str | Path, error: Exception) -> RewardError:
-    reason = " ".join(str(error).split())[:200]
-    return RewardError(f"reward: {name!r} could not load {str(path)!r} ({reason}); run.reward_models says where it is")
+def load_clip(name: str, key: str, path: str, device: torch.device | str, tokenizer: str | None = None) -> CLIP:
+    """A CLIPModel and its tokenizer, from folders or hub ids. name: of the reward. key: of run.reward_models, which
+    says where the tokenizer is. tokenizer: where it is, if not with the model."""
+    model = load_pretrained(name, CLIPModel, path, device)
+    return CLIP(model, clip_tokenizer(name, key, tokenizer or path, model.config))
 
 
-def load_clip(name: str, path: str, device: torch.device | str, tokenizer: str | None = None) -> CLIP:
-    """A CLIPModel and its tokenizer, from a folder or hub id."""
-    try:
-        return CLIP(CLIPModel.from_pretrained(path).to(device), AutoTokenizer.from_pretrained(tokenizer or path))
-    except (OSError, ValueError) as error:
-        raise unreadable(name, path, error) from error
+def clip_tokenizer(name: str, key: str, path: str, config: CLIPConfig) -> PreTrainedTokenizerBase:
+    """A tokenizer that ends a text with the token whose output the text network reads: without it, CLIP reads the
+    output of the first token, which knows nothing of the prompt. key: of run.reward_models."""
+    text = config.text_config
+    tokenizer = load_tokenizer(name, key, path, text.vocab_size)
+    tokens = tokenizer("a")["input_ids"]
+    # CLIP's first configurations say 2 where they mean the largest number of a text.
+    end = max(tokens, default=None) if text.eos_token_id == 2 else text.eos_token_id
+    if end not in tokens or tokens.index(end) != len(tokens) - 1:
+        raise RewardError(
+            f"reward: {name!r} found a tokenizer in {path!r} that does not end a text with token {end}, which its text "
+            f"network reads; set run.reward_models {key} to the tokenizer that it was trained with"
+        )
+    return tokenizer
 
 
-def load_state(name: str, path: str | None, default: tuple[str, str]) -> dict[str, Tensor]:
-    """A state dict from a file, or from the hub's `default` (repository, file). Nothing in it is executed."""
-    try:
-        if path is None:
-            from huggingface_hub import hf_hub_download
+def pickscore(path: str | None, tokenizer: str | None, device: torch.device | str) -> Similarity:
+    """PickScore (Kirstain et al. 2023) over 26, as in Flow-GRPO's pickscore_scorer.py: about 0.7..0.95.
 
-            path = hf_hub_download(*default)
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # OSError, the hub's own, pickle's and safetensors'
-        raise unreadable(name, path or "/".join(default), error) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise RewardError(f"reward: {name!r} found no state dict in {path!r}")
-    return state
-
-
-def load_head(name: str, state: Mapping[str, Tensor]) -> nn.Sequential:
-    """The linear layers "layers.N.weight", "layers.N.bias" in their order, one after the other.
-
-    The aesthetic predictor and ImageReward were trained with dropout and nothing else between them.
+    path: a CLIPModel. tokenizer: where its tokenizer is, if not there.
     """
-    numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.") and key.endswith(".weight")})
-    if not numbers:
-        raise RewardError(f"reward: {name!r} found no 'layers.N.weight' among {sorted(state)[:3]}")
-    head = nn.Sequential()
-    for number in numbers:
-        weight, bias = state[f"layers.{number}.weight"].float(), state[f"layers.{number}.bias"].float()
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        head.append(layer)
-    return head.eval().requires_grad_(False)
-
-
-def pickscore(path: str | None, device: torch.device | str) -> Similarity:
-    """PickScore (Kirstain et al. 2023) over 26, as in Flow-GRPO's pickscore_scorer.py: about 0.7..0.95."""
-    clip = load_clip("pickscore", path or PICKSCORE, device, None if path else LAION_H)
+    clip = load_clip(
+        "pickscore", "pickscore_tokenizer", path or PICKSCORE, device, tokenizer or (None if path else LAION_H)
+    )
     return Similarity(clip, clip.model.logit_scale.exp().item() / 26)
 
 
 def clipscore(path: str | None, device: torch.device | str) -> Similarity:
     """CLIP's logit over 30, as in Flow-GRPO's clip_scorer.py: about 0.5..1.1. Hessel et al. 2021: 2.5 * cosine."""
-    clip = load_clip("clipscore", path or OPENAI_L, device)
+    clip = load_clip("clipscore", "clipscore", path or OPENAI_L, device)
     return Similarity(clip, clip.model.logit_scale.exp().item() / 30)
 
 
@@ -153,25 +132,31 @@ def hps(path: str | None, clip_path: str | None, device: torch.device | str) -> 
     tokenizer come from clip_path.
     """
     if path and Path(path).is_dir():
-        return Similarity(load_clip("hps", path, device), 1.0)
+        if clip_path:
+            raise ValueError(
+                "reward_models: 'hps_clip' is not used, because 'hps' is a folder with a tokenizer; leave it out"
+            )
+        return Similarity(load_clip("hps", "hps", path, device), 1.0)
     base = clip_path or LAION_H
-    state = from_open_clip(load_state("hps", path, HPS))
+    state, shown = load_state("hps", path, HPS)
     try:
-        model = CLIPModel(CLIPConfig.from_pretrained(base))
-        model.load_state_dict(state)
-        return Similarity(CLIP(model.to(device), AutoTokenizer.from_pretrained(base)), 1.0)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise unreadable("hps", path or base, error) from error
+        config = CLIPConfig.from_pretrained(base)
+    except Exception as error:  # transformers raises many kinds
+        raise unreadable("hps", base, error) from error
+    model = CLIPModel(config)
+    fill("hps", shown, model, from_open_clip(state))
+    return Similarity(CLIP(model.to(device), clip_tokenizer("hps", "hps_clip", base, config)), 1.0)
 
 
 def aesthetic(path: str | None, clip_path: str | None, device: torch.device | str) -> Aesthetic:
     """LAION's aesthetic predictor V2 on CLIP ViT-L/14: about 1..10. path: of its head, a state dict."""
-    head = load_head("aesthetic", load_state("aesthetic", path, AESTHETIC))
-    return Aesthetic(load_clip("aesthetic", clip_path or OPENAI_L, device), head.to(device))
+    state, shown = load_state("aesthetic", path, AESTHETIC)
+    clip = load_clip("aesthetic", "aesthetic_clip", clip_path or OPENAI_L, device)
+    return Aesthetic(clip, load_head("aesthetic", shown, state, clip.model.config.projection_dim).to(device))
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names of a CLIP -> transformers'."""
+    """open_clip's names of a CLIP -> transformers'. A name that is not one of them stays as it is."""
     fixed = {
         "logit_scale": "logit_scale",
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -204,4 +189,8 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     renamed[f"{prefix}self_attn.{part}_proj.{rest.removeprefix('attn.in_proj_')}"] = piece.contiguous()
             elif rest.rpartition(".")[0] in layer:
                 renamed[f"{prefix}{layer[rest.rpartition('.')[0]]}.{kind}"] = value
+            else:
+                renamed[name] = value
+        else:
+            renamed[name] = value
     return renamed

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from star.rewards import Metadata, Scores
-from star.rewards.clip import CLIP, OPENAI_L, load_clip, unreadable
+from star.rewards.clip import CLIP, OPENAI_L, load_clip
+from star.rewards.loading import load_pretrained
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -300,7 +301,7 @@ class ColorClassifier:
             mask = torch.from_numpy(item.mask).to(image.device)
             left, top, right, bottom = (round(edge) for edge in item.box)
             cut = torch.where(mask, image, BACKGROUND)[:, top:bottom, left:right]
-            embeddings.append(self.clip.pictures(cut[None]))
+            embeddings.append(self.clip.images(cut[None]))
         best = (torch.cat(embeddings) @ self.classes(objects[0].name).T).argmax(-1)
         return [COLORS[i] for i in best.tolist()]
 
@@ -337,8 +338,7 @@ class GenEval:
 
 def load(path: str | None, clip_path: str | None, device: torch.device | str) -> GenEval:
     """path: a Mask2FormerForUniversalSegmentation trained on COCO instances. clip_path: a CLIPModel."""
-    try:
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(path or DETECTOR).to(device)
-    except (OSError, ValueError) as error:
-        raise unreadable("geneval", path or DETECTOR, error) from error
-    return GenEval(Detector(model), ColorClassifier(load_clip("geneval", clip_path or OPENAI_L, device)))
+    model = load_pretrained("geneval", Mask2FormerForUniversalSegmentation, path or DETECTOR, device)
+    return GenEval(
+        Detector(model), ColorClassifier(load_clip("geneval", "geneval_clip", clip_path or OPENAI_L, device))
+    )

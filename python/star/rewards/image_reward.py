@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): BLIP reads the prompt while looking at the picture, a head says how well they go
+"""ImageReward (Xu et al. 2023): BLIP reads the prompt while looking at the image, a head says how well they go
 together. Mean 0 and deviation 1 over its authors' data, about -2.3..2. The networks are transformers'."""
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     BlipTextConfig,
     BlipTextModel,
     BlipVisionConfig,
@@ -18,13 +17,16 @@ from transformers import (
 )
 
 from star.rewards import Metadata, Scores
-from star.rewards.clip import BATCH, load_head, load_state, preprocess, unreadable
+from star.rewards.clip import BATCH, preprocess
+from star.rewards.loading import check_weights, fill, load_head, load_state, load_tokenizer, unreadable
 
 WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")
 TOKENIZER = "bert-base-uncased"
 LENGTH = 35  # tokens
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, from ImageReward.py
 HEAD_WIDTH = 64  # of an attention head, in both networks
+HEAD = "mlp."  # before the names of the head's weights
+UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's contrastive training; the score does not use them
 
 _VISION = {
     "cls_token": "embeddings.class_embedding",
@@ -42,7 +44,7 @@ _VISION = {
 
 @dataclass(frozen=True)
 class ImageReward:
-    """vision: picture -> patches. text: prompt, attending to the patches. head: of the first token."""
+    """vision: image -> patches. text: prompt, attending to the patches. head: of the first token."""
 
     vision: BlipVisionModel
     text: BlipTextModel
@@ -68,20 +70,23 @@ class ImageReward:
         return Scores((torch.cat(raw) - MEAN) / STD)
 
 
-def networks(state: Mapping[str, Tensor]) -> tuple[BlipVisionModel, BlipTextModel]:
-    """Both networks of a checkpoint with the original names, their sizes read off its shapes."""
-    vision_state, text_state = {}, {}
+def networks(state: Mapping[str, Tensor], path: str) -> tuple[BlipVisionModel, BlipTextModel]:
+    """Both networks of a checkpoint with the original names, their sizes read off its shapes. path: for messages."""
+    vision_state, text_state, others = {}, {}, []
     for name, value in state.items():
         module, _, kind = name.removeprefix("blip.visual_encoder.").rpartition(".")
-        if name.startswith("blip.visual_encoder.blocks."):
+        if name.startswith("blip.visual_encoder.blocks.") and module.count(".") >= 2:
             _, number, part = module.split(".", 2)
-            vision_state[f"encoder.layers.{number}.{_VISION[part]}.{kind}"] = value.float()
+            vision_state[f"encoder.layers.{number}.{_VISION.get(part, part)}.{kind}"] = value.float()
         elif name.startswith("blip.visual_encoder."):
-            vision_state[f"{_VISION[module]}.{kind}" if module else _VISION[kind]] = value.float()
-        elif name.startswith("blip.text_encoder.") and not name.endswith("position_ids"):
-            text_state[name.removeprefix("blip.text_encoder.")] = value.float()
+            vision_state[f"{_VISION.get(module, module)}.{kind}" if module else _VISION.get(kind, kind)] = value.float()
+        elif name.startswith("blip.text_encoder."):
+            if not name.endswith("position_ids"):  # a table that is computed
+                text_state[name.removeprefix("blip.text_encoder.")] = value.float()
+        elif not name.startswith(UNUSED):
+            others.append(name)
     kernel = vision_state["embeddings.patch_embedding.weight"]  # (hidden, 3, patch, patch)
-    places = vision_state["embeddings.position_embedding"].shape[1] - 1
+    patches = vision_state["embeddings.position_embedding"].shape[1] - 1
     words = text_state["embeddings.word_embeddings.weight"]  # (vocabulary, hidden)
     vision = BlipVisionModel(
         BlipVisionConfig(
@@ -90,7 +95,7 @@ def networks(state: Mapping[str, Tensor]) -> tuple[BlipVisionModel, BlipTextMode
             num_hidden_layers=len({name.split(".")[2] for name in vision_state if ".layers." in name}),
             num_attention_heads=len(kernel) // HEAD_WIDTH,
             patch_size=kernel.shape[-1],
-            image_size=round(places**0.5) * kernel.shape[-1],
+            image_size=round(patches**0.5) * kernel.shape[-1],
             layer_norm_eps=1e-6,
         )
     )
@@ -106,21 +111,21 @@ def networks(state: Mapping[str, Tensor]) -> tuple[BlipVisionModel, BlipTextMode
         ),
         add_pooling_layer=False,
     )
-    vision.load_state_dict(vision_state)
-    text.load_state_dict(text_state)
+    check_weights("image_reward", path, (), others)
+    fill("image_reward", path, vision, vision_state)
+    fill("image_reward", path, text, text_state)
     return vision.eval().requires_grad_(False), text.eval().requires_grad_(False)
 
 
 def load_image_reward(path: str | None, tokenizer: str | None, device: torch.device | str) -> ImageReward:
     """path: the published ImageReward.pt. tokenizer: a folder or hub id of BERT's (uncased)."""
-    state = load_state("image_reward", path, WEIGHTS)
+    state, shown = load_state("image_reward", path, WEIGHTS)
+    encoders = {name: value for name, value in state.items() if not name.startswith(HEAD)}
     try:
-        vision, text = networks(state)
-    except (KeyError, RuntimeError) as error:
-        raise unreadable("image_reward", path or WEIGHTS[1], error) from error
-    head = load_head("image_reward", {k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer or TOKENIZER)
-    except (OSError, ValueError) as error:
-        raise unreadable("image_reward", tokenizer or TOKENIZER, error) from error
+        vision, text = networks(encoders, shown)
+    except (LookupError, ValueError, ZeroDivisionError) as error:  # shapes that no such network has
+        raise unreadable("image_reward", shown, error) from error
+    layers = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
+    head = load_head("image_reward", shown, layers, text.config.hidden_size)
+    words = load_tokenizer("image_reward", "image_reward_tokenizer", tokenizer or TOKENIZER, text.config.vocab_size)
     return ImageReward(vision.to(device), text.to(device), head.to(device), words)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from star.rewards import Metadata, Scores, missing, pixels
+from star.rewards import Metadata, RewardError, Scores, one_line, pixels
 
 MATCH = 0.5  # similarity from which a line of text counts as a part of what was asked for
 
@@ -50,19 +50,24 @@ class OCR:
     """
 
     def __init__(self, threads: int = 0) -> None:
-        try:
-            from rapidfuzz import fuzz
-            from rapidocr import RapidOCR
-        except ImportError as error:
-            raise missing("ocr", error) from error
+        from rapidfuzz import fuzz
+        from rapidocr import RapidOCR
+
         self.similarity = fuzz.partial_ratio
-        self.engine = RapidOCR(
-            params={
-                "Global.use_cls": False,  # no rotated lines, as in Flow-GRPO
-                "Global.log_level": "error",
-                "EngineConfig.onnxruntime.intra_op_num_threads": threads or -1,
-            }
-        )
+        try:
+            self.engine = RapidOCR(
+                params={
+                    "Global.use_cls": False,  # no rotated lines, as in Flow-GRPO
+                    "Global.log_level": "error",
+                    "EngineConfig.onnxruntime.intra_op_num_threads": threads if threads > 0 else -1,
+                }
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a network of its wheel that is damaged, or missing and not to be downloaded
+            raise RewardError(
+                f"reward: 'ocr' could not load its networks ({one_line(error)}); pip install --force-reinstall rapidocr"
+            ) from error
 
     def read(self, picture: np.ndarray) -> list[tuple[str, np.ndarray]]:
         """Lines of text and their boxes (4, 2) in (x, y) pixels. picture: (H, W, 3) uint8, RGB."""

@@ -1,7 +1,7 @@
-"""Rewards beside the rollout: one thread scores a batch of pictures while the next ones are made.
+"""Rewards beside the rollout: one thread scores a batch of images while the next ones are made.
 
 A thread, not a process: what rewards spend their time in (onnxruntime, torch, JPEG, the network) leaves the
-interpreter's lock, pictures and the weights of a reward model stay where they are, and there is one CUDA context. On a
+interpreter's lock, images and the weights of a reward model stay where they are, and there is one CUDA context. On a
 GPU the thread has a stream of its own. Scores do not depend on what runs beside them: one batch at a time, in order.
 
     with RewardWorker(reward, timeout=600) as worker:
@@ -9,14 +9,14 @@ GPU the thread has a stream of its own. Scores do not depend on what runs beside
         scores = concatenate([ticket.result() for ticket in tickets])
         failures = worker.count_failures()
 
-A reward that raises, returns NaN or takes too long does not end the run: it costs those pictures their reward (NaN,
-and with it their advantage), is told with its prompt, and counted.
+A reward that raises, returns None or NaN, takes too long or ends its thread does not end the run: it costs those images
+their reward (NaN, and with it their advantage), is told with its prompt, and counted.
 """
 
 from __future__ import annotations
 
+import collections
 import logging
-import queue
 import threading
 import time
 from collections.abc import Sequence
@@ -25,32 +25,41 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed
+from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed, one_line
 
 log = logging.getLogger("star")
 HUNG = 3  # batches from which a reward does not return before the run ends
 TOLD = 5  # failures of one batch that are told one by one
 
 
-def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Scores, list[str]]:
-    """Scores of a batch, NaN where the reward failed, and one line for each failure, naming the prompt.
+Outcome = tuple[Scores, list[str]]
+"""Scores of a batch, NaN where the reward failed, and one line for each failure, naming the prompt."""
 
-    If the batch raises, its pictures are scored one by one, so that one bad prompt costs one picture.
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Outcome:
+    """Score a batch, whatever the reward does.
+
+    If the batch raises, its images are scored one by one, so that one bad prompt costs one image. An interrupt from the
+    keyboard passes in the main thread, where it is the user's.
     """
+    count = len(prompts)
     try:
-        with torch.no_grad():
-            scores = as_scores(reward(images, prompts, metadata), len(prompts))
+        with torch.no_grad():  # copies: what a reward does to its arguments stays with it
+            result = reward(images, list(prompts), [dict(item) for item in metadata])
+            scores = as_scores(result, count, images.shape[-2:])
     except RewardError as error:
-        return failed(len(prompts)), [f"{error}; prompts from {prompts[0]!r} on"] * len(prompts)
-    except (Exception, SystemExit) as error:
-        if len(prompts) == 1:
-            return failed(1), [f"reward: {type(error).__name__} ({_line(error)}) for the prompt {prompts[0]!r}"]
-        rows = [slice(i, i + 1) for i in range(len(prompts))]
+        return failed(count), [f"{one_line(error)}; prompts from {_quoted(prompts[0])} on"] * count
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        if count == 1:
+            return _failed_prompt(error, prompts)
+        rows = [slice(i, i + 1) for i in range(count)]
         parts = [score(reward, images[row], prompts[row], metadata[row]) for row in rows]
         return concatenate([part for part, _ in parts]), [line for _, lines in parts for line in lines]
     finite = torch.isfinite(scores.reward)
     bad = (~finite).nonzero().flatten().tolist()
-    lines = [f"reward: got {scores.reward[i].item()} for the prompt {prompts[i]!r}" for i in bad]
+    lines = [f"reward: got {scores.reward[i].item()} for the prompt {_quoted(prompts[i])}" for i in bad]
     known = torch.where(finite, scores.reward, torch.nan)
     field = scores.reward_map
     if field is not None:
@@ -58,8 +67,13 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
     return replace(scores, reward=known, reward_map=field), lines
 
 
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+def _failed_prompt(error: BaseException, prompts: Sequence[str]) -> Outcome:
+    line = f"reward: {type(error).__name__} ({one_line(error)}) for the prompt {_quoted(prompts[0])}"
+    return failed(len(prompts)), [line] * len(prompts)
+
+
+def _quoted(prompt: str) -> str:
+    return repr(one_line(prompt, 200))
 
 
 class Ticket:
@@ -68,9 +82,9 @@ class Ticket:
     def __init__(self, worker: RewardWorker, batch: tuple) -> None:
         self.worker, self.batch = worker, batch
         self.done, self.started = threading.Event(), 0.0
-        self.outcome: tuple[Scores, list[str]] | None = None
+        self.outcome: Outcome | None = None
 
-    def settle(self, outcome: tuple[Scores, list[str]]) -> None:
+    def settle(self, outcome: Outcome) -> None:
         """The first outcome counts: a batch that timed out stays failed when its reward returns after all."""
         if self.outcome is None:
             self.outcome, self.batch = outcome, ()
@@ -90,25 +104,24 @@ class RewardWorker:
     Args:
         reward: any Reward; called from one thread at a time (after a time-out its last call may still be running).
         timeout: seconds for a batch, from its beginning; None: no limit.
-        strict: raise RewardError at the first picture whose reward fails instead of going on without it.
+        strict: raise RewardError at the first image whose reward fails instead of going on without it.
 
     Raises:
         RewardError: from `Ticket.result`, if strict, or if the reward did not return from several batches.
     """
 
     def __init__(self, reward: Reward, timeout: float | None = None, strict: bool = False) -> None:
-        if timeout is not None and timeout <= 0:
+        if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: got {timeout}, expected seconds above 0")
         self.reward, self.timeout, self.strict = reward, timeout, strict
-        self.waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self.current: Ticket | None = None
+        self.waiting: collections.deque[Ticket] = collections.deque()  # its first may be in work; guarded by `changed`
+        self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
-        self.lock = threading.Lock()
         self.hung, self.failures, self.closed = 0, 0, False
-        self.scored, self.first_line = False, ""  # whether any picture has had a reward; the first failure
+        self.scored, self.first_line = False, ""  # whether any image has had a reward; the first failure
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Ticket:
-        """Queue B pictures (B, 3, H, W) in 0..1. They must not be changed afterwards."""
+        """Queue B images (B, 3, H, W) in 0..1. They must not be changed afterwards."""
         if self.closed:
             raise RewardError("reward: its worker is closed")
         metadata = [{} for _ in prompts] if metadata is None else list(metadata)
@@ -118,9 +131,11 @@ class RewardWorker:
             )
         ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
         ticket = Ticket(self, (images, list(prompts), metadata, ready))
-        self.waiting.put(ticket)
-        if self.thread is None:
-            self._start()
+        with self.changed:
+            self.waiting.append(ticket)
+            self.changed.notify_all()
+            if self.thread is None:
+                self._start()
         return ticket
 
     def accept(self, scores: Scores, lines: list[str]) -> Scores:
@@ -133,60 +148,83 @@ class RewardWorker:
             self.first_line = self.first_line or line
             log.warning("%s", line)
         if len(lines) > TOLD:
-            log.warning("reward: failed for %d more pictures of this batch", len(lines) - TOLD)
+            log.warning("reward: failed for %d more images of this batch", len(lines) - TOLD)
         return scores
 
     def count_failures(self) -> int:
-        """Pictures whose reward failed since the last call, once an iteration. Raises RewardError if the reward has
-        failed for every picture so far: nothing could be learned."""
+        """Images whose reward failed since the last call, once an iteration. Raises RewardError if the reward has
+        failed for every image so far: nothing could be learned."""
         if self.failures and not self.scored:
-            raise RewardError(f"{self.first_line}; it failed for every picture")
+            raise RewardError(f"{self.first_line}; it failed for every image")
         count, self.failures = self.failures, 0
         return count
 
     def look_after(self) -> None:
-        """Give up a batch that takes too long, and its thread with it: a thread cannot be stopped from outside."""
-        with self.lock:
-            ticket = self.current
-            if ticket is None or self.timeout is None or time.monotonic() - ticket.started < self.timeout:
-                return
-            prompts = ticket.batch[1]
-            line = f"reward: took longer than {self.timeout:g} s for the batch of the prompt {prompts[0]!r}"
-            if self.hung + 1 == HUNG:
-                raise RewardError(f"{line}, like {HUNG - 1} batches before it")
-            self.hung += 1
-            ticket.settle((failed(len(prompts)), [line] * len(prompts)))
-            self._start()
+        """Give up a batch that takes too long, and its thread with it: a thread cannot be stopped from outside. Go on
+        with another thread, too, if the reward ended this one."""
+        with self.changed:
+            ticket = self.waiting[0] if self.waiting and self.waiting[0].started else None
+            if self.thread is not None and not self.thread.is_alive():
+                if ticket is not None:
+                    self._give_up(ticket, "ended its thread in")
+                self._start()
+            elif ticket is not None and self.timeout and time.monotonic() - ticket.started >= self.timeout:
+                what = f"took longer than {self.timeout:g} s for"
+                if self.hung + 1 == HUNG:
+                    raise RewardError(f"{self._complaint(ticket, what)}, like {HUNG - 1} batches before it")
+                self.hung += 1
+                self._give_up(ticket, what)
+                self._start()
+
+    def _complaint(self, ticket: Ticket, what: str) -> str:
+        return f"reward: {what} the batch of the prompt {_quoted(ticket.batch[1][0])}"
+
+    def _give_up(self, ticket: Ticket, what: str) -> None:
+        count = len(ticket.batch[1])
+        ticket.settle((failed(count), [self._complaint(ticket, what)] * count))
+        self.waiting.popleft()
 
     def _start(self) -> None:
-        self.current = None
         self.thread = threading.Thread(target=self._run, name="star-reward", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        me, stream = threading.current_thread(), None
-        while (ticket := self.waiting.get()) is not None:
-            with self.lock:
-                ticket.started, self.current = time.monotonic(), ticket
-            images, prompts, metadata, ready = ticket.batch
-            if ready is None:
-                outcome = score(self.reward, images, prompts, metadata)
-            else:
-                stream = stream or torch.cuda.Stream(images.device)
-                with torch.cuda.stream(stream):
-                    stream.wait_event(ready)
-                    images.record_stream(stream)
-                    outcome = score(self.reward, images, prompts, metadata)
-            with self.lock:
-                ticket.settle(outcome)
+        me = threading.current_thread()
+        streams: dict[torch.device, torch.cuda.Stream] = {}  # of this thread
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.closed or self.thread is not me)
+                if not self.waiting or self.thread is not me:
+                    return
+                ticket = self.waiting[0]  # stays there until it is settled, so that it is not lost with this thread
+                ticket.started = time.monotonic()
+                batch = ticket.batch
+            try:
+                outcome = self._score(streams, *batch)
+            except BaseException as error:  # not the reward's own, which `score` has caught: a GPU's, for example
+                outcome = _failed_prompt(error, batch[1])
+            with self.changed:
                 if self.thread is not me:  # given up: another thread goes on
                     return
-                self.current = None
+                ticket.settle(outcome)
+                self.waiting.popleft()
+
+    def _score(self, streams: dict, images: Tensor, prompts: list, metadata: list, ready: torch.cuda.Event) -> Outcome:
+        if ready is None:
+            return score(self.reward, images, prompts, metadata)
+        if images.device not in streams:
+            streams[images.device] = torch.cuda.Stream(images.device)
+        stream = streams[images.device]
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            images.record_stream(stream)
+            return score(self.reward, images, prompts, metadata)
 
     def close(self) -> None:
         """Let the thread end after what is waiting."""
-        self.closed = True
-        self.waiting.put(None)
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
     def __enter__(self) -> RewardWorker:
         return self

@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from star.config import EMBEDDED, Config, ConfigError
-from star.rewards import Reward, Weighted
+from star.rewards import Reward, Weighted, models_for
 from star.rewards import load as load_reward
 from star.training.pipeline import load_pipeline
 from star.training.prompts import Prompt, draw_from_file, pick_from_file
@@ -115,7 +115,7 @@ def load_task_reward(task: Task, models: Mapping[str, str], device: torch.device
     """The task's reward with its weight, 1 if there is one reward. models: where rewards find their weights, by
     name."""
     if isinstance(task.reward, str | dict):
-        return load_reward(task.reward, models, device)
+        return load_reward(task.reward, models_for(task.reward, models), device)
     name = getattr(task.reward, "__name__", "reward")
     return Weighted({name: task.reward}, {name: 1.0})
 
