@@ -389,3 +389,10 @@ def test_small_models_from_a_folder_run_end_to_end(tmp_path, detector):
     assert scores.reward.isfinite().all() and scores.masks.shape == (2, 24, 36)
     with pytest.raises(rewards.RewardError, match="reward: 'geneval' could not load '/nowhere'"):
         rewards.load("geneval", {"geneval": "/nowhere"})
+
+
+def test_nulls_stand_for_what_an_entry_does_not_say():
+    entry = {"class": "bench", "count": 1}
+    for more in ({"include": [{**entry, "color": None}]}, {"include": [{**entry, "position": None}]},
+                 {"include": [entry], "exclude": None}):  # fmt: skip
+        geneval.check({"tag": "single_object", "prompt": "a photo of a bench", **more})

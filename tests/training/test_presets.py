@@ -1,6 +1,7 @@
 """Each preset's code path on a small model with SD3.5's structure, what a run of it costs, and what options keep."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.optimizer import patch_optimizer_step
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from builders import small_sd35
 from star import config as configuration
@@ -259,3 +261,17 @@ def test_help_and_plan_from_the_command_line(folder):
     assert code == 0 and "1,152 (576 per GPU)" in output and "peak per GPU" in output
     code, _, error = star("plan", "--preset", "ocr-sd35m", "--gpus", "5", *small)
     assert code == 1 and error.strip() == "star: accelerate: 5 processes do not divide an update's 576 images"
+
+
+def test_a_pipeline_that_lacks_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "pipeline", tmp_path / "pipeline")
+    for name in ("text_encoder", "text_encoder_3"):
+        file = tmp_path / "pipeline" / name / "model.safetensors"
+        whole = file.read_bytes()
+        state = load_file(file)
+        del state[max(key for key in state if "layer" in key or "block" in key)]
+        save_file(state, file, {"format": "pt"})
+        with pytest.raises(ConfigError, match=f"lacks 1 weights of its {name} "):
+            load_pipeline(str(tmp_path / "pipeline"))
+        file.write_bytes(whole)
+    load_pipeline(str(tmp_path / "pipeline"))

@@ -67,6 +67,13 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
+def without_nulls(value: Any) -> Any:
+    """JSON without its nulls: a table of records has them for what an entry does not say."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value if item is not None] if isinstance(value, list) else value
+
+
 def check_images(images: Tensor, count: int) -> None:
     """Raise ValueError unless these are `count` images (count, 3, H, W) of floating-point values in 0..1."""
     if not isinstance(images, Tensor) or not images.is_floating_point():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from star.rewards import Metadata, Scores
+from star.rewards import Metadata, Scores, without_nulls
 from star.rewards.clip import CLIP, OPENAI_L, load_clip
 from star.rewards.loading import load_pretrained
 
@@ -125,6 +125,7 @@ def _placed(objects: list[Detection], targets: list[Detection] | None, relation:
 
 def judge(groups: Groups, metadata: Mapping[str, Any], colors_of: ColorsOf) -> Verdict:
     """Judge what was seen against a prompt's metadata. Raises ValueError for metadata that is not GenEval's."""
+    metadata = without_nulls(metadata)
     check(metadata)
     known: dict[str, list[str]] = {}
 
@@ -197,6 +198,7 @@ def check(metadata: Mapping[str, Any]) -> None:
     def wrong(what: str) -> ValueError:
         return ValueError(f"reward: 'geneval' got metadata {what}; it needs GenEval's .jsonl prompt files")
 
+    metadata = without_nulls(metadata)
     include = metadata.get("include")
     if not isinstance(include, list) or not include:
         raise wrong(f"with {include!r} under 'include'")

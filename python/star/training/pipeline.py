@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
@@ -28,8 +29,13 @@ def load_pipeline(
             raise ConfigError(f"model.path: {path!r} is a {kind}, expected a StableDiffusion3Pipeline (SD3, SD3.5)")
         # A pipeline that was saved without T5 is loaded only if told so.
         absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
+        encoders = {
+            name: load_encoder(path, name, index[name][1], dtype)
+            for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
+            if name not in absent
+        }
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            path, dtype={"default": dtype, "vae": torch.float32}, **dict.fromkeys(absent)
+            path, dtype={"default": dtype, "vae": torch.float32}, **dict.fromkeys(absent), **encoders
         )
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -37,6 +43,19 @@ def load_pipeline(
         raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def load_encoder(path: str, name: str, kind: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A text encoder of a pipeline. Raises ConfigError if weights are missing, which would else be drawn at random."""
+    encoder, report = getattr(transformers, kind).from_pretrained(
+        path, subfolder=name, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if missing:
+        raise ConfigError(
+            f"model.path: {path!r} lacks {len(missing)} weights of its {name} ({missing[0]}, ...); download it again"
+        )
+    return encoder.eval()
 
 
 def reason(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from star.config import ConfigError
+from star.rewards import without_nulls
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _parse(place: str, line: str) -> Prompt:
 
 
 def _prompt(place: str, entry: Any) -> Prompt:
-    metadata = _without_nulls(entry)
+    metadata = without_nulls(entry)
     if isinstance(metadata, str):
         metadata = {"prompt": metadata}
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
@@ -103,13 +104,6 @@ def _prompt(place: str, entry: Any) -> Prompt:
     if not isinstance(metadata.get("tag", ""), str):
         raise ConfigError(f"prompts: {place} has the tag {metadata['tag']!r}, expected text")
     return Prompt(text.strip(), metadata)
-
-
-def _without_nulls(value: Any) -> Any:
-    """JSON without its nulls: a table of records has them for what an entry does not say."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value if item is not None] if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=2)
