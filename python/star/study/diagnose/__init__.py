@@ -23,6 +23,7 @@ from star.shapes import diagnosis
 from star.study.diagnose import gradient, maps, scores
 from star.study.spec import Study, run_folder
 from star.train import Trainer
+from star.training.adapter import load_adapter
 from star.training.advantage import group_advantages
 from star.training.rollout import decode
 from star.training.task import configured_task, draw_prompts, load_task_reward
@@ -118,7 +119,7 @@ def trained_pipelines(study: Study, arm: str, config: Config, out: Path) -> Iter
         adapter = run_folder(out, arm, seed) / "lora"
         if adapter.is_dir():
             pipeline = task.pipeline("cpu", torch.float32)
-            pipeline.load_lora_weights(str(adapter))
+            load_adapter(pipeline, str(adapter))
             yield pipeline
 
 
