@@ -14,20 +14,28 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     PreTrainedTokenizerFast,
+    SwinConfig,
     T5Config,
     T5EncoderModel,
 )
 
 from star import config as configuration
 from star.presets import preset
+from star.rewards import image_reward
+from star.rewards.geneval import Detector
 from star.shapes.task import TASK
 from star.training.prompts import Prompt
 from star.training.scoring import sample_images
 
 EPS = torch.finfo(torch.float32).eps
+LENGTH, SIZE, PATCH, WIDTH, DIM = 12, 32, 8, 64, 16  # of a small CLIP: tokens, pixels, channels, embedding
 HEADS, TEXT, GRID = 2, 6, (3, 5)  # a grid that is not square shows rows and columns that are mixed up
 
 
@@ -272,3 +280,127 @@ def clipped(log_prob, old_log_prob, advantages, clip, adv_clip=5.0):
     """The clipped surrogate that Flow-GRPO, DanceGRPO, MixGRPO, DDPO write for one ratio per sample."""
     r, a = (log_prob - old_log_prob).exp(), advantages.clamp(-adv_clip, adv_clip)
     return torch.stack([-a * r, -a * r.clamp(1 - clip, 1 + clip)]).amax(0).mean()
+
+
+def save_small_clip(path):
+    """A small CLIP in transformers' format."""
+    end = word_tokenizer(path, "<s>", "<e>", "!").convert_tokens_to_ids("<e>")
+    tower = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "hidden_act": "gelu"}  # fmt: skip
+    tokens = {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": 0}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, **tokens, "vocab_size": end + 1, "max_position_embeddings": LENGTH},
+            vision_config={**tower, "image_size": SIZE, "patch_size": PATCH},
+            projection_dim=DIM,
+        )
+    )
+    for parameter in model.parameters():  # the initial values are so small that everything looks alike
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.logit_scale.data.fill_(math.log(90.0))
+    model.save_pretrained(path)
+
+
+def open_clip_state(layers=2, vocabulary=11):
+    """A random CLIP with open_clip's names."""
+    state = {
+        "logit_scale": torch.tensor(4.0),
+        "token_embedding.weight": torch.randn(vocabulary, WIDTH),
+        "positional_embedding": torch.randn(LENGTH, WIDTH) * 0.3,
+        "text_projection": torch.randn(WIDTH, DIM) / 8,
+        "visual.class_embedding": torch.randn(WIDTH),
+        "visual.positional_embedding": torch.randn((SIZE // PATCH) ** 2 + 1, WIDTH) * 0.3,
+        "visual.conv1.weight": torch.randn(WIDTH, 3, PATCH, PATCH) / 14,
+        "visual.proj": torch.randn(WIDTH, DIM) / 8,
+    }
+    for name in ("ln_final", "visual.ln_pre", "visual.ln_post"):
+        state |= {f"{name}.weight": 1 + 0.1 * torch.randn(WIDTH), f"{name}.bias": 0.1 * torch.randn(WIDTH)}
+    for tower in ("transformer", "visual.transformer"):
+        for i in range(layers):
+            prefix = f"{tower}.resblocks.{i}."
+            for name, rows, columns in (
+                ("attn.in_proj_", 3 * WIDTH, WIDTH), ("attn.out_proj.", WIDTH, WIDTH),
+                ("mlp.c_fc.", 96, WIDTH), ("mlp.c_proj.", WIDTH, 96),
+            ):  # fmt: skip
+                state |= {
+                    f"{prefix}{name}weight": torch.randn(rows, columns) / 8,
+                    f"{prefix}{name}bias": torch.randn(rows) / 8,
+                }
+            for name in ("ln_1", "ln_2"):
+                state |= {
+                    f"{prefix}{name}.weight": 1 + 0.1 * torch.randn(WIDTH),
+                    f"{prefix}{name}.bias": torch.zeros(WIDTH),
+                }
+    return state
+
+
+def head_state(width):
+    sizes = [(8, width), (6, 8), (1, 6)]
+    return {
+        key: value
+        for number, (rows, columns) in zip((0, 2, 4), sizes, strict=True)
+        for key, value in {
+            f"layers.{number}.weight": torch.randn(rows, columns),
+            f"layers.{number}.bias": torch.randn(rows),
+        }.items()
+    }
+
+
+def image_reward_state(width=128, text=64, vocabulary=11, layers=2):
+    """A random ImageReward with the original names: vision `width`, BERT `text` wide."""
+    state = {}
+
+    def linear(name, rows, columns):
+        state.update(
+            {f"{name}.weight": torch.randn(rows, columns) / columns**0.5, f"{name}.bias": 0.1 * torch.randn(rows)}
+        )
+
+    def norm(name, size):
+        state.update({f"{name}.weight": 1 + 0.1 * torch.randn(size), f"{name}.bias": 0.1 * torch.randn(size)})
+
+    vision, bert = "blip.visual_encoder", "blip.text_encoder"
+    state[f"{vision}.cls_token"] = torch.randn(1, 1, width)
+    state[f"{vision}.pos_embed"] = torch.randn(1, (SIZE // PATCH) ** 2 + 1, width)
+    state[f"{vision}.patch_embed.proj.weight"] = torch.randn(width, 3, PATCH, PATCH) / 14
+    state[f"{vision}.patch_embed.proj.bias"] = torch.randn(width)
+    norm(f"{vision}.norm", width)
+    for i in range(layers):
+        prefix = f"{vision}.blocks.{i}"
+        for name in ("norm1", "norm2"):
+            norm(f"{prefix}.{name}", width)
+        linear(f"{prefix}.attn.qkv", 3 * width, width)
+        linear(f"{prefix}.attn.proj", width, width)
+        linear(f"{prefix}.mlp.fc1", 80, width)
+        linear(f"{prefix}.mlp.fc2", width, 80)
+    state[f"{bert}.embeddings.position_ids"] = torch.arange(image_reward.LENGTH)[None]
+    state[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(vocabulary, text)
+    state[f"{bert}.embeddings.position_embeddings.weight"] = torch.randn(image_reward.LENGTH, text)
+    norm(f"{bert}.embeddings.LayerNorm", text)
+    for i in range(layers):
+        prefix = f"{bert}.encoder.layer.{i}"
+        for attention, source in (("attention", text), ("crossattention", width)):
+            linear(f"{prefix}.{attention}.self.query", text, text)
+            linear(f"{prefix}.{attention}.self.key", text, source)
+            linear(f"{prefix}.{attention}.self.value", text, source)
+            linear(f"{prefix}.{attention}.output.dense", text, text)
+            norm(f"{prefix}.{attention}.output.LayerNorm", text)
+        linear(f"{prefix}.intermediate.dense", 72, text)
+        linear(f"{prefix}.output.dense", text, 72)
+        norm(f"{prefix}.output.LayerNorm", text)
+    return state | {f"mlp.{key}": value for key, value in head_state(text).items()}
+
+
+def small_detector():
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(
+            image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        hidden_dim=32, mask_feature_size=32, feature_size=32, encoder_layers=1, decoder_layers=2, num_queries=6,
+        num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
+        id2label={0: "dog", 1: "cat", 2: "cup"}, label2id={"dog": 0, "cat": 1, "cup": 2},
+    )  # fmt: skip
+    model = Mask2FormerForUniversalSegmentation(config)
+    for parameter in model.class_predictor.parameters():
+        torch.nn.init.normal_(parameter)
+    return Detector(model, short=48, long=80)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import CLIPConfig, CLIPModel
 
-from builders import word_tokenizer
+from builders import small_detector, word_tokenizer
 from star import rewards
 from star.rewards import geneval
-from star.rewards.geneval import COLORS, Detection, Detector, GenEval, judge, overlap, relations, select
+from star.rewards.geneval import COLORS, Detection, GenEval, judge, overlap, relations, select
 
 EMPTY = np.zeros((1, 1), bool)
 
@@ -223,22 +223,6 @@ def test_there_are_cocos_eighty_classes():
 def detector():
     torch.manual_seed(0)
     return small_detector()
-
-
-def small_detector():
-    config = Mask2FormerConfig(
-        backbone_config=SwinConfig(
-            image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        ),
-        hidden_dim=32, mask_feature_size=32, feature_size=32, encoder_layers=1, decoder_layers=2, num_queries=6,
-        num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
-        id2label={0: "dog", 1: "cat", 2: "cup"}, label2id={"dog": 0, "cat": 1, "cup": 2},
-    )  # fmt: skip
-    model = Mask2FormerForUniversalSegmentation(config)
-    for parameter in model.class_predictor.parameters():
-        torch.nn.init.normal_(parameter)
-    return Detector(model, short=48, long=80)
 
 
 def test_pictures_are_resized_normalized_and_padded(detector):

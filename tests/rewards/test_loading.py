@@ -7,15 +7,20 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_geneval import small_detector
-from test_rewards_clip import SIZE, head_state, image_reward_state, open_clip_state, save_small_clip
 from transformers import AutoTokenizer
 
-from builders import word_tokenizer
+from builders import (
+    DIM,
+    SIZE,
+    head_state,
+    image_reward_state,
+    open_clip_state,
+    save_small_clip,
+    small_detector,
+    word_tokenizer,
+)
 from star import rewards
 from star.rewards import RewardError
-
-DIM = 16  # of the small CLIP's embeddings
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,29 @@
 """CLIP's rewards and ImageReward on small random models, against the published formulas and networks written anew."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from builders import WORDS, word_tokenizer
+from builders import (
+    DIM,
+    LENGTH,
+    PATCH,
+    SIZE,
+    WIDTH,
+    WORDS,
+    head_state,
+    image_reward_state,
+    open_clip_state,
+    save_small_clip,
+    word_tokenizer,
+)
 from star import rewards
-from star.rewards import RewardError, clip, image_reward
+from star.rewards import RewardError, clip
 
 PROMPTS = ["a red circle", "a blue square and a red ring and a red circle and a blue ring", "ring"]
-LENGTH, SIZE, PATCH, WIDTH, DIM = 12, 32, 8, 64, 16
 assert len(WORDS) + 4 == 11  # the vocabularies below
 
 
@@ -24,25 +33,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip")
     save_small_clip(path)
     return path
-
-
-def save_small_clip(path):
-    """A small CLIP in transformers' format."""
-    end = word_tokenizer(path, "<s>", "<e>", "!").convert_tokens_to_ids("<e>")
-    tower = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "hidden_act": "gelu"}  # fmt: skip
-    tokens = {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": 0}
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**tower, **tokens, "vocab_size": end + 1, "max_position_embeddings": LENGTH},
-            vision_config={**tower, "image_size": SIZE, "patch_size": PATCH},
-            projection_dim=DIM,
-        )
-    )
-    for parameter in model.parameters():  # the initial values are so small that everything looks alike
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.logit_scale.data.fill_(math.log(90.0))
-    model.save_pretrained(path)
 
 
 @pytest.fixture
@@ -103,39 +93,6 @@ OPEN_CLIP = {"first": "ln_1", "second": "ln_2", "qkv": "attn.in_proj", "kinds": 
              "out": "attn.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}  # fmt: skip
 
 
-def open_clip_state(layers=2, vocabulary=11):
-    """A random CLIP with open_clip's names."""
-    state = {
-        "logit_scale": torch.tensor(4.0),
-        "token_embedding.weight": torch.randn(vocabulary, WIDTH),
-        "positional_embedding": torch.randn(LENGTH, WIDTH) * 0.3,
-        "text_projection": torch.randn(WIDTH, DIM) / 8,
-        "visual.class_embedding": torch.randn(WIDTH),
-        "visual.positional_embedding": torch.randn((SIZE // PATCH) ** 2 + 1, WIDTH) * 0.3,
-        "visual.conv1.weight": torch.randn(WIDTH, 3, PATCH, PATCH) / 14,
-        "visual.proj": torch.randn(WIDTH, DIM) / 8,
-    }
-    for name in ("ln_final", "visual.ln_pre", "visual.ln_post"):
-        state |= {f"{name}.weight": 1 + 0.1 * torch.randn(WIDTH), f"{name}.bias": 0.1 * torch.randn(WIDTH)}
-    for tower in ("transformer", "visual.transformer"):
-        for i in range(layers):
-            prefix = f"{tower}.resblocks.{i}."
-            for name, rows, columns in (
-                ("attn.in_proj_", 3 * WIDTH, WIDTH), ("attn.out_proj.", WIDTH, WIDTH),
-                ("mlp.c_fc.", 96, WIDTH), ("mlp.c_proj.", WIDTH, 96),
-            ):  # fmt: skip
-                state |= {
-                    f"{prefix}{name}weight": torch.randn(rows, columns) / 8,
-                    f"{prefix}{name}bias": torch.randn(rows) / 8,
-                }
-            for name in ("ln_1", "ln_2"):
-                state |= {
-                    f"{prefix}{name}.weight": 1 + 0.1 * torch.randn(WIDTH),
-                    f"{prefix}{name}.bias": torch.zeros(WIDTH),
-                }
-    return state
-
-
 def test_published_hps_weights_are_the_same_network(tmp_path, folder, images):
     state = open_clip_state()
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "hps.pt")
@@ -162,18 +119,6 @@ def test_published_hps_weights_are_the_same_network(tmp_path, folder, images):
     torch.testing.assert_close(got, F.cosine_similarity(pictures, texts), rtol=1e-4, atol=1e-5)
 
 
-def head_state(width):
-    sizes = [(8, width), (6, 8), (1, 6)]
-    return {
-        key: value
-        for number, (rows, columns) in zip((0, 2, 4), sizes, strict=True)
-        for key, value in {
-            f"layers.{number}.weight": torch.randn(rows, columns),
-            f"layers.{number}.bias": torch.randn(rows),
-        }.items()
-    }
-
-
 def test_aesthetic_head_on_unit_embeddings(tmp_path, folder, images):
     state = head_state(DIM)
     torch.save(state, tmp_path / "head.pth")
@@ -189,50 +134,6 @@ def test_aesthetic_head_on_unit_embeddings(tmp_path, folder, images):
 
 TIMM = {"first": "norm1", "second": "norm2", "qkv": "attn.qkv", "kinds": (".weight", ".bias"), "eps": 1e-6,
         "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
-
-
-def image_reward_state(width=128, text=64, vocabulary=11, layers=2):
-    """A random ImageReward with the original names: vision `width`, BERT `text` wide."""
-    state = {}
-
-    def linear(name, rows, columns):
-        state.update(
-            {f"{name}.weight": torch.randn(rows, columns) / columns**0.5, f"{name}.bias": 0.1 * torch.randn(rows)}
-        )
-
-    def norm(name, size):
-        state.update({f"{name}.weight": 1 + 0.1 * torch.randn(size), f"{name}.bias": 0.1 * torch.randn(size)})
-
-    vision, bert = "blip.visual_encoder", "blip.text_encoder"
-    state[f"{vision}.cls_token"] = torch.randn(1, 1, width)
-    state[f"{vision}.pos_embed"] = torch.randn(1, (SIZE // PATCH) ** 2 + 1, width)
-    state[f"{vision}.patch_embed.proj.weight"] = torch.randn(width, 3, PATCH, PATCH) / 14
-    state[f"{vision}.patch_embed.proj.bias"] = torch.randn(width)
-    norm(f"{vision}.norm", width)
-    for i in range(layers):
-        prefix = f"{vision}.blocks.{i}"
-        for name in ("norm1", "norm2"):
-            norm(f"{prefix}.{name}", width)
-        linear(f"{prefix}.attn.qkv", 3 * width, width)
-        linear(f"{prefix}.attn.proj", width, width)
-        linear(f"{prefix}.mlp.fc1", 80, width)
-        linear(f"{prefix}.mlp.fc2", width, 80)
-    state[f"{bert}.embeddings.position_ids"] = torch.arange(image_reward.LENGTH)[None]
-    state[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(vocabulary, text)
-    state[f"{bert}.embeddings.position_embeddings.weight"] = torch.randn(image_reward.LENGTH, text)
-    norm(f"{bert}.embeddings.LayerNorm", text)
-    for i in range(layers):
-        prefix = f"{bert}.encoder.layer.{i}"
-        for attention, source in (("attention", text), ("crossattention", width)):
-            linear(f"{prefix}.{attention}.self.query", text, text)
-            linear(f"{prefix}.{attention}.self.key", text, source)
-            linear(f"{prefix}.{attention}.self.value", text, source)
-            linear(f"{prefix}.{attention}.output.dense", text, text)
-            norm(f"{prefix}.{attention}.output.LayerNorm", text)
-        linear(f"{prefix}.intermediate.dense", 72, text)
-        linear(f"{prefix}.output.dense", text, 72)
-        norm(f"{prefix}.output.LayerNorm", text)
-    return state | {f"mlp.{key}": value for key, value in head_state(text).items()}
 
 
 def test_image_reward_is_the_same_network_with_the_published_names(tmp_path, images):

@@ -36,7 +36,7 @@ import json, torch, triton_offline
 from star_kernels.triton import attention_maps as kernels
 names = ("maps_kernel", "lse_kernel", "sum_kernel")
 for name in names: setattr(kernels, name, triton_offline.Recorder(getattr(kernels, name)))
-query, key = torch.zeros(2, 1, 24, 128, 64, dtype=torch.bfloat16).unbind(0)
+query, key = torch.zeros(2, 1, 24, 256, 64, dtype=torch.bfloat16).unbind(0)
 for processors in (1, 1000):
     kernels.processors = lambda device: processors
     for concepts in range(1, 9):
