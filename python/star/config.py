@@ -65,8 +65,14 @@ class Model:
     lora_alpha: Positive = 64
     """Scale of the adapters; their product is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
     )
     """Matrices of the transformer that get an adapter, by the end of their names."""
     adapter: str | None = None

@@ -27,9 +27,14 @@ def shapes() -> Config:
             lora_alpha=1024,
             lora_targets=(
                 *(f"{attention}.{matrix}" for attention in ("attn", "attn2") for matrix in stream),
-                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+                "attn.add_q_proj",
+                "attn.add_k_proj",
+                "attn.add_v_proj",
+                "attn.to_add_out",
                 *(f"{part}.net.{matrix}" for part in ("ff", "ff_context") for matrix in ("0.proj", "2")),
-                *("norm1.linear", "norm1_context.linear", "proj_out"),
+                "norm1.linear",
+                "norm1_context.linear",
+                "proj_out",
             ),
         ),
         sampling=Sampling(

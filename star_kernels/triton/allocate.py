@@ -171,8 +171,19 @@ def launch(
     block = min(MOST_TOKENS, max(TOKENS_OF_WARP, triton.next_power_of_2(tokens)))
     with torch.cuda.device_of(maps):
         allocate_kernel[(batch,)](
-            *(maps, workspace, weights, *maps.stride(), concepts, rows, columns, patch),
-            *(math.ceil(min(3 * smooth, 2.0**30)), smooth, sharpen, cap, mix),
+            maps,
+            workspace,
+            weights,
+            *maps.stride(),
+            concepts,
+            rows,
+            columns,
+            patch,
+            math.ceil(min(3 * smooth, 2.0**30)),
+            smooth,
+            sharpen,
+            cap,
+            mix,
             LARGEST=combine == "max",
             SMOOTH=smooth > 0,
             SHARPEN=sharpen != 1,

@@ -63,8 +63,18 @@ def launch(sample: Tensor, velocity: Tensor, noise: Tensor, a: Tensor, b: Tensor
     batch, elements = sample.shape[0], sample.numel() // sample.shape[0]
     with torch.cuda.device_of(sample):
         step_kernel[triton.cdiv(elements, BLOCK), batch](
-            *(sample.contiguous(), velocity.contiguous(), noise.contiguous(), a, b, s, prev_sample, mean),
-            *(a.stride(0), b.stride(0), s.stride(0), elements),
+            sample.contiguous(),
+            velocity.contiguous(),
+            noise.contiguous(),
+            a,
+            b,
+            s,
+            prev_sample,
+            mean,
+            a.stride(0),
+            b.stride(0),
+            s.stride(0),
+            elements,
             BLOCK=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=False,

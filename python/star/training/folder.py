@@ -16,15 +16,35 @@ log = logging.getLogger("star")
 
 # The checkpoint's tensors are of these, or scores of the run would no longer compare.
 FIXED = (
-    *("task", "model.path", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "model.adapter"),
-    *("scoring.count", "scoring.prompts", "scoring.reward", "scoring.images_per_prompt", "scoring.steps"),
-    *("scoring.guidance_scale", "scoring.seed"),
+    "task",
+    "model.path",
+    "model.lora_rank",
+    "model.lora_alpha",
+    "model.lora_targets",
+    "model.adapter",
+    "scoring.count",
+    "scoring.prompts",
+    "scoring.reward",
+    "scoring.images_per_prompt",
+    "scoring.steps",
+    "scoring.guidance_scale",
+    "scoring.seed",
 )
 # They say where and how a run goes on, not what it trains.
 UNNAMED = (
-    *("run.out", "run.resume", "run.overwrite", "run.save_every", "run.keep_checkpoints", "run.figures"),
-    *("run.grid_every", "run.trackers", "run.timeout_minutes", "run.reward_timeout", "run.reward_strict"),
-    *("run.reward_models", "optimization.iterations"),
+    "run.out",
+    "run.resume",
+    "run.overwrite",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.figures",
+    "run.grid_every",
+    "run.trackers",
+    "run.timeout_minutes",
+    "run.reward_timeout",
+    "run.reward_strict",
+    "run.reward_models",
+    "optimization.iterations",
 )
 
 
