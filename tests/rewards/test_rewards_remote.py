@@ -21,7 +21,7 @@ from star.rewards.worker import RewardWorker
 
 @contextmanager
 def running(server):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -31,8 +31,8 @@ def running(server):
         thread.join()
 
 
-def local(reward, limit=1 << 20):
-    return running(serve.make_server(reward, "test", "127.0.0.1", 0, limit))
+def local(reward, limits=1 << 20, token=None):
+    return running(serve.make_server(reward, "test", "127.0.0.1", 0, limits, token))
 
 
 def rich(images, prompts, metadata):
@@ -65,7 +65,7 @@ def test_a_reward_is_remote_by_its_address_and_keeps_its_name():
     assert {"deqa_length", "deqa_retries"} <= scores.details.keys()
 
 
-def test_one_failing_picture_costs_one_picture_and_is_told(caplog):
+def test_one_failing_image_costs_one_image_and_is_told(caplog):
     with local(rich) as url:
         scores = Remote(url)(torch.rand(3, 3, 4, 4), ["a", "raise", "nan"], [{}] * 3)
     assert scores.reward.isnan().tolist() == [False, True, True]
@@ -110,22 +110,23 @@ def quick(url, **options):
 
 
 def test_a_server_that_recovers_is_asked_again_and_the_retries_are_counted(caplog):
-    with scripted((500, b'{"error": "warming up"}', 0), (503, b"<html>", 0), (200, GOOD, 0)) as (server, url):
+    with scripted((429, b'{"error": "warming up"}', 0), (503, b"<html>", 0), (200, GOOD, 0)) as (server, url):
         scores = quick(url)(*ASK)
     assert server.asked == 3 and scores.details["retries"].tolist() == [2, 2]
     assert scores.reward[0] == 0.25 and scores.reward[1].isnan()
-    assert "failed (500: warming up); attempt 2 follows" in caplog.text and "attempt 3 follows" in caplog.text
+    assert "failed (429: warming up); attempt 2 follows" in caplog.text and "attempt 3 follows" in caplog.text
 
 
 def test_retries_are_bounded_and_a_refusal_is_final():
-    with scripted((500, b'{"error": "out\\nof memory"}', 0)) as (server, url):
-        with pytest.raises(RewardError, match=r"reward: 'far' at http://.* failed 3 times \(500: out of memory\)"):
+    with scripted((503, b'{"error": "out\\nof memory"}', 0)) as (server, url):
+        with pytest.raises(RewardError, match=r"reward: 'far' at http://.* failed 3 times \(503: out of memory\)"):
             quick(url)(*ASK)
         assert server.asked == 3
-    with scripted((400, b'{"error": "no such thing"}', 0)) as (server, url):
-        with pytest.raises(RewardError, match=r"failed \(400: no such thing\)"):
-            quick(url)(*ASK)
-        assert server.asked == 1
+    for status in (400, 401, 404, 413, 500):
+        with scripted((status, b'{"error": "no such thing"}', 0)) as (server, url):
+            with pytest.raises(RewardError, match=rf"failed \({status}: no such thing"):
+                quick(url)(*ASK)
+            assert server.asked == 1
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_slow_server_times_out(script):
         quick(url, timeout=0.3, attempts=2)(*ASK)
 
 
-def test_a_dead_server_costs_the_batch_and_is_not_asked_picture_by_picture(caplog):
+def test_a_dead_server_costs_the_batch_and_is_not_asked_image_by_image(caplog):
     with scripted((200, GOOD, 0)) as (_, url):
         pass
     with RewardWorker(quick(url)) as worker:
@@ -185,10 +186,10 @@ def png_header(width):
 
 
 def test_the_server_refuses_what_it_does_not_understand_and_goes_on():
-    with local(rich, limit=100_000) as url:
+    with local(rich, limits=100_000) as url:
         for body, status, words in [
             (b"not json", 400, "expected JSON"),
-            (b"[" * 50_000, 400, "expected JSON"),
+            (b"[" * 50_000, 400, "nested too deeply"),
             (b"{}", 400, "expected JSON with 'images'"),
             (changed(prompts=["a"]), 400, "expected as many 'images' as 'prompts'"),
             (changed(prompts=["a", 3]), 400, "expected texts"),
@@ -200,7 +201,8 @@ def test_the_server_refuses_what_it_does_not_understand_and_goes_on():
             assert got[0] == status and any(w in got[1]["error"] for w in words.split("|")), got
         assert post(url, pack_request(*ASK), "/other")[0] == 404
         assert post(url, iter([b"x"]), headers={"Transfer-Encoding": "chunked"})[0] == 411
-        assert post(url, pack_request(ASK[0], ["raise", "raise"], ASK[2]))[0] == 500
+        status, answer = post(url, pack_request(ASK[0], ["raise", "raise"], ASK[2]))
+        assert status == 200 and answer["reward"] == [None, None] and len(answer["errors"]) == 2
         assert post(url, pack_request(*ASK))[0] == 200
 
 
