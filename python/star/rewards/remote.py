@@ -1,45 +1,57 @@
 """A reward over HTTP, and the messages it exchanges with its server (serve.py is one; any language can be another).
 
-Request, POST /score, JSON: {"images": [base64 of a PNG, ...], "prompts": [...], "metadata": [{...}, ...]}.
-Answer, JSON: {"reward": [number or null, ...]} with, optionally, "details": {name: [number or null, ...]}, "arrays":
-base64 of a safetensors file with "masks" and "reward_map" (B, H, W) as in Scores, and "errors": [line, ...].
-null is a reward that failed. An answer with another status than 200 may say why under "error".
+Request, POST /score, JSON: {"images": [base64 of a PNG, ...], "prompts": [...], "metadata": [{...}, ...]}, with the
+header "Authorization: Bearer TOKEN" where there is a token. Answer, JSON: {"reward": [number or null, ...]} with,
+optionally, "details": {name: [number or null, ...]}, "arrays": base64 of a safetensors file with "masks" and
+"reward_map" (B, H, W) as in Scores, and "errors": [line, ...]. null is a reward that failed. An answer with another
+status than 200 may say why under "error". A request changes nothing at the server, so that it may be sent again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import ipaddress
 import json
 import logging
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from http.client import HTTPException
+import math
+import os
+import threading
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
+import httpx2
 import torch
 from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from star.rewards import Metadata, RewardError, Scores, as_scores, concatenate, pixels
+from star.rewards import Metadata, RewardError, Scores, as_scores, concatenate, one_line, pixels
 
 log = logging.getLogger("star")
+TOKEN = "STAR_REWARD_TOKEN"  # environment variable
+AGAIN = (429, 502, 503, 504)  # statuses after which asking again may help
+TOLD = 5  # errors of an answer that are told one by one
+VALUES = 1 << 18  # commas and brackets of a message: each may become an object of many bytes
+T = TypeVar("T")
+
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def pack_request(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> bytes:
     encoded = []
-    for picture in pixels(images):
+    for image in pixels(images):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+        Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
         encoded.append(base64.b64encode(buffer.getvalue()).decode())
     return json.dumps({"images": encoded, "prompts": list(prompts), "metadata": [dict(m) for m in metadata]}).encode()
 
 
 def pack_answer(scores: Scores, errors: Sequence[str]) -> bytes:
-    answer = {
+    answer: dict[str, Any] = {
         "reward": _numbers(scores.reward),
         "details": {name: _numbers(value) for name, value in scores.details.items()},
         "errors": list(errors),
@@ -56,9 +68,20 @@ def _numbers(values: Tensor) -> list[float | None]:
     ]
 
 
-def unpack_answer(body: bytes, count: int) -> tuple[Scores, list[str]]:
-    """Scores of an answer and the errors it tells. Raises ValueError for anything else."""
-    answer = json.loads(body)
+def read_json(body: bytes) -> Any:
+    """What a message says. Raises ValueError for what is no JSON, or JSON of so many values that it would not fit."""
+    if sum(body.count(sign) for sign in (b",", b"[", b"{")) > VALUES:
+        raise ValueError(f"more than {VALUES} values")
+    try:
+        return json.loads(body)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def unpack_answer(body: bytes, count: int, size: Sequence[int]) -> tuple[Scores, list[str]]:
+    """Scores of an answer and the errors it tells. size: (H, W) of the images. Raises ValueError or RewardError for
+    anything else."""
+    answer = read_json(body)
     if not isinstance(answer, dict) or not isinstance(answer.get("reward"), list):
         raise ValueError("it has no list 'reward'")
 
@@ -68,30 +91,43 @@ def unpack_answer(body: bytes, count: int) -> tuple[Scores, list[str]]:
             raise ValueError(f"{name!r} is no list of {count} numbers")
         return torch.tensor([torch.nan if value is None else float(value) for value in numbers])
 
-    details = answer.get("details") or {}
-    if not isinstance(details, dict):
-        raise ValueError("'details' is no object")
+    details, errors = answer.get("details") or {}, answer.get("errors") or []
+    if not isinstance(details, dict) or not all(0 < len(name) <= 100 and name.isprintable() for name in details):
+        raise ValueError("'details' is no object of names and numbers")
+    if not isinstance(errors, list):
+        raise ValueError("'errors' is no list of lines")
     arrays = load(base64.b64decode(answer["arrays"], validate=True)) if answer.get("arrays") else {}
     scores = Scores(
         column("reward", answer["reward"]),
-        {str(name): column(name, values) for name, values in details.items()},
+        {name: column(name, values) for name, values in details.items()},
         arrays.get("masks"),
         arrays.get("reward_map"),
     )
-    return as_scores(scores, count), [str(line) for line in answer.get("errors") or ()]
+    return as_scores(scores, count, size), [one_line(line) for line in errors]
+
+
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
+class TryAgain(Exception):
+    """A request failed in a way that may pass; its message says how."""
 
 
 @dataclass(frozen=True)
 class Remote:
     """Asks a server.
 
-    url: where the server is; "/score" is added. name: for messages. batch: pictures per request. timeout: seconds for a
-    request, from connecting to the last byte. attempts: how often a request is tried in all, when the server cannot be
-    reached, takes too long or answers 429 or 5xx; backoff: seconds before the second attempt, doubled each time.
-    limit: bytes of an answer. The number of further attempts is the detail `retries`.
+    url: where the server is; "/score" is added. name: for messages. batch: images per request. timeout: seconds for a
+    request, from looking up the address to the last byte, whatever the server does. attempts: how often a request is
+    tried in all, when the server cannot be reached, breaks off, takes too long or answers one of AGAIN; backoff:
+    seconds before the second attempt, doubled each time. limit: bytes of an answer. token: what the server wants to be
+    told; by default the environment variable STAR_REWARD_TOKEN. The number of further attempts is the detail `retries`.
+
+    Redirects are not followed. The environment's proxies are used, except for addresses of this machine.
 
     Raises:
-        RewardError: the last attempt failed, another status, or an answer that is none.
+        ValueError: an address that is none, or a number out of its range. RewardError: the last attempt failed, another
+            status, an answer that is none, or a reward that failed for every image.
     """
 
     url: str
@@ -101,63 +137,192 @@ class Remote:
     attempts: int = 3
     backoff: float = 1.0
     limit: int = 256 << 20
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        parse_address(self.url)
+        for name, least in (("batch", 1), ("timeout", 0), ("attempts", 1), ("backoff", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < least or (name == "timeout" and value == 0):
+                raise ValueError(
+                    f"{name}: got {value}, expected {'above' if name == 'timeout' else 'at least'} {least}"
+                )
+        check_token(self.token or os.environ.get(TOKEN))
+
+    @property
+    def shown(self) -> str:
+        """The address as messages tell it."""
+        return without_user(self.url).rstrip("/")
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-        parts = []
-        for start in range(0, len(prompts), self.batch):
-            rows = slice(start, start + self.batch)
-            parts.append(self._ask(pack_request(images[rows], prompts[rows], metadata[rows]), len(prompts[rows])))
-        return concatenate(parts)
+        return run_beside(self._ask_all(images, prompts, metadata))
 
-    def _ask(self, body: bytes, count: int) -> Scores:
+    async def _ask_all(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
+        parts, lines = [], []
+        async with self._client() as client:
+            for start in range(0, len(prompts), self.batch):
+                rows = slice(start, start + self.batch)
+                body = pack_request(images[rows], prompts[rows], metadata[rows])
+                scores, errors = await self._ask(client, body, len(prompts[rows]), images.shape[-2:])
+                parts.append(scores)
+                lines += errors
+        for line in lines[:TOLD]:
+            log.warning("%s said: %s", self.shown, line)
+        if len(lines) > TOLD:
+            log.warning("%s said %d more lines", self.shown, len(lines) - TOLD)
+        joined = concatenate(parts)
+        if lines and joined.reward.isnan().all():
+            raise self._error(f"failed for every image of a batch ({lines[0]})")
+        return joined
+
+    async def _ask(self, client: httpx2.AsyncClient, body: bytes, count: int, size: Sequence[int]) -> tuple:
         for attempt in range(self.attempts):
-            reason, final = "", False
             try:
-                scores, errors = unpack_answer(self._post(body), count)
-            except urllib.error.HTTPError as error:
-                reason, final = _status(error), error.code != 429 and error.code < 500
-            except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-                reason = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
+                answer = await self._post(client, body)
+            except TryAgain as error:
+                if attempt + 1 == self.attempts:
+                    raise self._error(
+                        f"failed {attempt + 1} times ({error})" if attempt else f"failed ({error})"
+                    ) from error
+                log.warning(
+                    "reward: %r at %s failed (%s); attempt %d follows", self.name, self.shown, error, attempt + 2
+                )
+                await asyncio.sleep(self.backoff * 2**attempt)
+                continue
+            try:
+                scores, errors = unpack_answer(answer, count, size)
             except Exception as error:  # JSON's, base64's, safetensors': what it said is no answer
-                raise self._error(f"answered with something else ({_line(error)})") from error
-            else:
-                for line in errors:
-                    log.warning("%s said: %s", self.url, line)
-                retries = torch.full((count,), float(attempt))
-                return replace(scores, details=scores.details | {"retries": retries})
-            if final or attempt + 1 == self.attempts:
-                raise self._error(f"failed {attempt + 1} times ({reason})" if attempt else f"failed ({reason})")
-            log.warning("reward: %r at %s failed (%s); attempt %d follows", self.name, self.url, reason, attempt + 2)
-            time.sleep(self.backoff * 2**attempt)
+                raise self._error(f"answered with something else ({one_line(error)})") from error
+            retries = torch.full((count,), float(attempt))
+            return replace(scores, details=scores.details | {"retries": retries}), errors
         raise AssertionError("attempts is at least 1")
 
-    def _post(self, body: bytes) -> bytes:
-        deadline = time.monotonic() + self.timeout
-        address = self.url.rstrip("/") + "/score"
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            parts, size = [], 0
-            while part := response.read1(1 << 20):
-                parts.append(part)
-                size += len(part)
-                if size > self.limit:
-                    raise ValueError(f"more than {self.limit} bytes")
-                if time.monotonic() > deadline:  # each read has a limit of its own: bytes may trickle for ever
-                    raise TimeoutError("timed out")
+    async def _post(self, client: httpx2.AsyncClient, body: bytes) -> bytes:
+        """The body of the answer. Raises TryAgain or RewardError."""
+        try:
+            async with asyncio.timeout(self.timeout), client.stream("POST", "/score", content=body) as response:
+                answer = await self._read(response)
+        except TimeoutError as error:
+            raise TryAgain("timed out") from error
+        except httpx2.TransportError as error:  # refused, reset, broken off
+            raise TryAgain(self._through(_reason(error))) from error
+        if response.status_code == 200:
+            return answer
+        try:
+            why = read_json(answer)["error"]
+        except Exception:
+            why = response.reason_phrase
+        reason = self._through(f"{response.status_code}: {one_line(why, 200)}")
+        if response.is_redirect:
+            reason += "; redirects are not followed, give the address it leads to"
+        if response.status_code == 401:
+            reason += f"; set the environment variable {TOKEN}"
+        if response.status_code in AGAIN:
+            raise TryAgain(reason)
+        raise self._error(f"failed ({reason})")
+
+    async def _read(self, response: httpx2.Response) -> bytes:
+        parts, size = [], 0
+        async for part in response.aiter_raw():  # as it came: nothing is unpacked
+            parts.append(part)
+            size += len(part)
+            if size > self.limit:
+                raise self._error(f"answered with something else (more than {self.limit} bytes)")
         return b"".join(parts)
 
+    def _client(self) -> httpx2.AsyncClient:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if token := self.token or os.environ.get(TOKEN):
+            headers["Authorization"] = f"Bearer {token}"
+        try:
+            # No settings from the environment but those that are read here.
+            return httpx2.AsyncClient(
+                base_url=self.url, headers=headers, proxy=proxy_for(self.url), trust_env=False, timeout=None
+            )
+        except Exception as error:  # a proxy's address, or certificates that cannot be read
+            raise self._error(f"cannot be asked ({self._through(one_line(error))})") from error
+
+    def _through(self, reason: str) -> str:
+        proxy = proxy_for(self.url)
+        return f"{reason}; through the proxy {without_user(proxy)} of the environment" if proxy else reason
+
     def _error(self, what: str) -> RewardError:
-        return RewardError(f"reward: {self.name!r} at {self.url} {what}")
+        return RewardError(f"reward: {self.name!r} at {self.shown} {what}")
 
 
-def _status(error: urllib.error.HTTPError) -> str:
-    """The status of an answer and, in one line, why."""
+def parse_address(url: str) -> httpx2.URL:
+    """The address of a server. Raises ValueError."""
     try:
-        why = str(json.loads(error.read(1 << 16))["error"])
-    except Exception:
-        why = error.reason
-    return f"{error.code}: {' '.join(str(why).split())[:200]}"
+        address, reason = httpx2.URL(url), ""
+    except httpx2.InvalidURL as error:
+        address, reason = httpx2.URL(""), f" ({one_line(error)})"
+    port = address.port is None or 0 < address.port < 1 << 16
+    known = address.scheme in ("http", "https") and address.host and port and not (address.query or address.fragment)
+    if not known or not url.isprintable() or " " in url:
+        raise ValueError(
+            f"reward_models: got {without_user(url)!r}, expected an address such as http://127.0.0.1:18085{reason}"
+        )
+    return address
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def check_token(token: str | None) -> None:
+    """Raise ValueError for a token that a header cannot hold."""
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token):
+        raise ValueError(f"token: expected printable ASCII characters without spaces around them; see {TOKEN}")
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address; none for addresses of this machine."""
+    address = httpx2.URL(url)
+    if is_loopback(address.host) or proxy_bypass_environment(address.host):
+        return None
+    proxies = getproxies_environment()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is of this machine itself."""
+    name = host.rstrip(".").lower()
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
+def without_user(url: str) -> str:
+    """An address without the user and password that it may have."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, below the library's own words."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno:
+            return os.strerror(found.errno) if found.errno > 0 else one_line(found.strerror)  # below 0: names
+        found = found.exceptions[0] if isinstance(found, BaseExceptionGroup) else found.__cause__ or found.__context__
+    return one_line(error)
+
+
+def run_beside(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, which runs in a thread of its own: here a loop may be running, as in a notebook."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        loop = asyncio.new_event_loop()
+        try:
+            outcome["result"] = loop.run_until_complete(work)
+        except BaseException as error:
+            outcome["error"] = error
+        finally:
+            loop.close()  # without waiting for a name that is still being looked up
+
+    thread = threading.Thread(target=run, name="star-reward-request", daemon=True)
+    thread.start()
+    thread.join()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
