@@ -212,6 +212,27 @@ def test_metadata_that_is_not_genevals_is_one_clear_line(metadata, words):
         geneval.check(metadata)
 
 
+def test_null_is_what_is_not_said():
+    """As other tools write what an entry lacks."""
+    entry = {"class": "bench", "count": 1, "color": None, "position": None}
+    said = geneval.check({"tag": None, "include": [entry], "exclude": None, "prompt": "a bench"})
+    assert said == {"include": [{"class": "bench", "count": 1}], "exclude": [], "prompt": "a bench"}
+    assert judge(select([thing("bench")], ""), {"include": [entry], "exclude": None}, lambda objects: []).strict
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 3, "dog", {"class": None}, {"count": None}, {"count": True}, {"count": 1.5}, {"color": ["red"]},
+              {"position": 3}, {"position": "ab"}, {"position": ["above", None]}, {"position": [None, 0]}],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_metadata_of_other_types_is_one_clear_line(name, entry):
+    entry = {**wanted("dog"), **entry} if isinstance(entry, dict) else entry
+    metadata = {"include": [wanted("cat")], "exclude": []}
+    for value in ([*metadata[name], entry], 3 if entry is None else entry):
+        with pytest.raises(ValueError, match="reward: 'geneval' got metadata with"):
+            geneval.check({**metadata, name: value})
+
+
 # --- the networks -------------------------------------------------------------------------------------------------
 
 

@@ -209,13 +209,21 @@ def test_other_text_is_no_part_of_the_map(reader):
         ('a sign "Open Late" and "no"', "openlate"),
         ("a sign “Open Late”", "openlate"),
         ('an unclosed "Quote here', "quotehere"),
+        ('a 24" monitor showing "HELLO"', "hello"),
+        ('"24" on a door', "24"),
+        ('first "" then "second"', "second"),
+        ("ein Schild „Hallo Welt“ und mehr", "hallowelt"),
+        ("un panneau « Bonjour »", "bonjour"),
+        ("ett tecken ”Hej”", "hej"),
+        ("看板に「営業中」", "営業中"),
+        ("牌子上写着“你好”", "你好"),
     ],
 )
 def test_the_first_quoted_text_is_wanted(prompt, wanted):
     assert ocr.target(prompt) == wanted
 
 
-@pytest.mark.parametrize("prompt", ["no quotes", 'empty ""', 'blank "  "'])
+@pytest.mark.parametrize("prompt", ["no quotes", 'empty ""', 'blank "  "', 'a 5" pipe', "l'heure d'été"])
 def test_a_prompt_that_quotes_nothing_is_one_clear_line(prompt):
     with pytest.raises(ValueError, match="reward: 'ocr' found no text in double quotes in the prompt"):
         ocr.target(prompt)

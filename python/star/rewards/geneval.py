@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023): are the objects there that the prompt asks for, in number, color and place?
+"""GenEval (Ghosh et al. 2023): are the objects there that the prompt asks for, in number, color and position?
 
 The rules are those of the benchmark's evaluate_images.py and, for partial credit, of Flow-GRPO's reward server
 (yifan123/reward-server, gen_eval.py), as pure functions of detections. The objects come from Mask2Former trained on
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from star.rewards import Metadata, Scores, without_nulls
+from star.rewards import Metadata, Scores
 from star.rewards.clip import CLIP, OPENAI_L, load_clip
 from star.rewards.loading import load_pretrained
 
@@ -44,7 +44,7 @@ MAX_OBJECTS = 16  # of a class
 MAX_OVERLAP = 1.0  # intersection over union from which the less confident of a class goes; 1: never, as published
 POSITION_THRESHOLD = 0.1  # share of both sizes by which centers must differ
 BACKGROUND = 0x99 / 255  # gray around a cut-out object
-DETECTIONS = 100  # per picture
+DETECTIONS = 100  # per image
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,13 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     return {name for name, holds in held.items() if holds}
 
 
-def _placed(objects: list[Detection], targets: list[Detection] | None, relation: str) -> bool:
+def _related(objects: list[Detection], targets: list[Detection] | None, relation: str) -> bool:
     return targets is not None and all(relation in relations(o.box, t.box) for o in objects for t in targets)
 
 
 def judge(groups: Groups, metadata: Mapping[str, Any], colors_of: ColorsOf) -> Verdict:
     """Judge what was seen against a prompt's metadata. Raises ValueError for metadata that is not GenEval's."""
-    metadata = without_nulls(metadata)
-    check(metadata)
+    metadata = check(metadata)
     known: dict[str, list[str]] = {}
 
     def colors(name: str, objects: list[Detection]) -> list[str]:  # always the first so many of a class
@@ -141,7 +140,7 @@ def judge(groups: Groups, metadata: Mapping[str, Any], colors_of: ColorsOf) -> V
 
 
 def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, list[str]]:
-    """At least as many of each as asked for; colors and places of the most confident ones; nothing excluded."""
+    """At least as many of each as asked for; colors and positions of the most confident ones; nothing excluded."""
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []
     for entry in metadata["include"]:
@@ -155,7 +154,7 @@ def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
                 reasons.append(f"expected {count} {entry['color']} {name}, found {', '.join(seen)}")
             if "position" in entry and len(reasons) == before:
                 relation, index = entry["position"]
-                if not _placed(objects, matched[index], relation):
+                if not _related(objects, matched[index], relation):
                     reasons.append(f"expected {name} {relation} {metadata['include'][index]['class']}")
         matched.append(objects if len(reasons) == before else None)
     for entry in metadata.get("exclude", ()):
@@ -165,9 +164,9 @@ def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
 
 
 def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, float]:
-    """Exactly as many of each as asked for; the mean credit of numbers, colors and places. Nothing is excluded.
+    """Exactly as many of each as asked for; the mean credit of numbers, colors and positions. Nothing is excluded.
 
-    As the reward server has it: a place that is wrong adds a 0 and a 1 to that mean, one that is right a 1.
+    As the reward server has it: a position that is wrong adds a 0 and a 1 to that mean, one that is right a 1.
     """
     strict, credits = True, []
     matched: list[list[Detection] | None] = []
@@ -185,34 +184,40 @@ def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
                 right = number == count
             if "position" in entry and right:
                 relation, index = entry["position"]
-                right = _placed(objects, matched[index], relation)
+                right = _related(objects, matched[index], relation)
                 credits += [1.0] if right else [0.0] if matched[index] is None else [0.0, 1.0]
         matched.append(objects if right else None)
         strict = strict and right
     return strict, sum(credits) / len(credits)
 
 
-def check(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError, saying what is wrong, if a prompt's metadata is not GenEval's."""
+def check(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt's metadata without what is null in it, which is not said. Raises ValueError, saying what is wrong, if it
+    is not GenEval's."""
 
     def wrong(what: str) -> ValueError:
         return ValueError(f"reward: 'geneval' got metadata {what}; it needs GenEval's .jsonl prompt files")
 
-    metadata = without_nulls(metadata)
-    include = metadata.get("include")
-    if not isinstance(include, list) or not include:
-        raise wrong(f"with {include!r} under 'include'")
-    for number, entry in enumerate([*include, *metadata.get("exclude", ())]):
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("class"), str):
-            raise wrong(f"with the entry {entry!r} without a class")
-        if not isinstance(entry.get("count"), int) or entry["count"] < 1:
+    said = {key: value for key, value in metadata.items() if value is not None}
+    for name in ("include", "exclude"):
+        entries = said.setdefault(name, [])
+        if not isinstance(entries, list) or (name == "include" and not entries):
+            raise wrong(f"with {metadata.get(name)!r} under {name!r}")
+        for entry in entries:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("class"), str):
+                raise wrong(f"with the entry {entry!r} without a class")
+        said[name] = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
+    for number, entry in enumerate([*said["include"], *said["exclude"]]):
+        if type(entry.get("count")) is not int or entry["count"] < 1:
             raise wrong(f"with count {entry.get('count')!r} of {entry['class']!r}")
         if entry.get("color", COLORS[0]) not in COLORS:
             raise wrong(f"with color {entry['color']!r}, not one of {list(COLORS)}")
         if "position" in entry:
-            relation, index = entry["position"] if len(entry["position"]) == 2 else (None, None)
-            if relation not in RELATIONS or not isinstance(index, int) or not 0 <= index < number:
-                raise wrong(f"with position {entry['position']!r} of {entry['class']!r}")
+            position = entry["position"]
+            relation, index = position if isinstance(position, list | tuple) and len(position) == 2 else (None, None)
+            if relation not in RELATIONS or type(index) is not int or not 0 <= index < number:
+                raise wrong(f"with position {position!r} of {entry['class']!r}")
+    return said
 
 
 # --- the networks -----------------------------------------------------------------------------------------------------
@@ -242,10 +247,10 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        """Up to DETECTIONS of each picture of (B, 3, H, W) in 0..1, of any confidence."""
+        """Up to DETECTIONS of each image of (B, 3, H, W) in 0..1, of any confidence."""
         prepared, size = self.prepare(images.to(self.model.device))
         found = []
-        for row in prepared.split(1):  # the masks of one picture at 800 px are large enough
+        for row in prepared.split(1):  # the masks of one image at 800 px are large enough
             output = self.model(pixel_values=row, pixel_mask=torch.ones_like(row[:, 0], dtype=torch.int64))
             logits = output.masks_queries_logits  # (1, Q, h, w)
             logits = F.interpolate(logits, row.shape[-2:], mode="bilinear", align_corners=False)
@@ -316,8 +321,8 @@ class GenEval:
         self.detector, self.classifier = detector, classifier
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-        for item in metadata:  # before the networks run
-            check(item)
+        metadata = [check(item) for item in metadata]  # before the networks run
+        for item in metadata:
             unknown = {entry["class"] for entry in item["include"]} - set(self.detector.names)
             if unknown:
                 raise ValueError(f"reward: 'geneval' got the class {min(unknown)!r}, which its detector does not know")

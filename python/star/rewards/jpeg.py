@@ -1,4 +1,4 @@
-"""How well a picture compresses: the rewards of DDPO (Black et al. 2023), with which a pipeline is easily checked."""
+"""How well a image compresses: the rewards of DDPO (Black et al. 2023), with which a pipeline is easily checked."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ QUALITY = 95
 
 
 def kilobytes(images: Tensor) -> Tensor:
-    """(B,) size of each picture as a JPEG of quality 95, in units of 1000 bytes. images: (B, 3, H, W) in 0..1."""
+    """(B,) size of each image as a JPEG of quality 95, in units of 1000 bytes. images: (B, 3, H, W) in 0..1."""
     sizes = []
-    for picture in pixels(images):
+    for image in pixels(images):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
+        Image.fromarray(image).save(buffer, format="JPEG", quality=QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes)
 
@@ -30,6 +30,6 @@ def jpeg_incompressibility(images: Tensor, prompts: Sequence[str], metadata: Met
 
 
 def jpeg_compressibility(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-    """-kilobytes/500, as in Flow-GRPO's rewards.py: about -0.1..-1 for pictures of 512 px."""
+    """-kilobytes/500, as in Flow-GRPO's rewards.py: about -0.1..-1 for images of 512 px."""
     size = kilobytes(images)
     return Scores(-size / 500, {"kilobytes": size})

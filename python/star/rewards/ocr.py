@@ -1,10 +1,11 @@
-"""Whether a picture shows the text that its prompt quotes: Flow-GRPO's reward (flow_grpo/ocr.py), read by RapidOCR.
+"""Whether a image shows the text that its prompt quotes: Flow-GRPO's reward (flow_grpo/ocr.py), read by RapidOCR.
 
 Flow-GRPO reads with PaddleOCR; RapidOCR runs PaddleOCR's networks in onnxruntime, with the weights inside its wheel.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,27 +15,31 @@ from torch import Tensor
 
 from star.rewards import Metadata, RewardError, Scores, one_line, pixels
 
+# Of several languages; a text may be left unclosed. A straight quote after a digit is an inch.
+QUOTED = re.compile(
+    r'(?<!\d)"([^"]*)(?:"|$)|“([^“”]*)(?:[“”]|$)|„([^“”]*)(?:[“”]|$)|”([^”]*)”|«([^»]*)(?:»|$)|»([^«]*)«'
+    r"|「([^」]*)(?:」|$)|『([^』]*)(?:』|$)|＂([^＂]*)(?:＂|$)"
+)
 MATCH = 0.5  # similarity from which a line of text counts as a part of what was asked for
 
 
 def target(prompt: str) -> str:
-    """The text between the first pair of double quotes, without spaces, in lower case. Raises ValueError if none."""
-    for opening, closing in (('"', '"'), ("“", "”")):
-        _, found, rest = prompt.partition(opening)
-        text = normalize(rest.partition(closing)[0]) if found else ""
+    """The first text in double quotes, without spaces, in lower case. Raises ValueError if there is none."""
+    for found in QUOTED.finditer(prompt):
+        text = normalize(next(group for group in found.groups() if group is not None))
         if text:
             return text
     raise ValueError(f"reward: 'ocr' found no text in double quotes in the prompt {prompt!r}")
 
 
 def normalize(text: str) -> str:
-    return text.replace(" ", "").lower()
+    return "".join(text.split()).lower()
 
 
 def edit_reward(read: str, wanted: str) -> float:
     """1 - edit distance / length of the text that is wanted, in 0..1; 1 if it is anywhere in what was read.
 
-    Both normalized. A picture full of other text is worth no less than an empty one.
+    Both normalized. An image full of other text is worth no less than an empty one.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -69,16 +74,16 @@ class OCR:
                 f"reward: 'ocr' could not load its networks ({one_line(error)}); pip install --force-reinstall rapidocr"
             ) from error
 
-    def read(self, picture: np.ndarray) -> list[tuple[str, np.ndarray]]:
-        """Lines of text and their boxes (4, 2) in (x, y) pixels. picture: (H, W, 3) uint8, RGB."""
-        found = self.engine(np.ascontiguousarray(picture[..., ::-1]))  # the networks were trained on BGR
+    def read(self, image: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """Lines of text and their boxes (4, 2) in (x, y) pixels. image: (H, W, 3) uint8, RGB."""
+        found = self.engine(np.ascontiguousarray(image[..., ::-1]))  # the networks were trained on BGR
         return list(zip(found.txts or (), found.boxes if found.txts else (), strict=True))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
-        pictures = pixels(images)
-        rewards, masks = [], np.zeros(pictures.shape[:3], np.float32)
-        for picture, prompt, mask in zip(pictures, prompts, masks, strict=True):
-            wanted, lines = target(prompt), self.read(picture)
+        arrays = pixels(images)
+        rewards, masks = [], np.zeros(arrays.shape[:3], np.float32)
+        for array, prompt, mask in zip(arrays, prompts, masks, strict=True):
+            wanted, lines = target(prompt), self.read(array)
             rewards.append(edit_reward(normalize("".join(text for text, _ in lines)), wanted))
             for text, box in lines:
                 similarity = self.similarity(normalize(text), wanted) / 100
