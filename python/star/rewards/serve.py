@@ -4,7 +4,7 @@ For rewards that need a machine or an environment of their own. Without a token 
 by default it listens on this machine only; nothing it is sent is executed.
 
 One request is unpacked and scored at a time. Until then requests wait as they came, and `Limits` bounds what they take:
-no more than `memory` for all that is received and waits, three times `request` for the one that is unpacked, and twelve
+no more than `memory` for all that is received and waits, four times `request` for the one that is unpacked, and twelve
 bytes for each of its `pixels`.
 """
 
