@@ -548,6 +548,9 @@ def test_missing_libraries_of_the_client_are_named(monkeypatch):
 # --- a short attack ---------------------------------------------------------------------------------------------------
 
 
+REQUESTS = int(os.environ.get("STAR_ATTACK_REQUESTS", 400))
+
+
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -617,7 +620,7 @@ def test_an_attack_of_many_requests_leaves_a_server_that_answers(caplog):
     statuses = {}
     with local(rich, Limits(request=1 << 20, receive=0.5, total=20.0)) as url:
         threads = threading.active_count()
-        for _ in range(400):
+        for _ in range(REQUESTS):
             with connect(url) as connection:
                 connection.settimeout(10)
                 try:
@@ -633,5 +636,6 @@ def test_an_attack_of_many_requests_leaves_a_server_that_answers(caplog):
         assert threading.active_count() <= threads + 2
     # Answered, refused, or (requests that never end) closed: never an internal error, never silence until the timeout.
     assert set(statuses) <= {"", "100", "200", "400", "404", "405", "411", "413"}, statuses
-    assert statuses["200"] > 20 and statuses["400"] > 50
+    assert statuses["200"] > REQUESTS / 20 and statuses["400"] > REQUESTS / 8
+    print(statuses)
     assert all(record.levelname == "WARNING" and record.getMessage().isprintable() for record in caplog.records)
