@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import subprocess
 import sys
 import threading
 
@@ -214,3 +215,16 @@ def test_a_reward_error_keeps_its_line():
 
     _, lines = score(away, torch.rand(2, 3, 4, 4), ["a", "b"], [{}, {}])
     assert lines == ["reward: 'far' is away; prompts from 'a' on"] * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [
+        ("star.rewards.worker", ["PIL", "safetensors", "httpx2", "uvicorn", "starlette", "tyro", "transformers"]),
+        ("star.rewards.serve", ["transformers", "diffusers", "accelerate", "rapidocr"]),
+    ],
+)
+def test_what_is_imported_needs_little(module, missing):
+    """Rewards need torch and numpy, the server what the extra `rewards` installs."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nimport {module}"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
