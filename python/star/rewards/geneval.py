@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from star.rewards import Metadata, Scores
+from star.rewards import Metadata, Scores, without_nulls
 from star.rewards.clip import CLIP, OPENAI_L, load_clip
 from star.rewards.loading import load_pretrained
 
@@ -198,7 +198,7 @@ def check(metadata: Mapping[str, Any]) -> dict[str, Any]:
     def wrong(what: str) -> ValueError:
         return ValueError(f"reward: 'geneval' got metadata {what}; it needs GenEval's .jsonl prompt files")
 
-    said = {key: value for key, value in metadata.items() if value is not None}
+    said = without_nulls(dict(metadata))
     for name in ("include", "exclude"):
         entries = said.setdefault(name, [])
         if not isinstance(entries, list) or (name == "include" and not entries):
@@ -206,7 +206,6 @@ def check(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for entry in entries:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("class"), str):
                 raise wrong(f"with the entry {entry!r} without a class")
-        said[name] = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
     for number, entry in enumerate([*said["include"], *said["exclude"]]):
         if type(entry.get("count")) is not int or entry["count"] < 1:
             raise wrong(f"with count {entry.get('count')!r} of {entry['class']!r}")

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 import torch
@@ -274,9 +274,9 @@ def check_token(token: str | None) -> None:
 def proxy_for(url: str) -> str | None:
     """The proxy that the environment names for an address; none for addresses of this machine."""
     address = httpx2.URL(url)
-    if is_loopback(address.host) or proxy_bypass_environment(address.host):
+    if is_loopback(address.host) or proxy_bypass(address.host):
         return None
-    proxies = getproxies_environment()
+    proxies = getproxies()
     proxy = proxies.get(address.scheme) or proxies.get("all")
     return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 

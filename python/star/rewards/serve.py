@@ -149,7 +149,7 @@ def _pixels(file: bytes) -> np.ndarray:
                 gray = np.asarray(image, np.float32) / 65535
                 return np.repeat(gray[..., None], 3, 2)
             if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                raise Refused(400, "expected opaque 'images', got one that is transparent in places")
+                raise Refused(400, "expected opaque 'images', got one that is transparent in part")
             return np.asarray(image.convert("RGB"), np.float32) / 255
     except Refused:
         raise
