@@ -179,6 +179,7 @@ def train(arguments: list[str]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from star.reports.evaluations import format_error
     from star.train import train as run
 
     summary = run(config)
@@ -194,8 +195,7 @@ def train(arguments: list[str]) -> None:
     if summary["held_out"]:
         table = Table("held-out", "before", "after", "difference", title=title, caption="± one standard error, paired")
         for column, found in summary["held_out"].items():
-            error = found["standard_error"]
-            difference = f"{found['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+            difference = f"{found['difference']:+.3f}{format_error(found['standard_error'], 3)}"
             table.add_row(escape(column), f"{found['before']:.3f}", f"{found['after']:.3f}", difference)
         console.print(table)
     else:
@@ -325,6 +325,7 @@ def maps(arguments: list[str]) -> None:
     from star.objective import Allocation
     from star.reports import figures
     from star.training import preview
+    from star.training.pipeline import latent_size
     from star.training.rollout import SamplerOptions, decode, encode, trace
 
     options = tyro.cli(Maps, args=arguments, prog="star maps")
@@ -336,9 +337,7 @@ def maps(arguments: list[str]) -> None:
     pipeline = task.pipeline("cpu", torch.float32)
     conditions = encode(pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale)
     layers = options.layers or range(len(pipeline.transformer.transformer_blocks))
-    factor = pipeline.vae_scale_factor
-    size = (images.height // factor, images.width // factor)
-    sampler = SamplerOptions(size, options.guidance_scale)
+    sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
     rollouts = {
         layer: trace(pipeline, conditions, options.steps, dataclasses.replace(sampler, layers=(layer,)), options.seed)
         for layer in layers

@@ -365,12 +365,11 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """The values by dotted name."""
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's plain values by dotted name; mappings with names of the user's own stay whole."""
     flat: dict[str, Any] = {}
-    for name, value in to_dict(config).items():
-        nested = dataclasses.is_dataclass(getattr(config, name))
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -22,14 +23,13 @@ from star.objective import Allocation, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
 from star.reports.tracking import Tracker, timed
-from star.rewards import load as load_reward
 from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages
 from star.training.credit import Credit, rollout_weights
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
-from star.training.pipeline import check_size
+from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
 from star.training.rollout import PromptEncoder, Rollout, SamplerOptions, decode, draw_window, make_steps, sample
 from star.training.scoring import HeldOut
@@ -59,8 +59,8 @@ class Trainer:
         self.worker = RewardWorker(self.reward, config.run.reward_timeout, config.run.reward_strict)
         self.judge = self.worker  # of the held-out images
         if config.scoring.reward:
-            models = rewards.models_for(config.scoring.reward, config.run.reward_models)
-            reward = load_reward(config.scoring.reward, models, device)
+            judged = dataclasses.replace(self.task, reward=config.scoring.reward)
+            reward = load_task_reward(judged, config.run.reward_models, device)
             self.judge = RewardWorker(reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
         check_size(self.pipeline, config)
@@ -70,8 +70,7 @@ class Trainer:
         on_main(self.accelerator, lambda: prepare_folder(config))
         set_seed(config.run.seed)
         self.policy = Policy(self.pipeline, config, self.accelerator)
-        factor = self.pipeline.vae_scale_factor
-        self.size = (config.model.height // factor, config.model.width // factor)
+        self.size = latent_size(self.pipeline, config.model.height, config.model.width)
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
         # Neighbors are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from star.config import Config, to_dict
+from star.reports.evaluations import format_error
 from star.rewards import parse
 
 
@@ -89,8 +90,8 @@ A reward is not a person: look at the images before relying on a score. The lice
 
 
 def _score_row(column: str, found: dict) -> str:
-    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
-    return f"| {column} | {found['before']:.4f} | {found['after']:.4f} | {found['difference']:+.4f}{error} |"
+    difference = f"{found['difference']:+.4f}{format_error(found['standard_error'])}"
+    return f"| {column} | {found['before']:.4f} | {found['after']:.4f} | {difference} |"
 
 
 def _code(folder: Path, config: Config, prompt: str) -> str:

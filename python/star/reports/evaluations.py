@@ -34,6 +34,11 @@ class Mean(NamedTuple):
     prompts: int
 
 
+def format_error(standard_error: float | None, digits: int = 4) -> str:
+    """ " ± 0.0123", to stand behind a mean; nothing where the error is unknown: None or NaN."""
+    return "" if standard_error is None or math.isnan(standard_error) else f" ± {standard_error:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One scoring of P prompts.

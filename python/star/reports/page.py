@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import yaml
 from matplotlib.colors import to_hex
 
 from star import files
+from star.config import flatten
 from star.reports import tracking
-from star.reports.evaluations import Evaluation, compare, read_evaluations
+from star.reports.evaluations import Evaluation, compare, format_error, read_evaluations
 from star.reports.figures import make_grid, moving_average
 from star.reports.metrics import MEANING, meaning, patterns
 
@@ -72,22 +72,11 @@ class Run:
                 before = first.mean(column, category)
                 label = (column, category or "all prompts")
                 if len(self.evaluations) == 1 or found is None:
-                    error = "" if math.isnan(before.standard_error) else f" ± {before.standard_error:.4f}"
-                    rows[label] = f"{before.mean:.4f}{error}"
+                    rows[label] = f"{before.mean:.4f}{format_error(before.standard_error)}"
                 else:
-                    spread = found["standard_error"]
-                    change = f"{found['difference']:+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+                    change = f"{found['difference']:+.4f}{format_error(found['standard_error'])}"
                     rows[label] = f"{found['before']:.4f} → {found['after']:.4f} ({change})"
         return rows
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        # Mappings with names of the user's own stay whole.
-        nested = isinstance(value, dict) and not prefix
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
 
 
 def data_url(data: bytes, kind: str) -> str:
@@ -107,7 +96,7 @@ def read(path: Path, name: str, color: str) -> Run:
     return Run(
         name=name,
         color=color,
-        config=flat(yaml.safe_load((path / "config.yaml").read_text())),
+        config=flatten(yaml.safe_load((path / "config.yaml").read_text())),
         metrics=tracking.read(path),
         evaluations=read_evaluations(path),
         summary=json.loads(summary.read_text()) if summary.is_file() else {},

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from star.reports.evaluations import Evaluation, Mean
+from star.reports.evaluations import Evaluation, format_error
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
@@ -16,7 +14,7 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
 
     def cells(category: str | None) -> list[str]:
         means = [evaluation.mean(column, category) for column in evaluation.values]
-        return [str(means[0].prompts), *(_cell(mean) for mean in means)]
+        return [str(means[0].prompts), *(f"{mean.mean:.4f}{format_error(mean.standard_error)}" for mean in means)]
 
     table = Table("category", "prompts", *map(escape, evaluation.values), title=escape(title))
     categories = evaluation.category_names()
@@ -31,7 +29,3 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     if evaluation.failed:
         table.caption += f"; {evaluation.failed} of {evaluation.images} images have no reward"
     return table
-
-
-def _cell(mean: Mean) -> str:
-    return f"{mean.mean:.4f}" if math.isnan(mean.standard_error) else f"{mean.mean:.4f} ± {mean.standard_error:.4f}"

@@ -42,7 +42,7 @@ def check_unchanged(config: Config) -> None:
     run = dataclasses.replace(earlier.run, out=config.run.out, resume=config.run.resume)
     earlier = dataclasses.replace(earlier, optimization=optimization, run=run)
     if earlier != config:
-        before, now = configuration.flatten(earlier), configuration.flatten(config)
+        before, now = (configuration.flatten(configuration.to_dict(c)) for c in (earlier, config))
         name = next(name for name in now if now[name] != before[name])
         raise ConfigError(
             f"{name}: got {now[name]!r}, {config.run.out} was started with {before[name]!r}; choose another --out"

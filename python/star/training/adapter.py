@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from star.config import ConfigError, Model
-from star.training.pipeline import reason
+from star.training.pipeline import TRAINED, adapter_names, is_target, reason
 
-TRAINED, REFERENCE = "default", "reference"
+REFERENCE = "reference"  # the name of the copy that stays what it is
 
 
 def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAINED) -> None:
@@ -46,7 +45,9 @@ def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAI
             pipeline.load_lora_weights(source, adapter_name=name)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"adapter: {path!r} cannot be loaded ({reason(error)})") from error
-    used = set(get_peft_model_state_dict(transformer, adapter_name=name)) if name in _adapters(transformer) else set()
+    used = (
+        set(get_peft_model_state_dict(transformer, adapter_name=name)) if name in adapter_names(transformer) else set()
+    )
     for words, left in (("is not in the model", given - used), ("is missing in the file", used - given)):
         if left:
             raise ConfigError(f"adapter: {path!r} does not fit the transformer: {_some(left)} {words}")
@@ -71,17 +72,13 @@ def start_from(pipeline: StableDiffusion3Pipeline, model: Model) -> None:
             raise ConfigError(f"model.{name}: got {getattr(model, name)}, {model.adapter} has {expected}; use that")
     layers = {key.rpartition(".lora_")[0] for key in get_peft_model_state_dict(pipeline.transformer)}
     for layer in layers:
-        if not any(layer == target or layer.endswith(f".{target}") for target in model.lora_targets):
+        if not is_target(layer, model.lora_targets):
             raise ConfigError(f"model.lora_targets: {model.adapter} has {layer}, which no target matches; add it")
 
 
 def has_reference(transformer: torch.nn.Module) -> bool:
     """Whether the run began with an adapter, which the KL term is then against."""
-    return REFERENCE in _adapters(transformer)
-
-
-def _adapters(transformer: torch.nn.Module) -> Iterable[str]:
-    return getattr(transformer, "peft_config", {})
+    return REFERENCE in adapter_names(transformer)
 
 
 def _some(names: set[str]) -> str:

@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict
 
 from star.files import sync
 from star.training.distributed import full_tensor
+from star.training.pipeline import TRAINED, adapter_names
 
 FORMAT = "star-checkpoint-2"
 EARLIER = "to go on from an earlier one, delete it"
@@ -122,14 +123,14 @@ def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
     """Write the adapter to `out/lora`, so that StableDiffusion3Pipeline.load_lora_weights gives the trained policy, or
     without an adapter the whole pipeline to `out/model`. All processes take part; only the main one writes."""
     transformer = pipeline.transformer
-    if getattr(transformer, "peft_config", None):
+    if adapter_names(transformer):
         layers = {name: full_tensor(x, main) for name, x in get_peft_model_state_dict(transformer).items()}
         if main:
             StableDiffusion3Pipeline.save_lora_weights(
                 out / "lora",
                 transformer_lora_layers={name: x.contiguous() for name, x in layers.items() if x is not None},
                 # Without it the loader takes alpha = rank and applies the adapter with another strength.
-                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+                transformer_lora_adapter_metadata=transformer.peft_config[TRAINED].to_dict(),
             )
         return
     weights = {name: full_tensor(x, main) for name, x in transformer.state_dict().items()}

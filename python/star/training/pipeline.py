@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from star.config import Config, ConfigError
+
+TRAINED = "default"  # the trained adapter's name, PEFT's own
 
 
 def load_pipeline(
@@ -88,11 +90,26 @@ def check_size(pipeline: StableDiffusion3Pipeline, config: Config) -> None:
             raise ConfigError(f"model.{name}: got {value}, expected a multiple of {unit}, at most {largest}")
 
 
+def latent_size(pipeline: StableDiffusion3Pipeline, height: int, width: int) -> tuple[int, int]:
+    """(h, w) of the latents of an image of `height` and `width` pixels."""
+    return height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+
+
+def adapter_names(transformer: torch.nn.Module) -> Iterable[str]:
+    """Of the adapters that a transformer has; empty for one without."""
+    return getattr(transformer, "peft_config", {})
+
+
+def is_target(layer: str, targets: Iterable[str]) -> bool:
+    """Whether a layer's name ends with one of model.lora_targets, as PEFT matches them."""
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)
+
+
 def check_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
     """Raise ConfigError for a name in model.lora_targets that ends no linear layer's name."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(is_target(name, [target]) for name in names):
             raise ConfigError(f"model.lora_targets: {target!r} matches no linear layer of the transformer")
 
 
@@ -107,9 +124,9 @@ def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[t
     if not model.lora_rank:
         if transformer.dtype != torch.float32:
             transformer.float()
-    elif getattr(transformer, "peft_config", None):  # it begins with an adapter from a file, whose copy stays frozen
+    elif adapter_names(transformer):  # it begins with an adapter from a file, whose copy stays frozen
         for name, parameter in transformer.named_parameters():
-            parameter.requires_grad_(".default." in name)
+            parameter.requires_grad_(f".{TRAINED}." in name)
         cast_training_params(transformer, torch.float32)
     else:
         check_targets(transformer, model.lora_targets)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from star.config import Config, ConfigError
-from star.training.adapter import REFERENCE, TRAINED, has_reference, start_from
+from star.training.adapter import REFERENCE, has_reference, start_from
 from star.training.distributed import full_tensor, shard_like
-from star.training.pipeline import make_trainable
+from star.training.pipeline import TRAINED, make_trainable
 
 
 class Policy:
@@ -132,7 +132,7 @@ class Policy:
         try:
             with torch.no_grad():
                 for layer, weight in zip(layers, plain, strict=True):
-                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight(TRAINED).to(weight.dtype)
             with self.without_adapter(), torch.no_grad():
                 yield
         finally:

@@ -18,6 +18,7 @@ from star.config import Config
 from star.objective import Allocation, allocation_weights
 from star.reports import tracking
 from star.reports.evaluations import read_evaluations
+from star.training.pipeline import latent_size
 from star.training.prompts import Prompt
 from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
 from star.training.scoring import SHOWN, read_images
@@ -52,17 +53,22 @@ def of_rollout(
     )
 
 
-def of_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[str]) -> Preview:
-    """An image of each prompt with the weights that attention would allocate at every step."""
-    sampling, factor = config.sampling, pipeline.vae_scale_factor
+def trace_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[str]) -> Rollout:
+    """An image of each prompt with the maps of every step, as a run with this configuration reads them."""
+    sampling = config.sampling
     options = SamplerOptions(
-        size=(config.model.height // factor, config.model.width // factor),
+        size=latent_size(pipeline, config.model.height, config.model.width),
         guidance_scale=sampling.guidance_scale,
         layers=sampling.layers,
         normalize=sampling.normalize,
     )
     conditions = encode(pipeline, prompts, config.model.max_sequence_length, sampling.guidance_scale)
-    rollout = trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
+    return trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
+
+
+def of_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[str]) -> Preview:
+    """An image of each prompt with the weights that attention would allocate at every step."""
+    rollout = trace_prompts(pipeline, config, prompts)
     return Preview(
         prompts=list(prompts),
         images=_arrays(decode(pipeline, rollout.latents)),

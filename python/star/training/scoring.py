@@ -22,6 +22,7 @@ from star.config import Config, ConfigError
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.rewards import Scores, pixels
 from star.rewards.worker import RewardWorker, Ticket
+from star.training.pipeline import latent_size
 from star.training.prompts import Prompt
 from star.training.rollout import decode
 from star.training.task import ImageOptions, Task
@@ -32,7 +33,8 @@ SHOWN = 8  # images of a scoring that are kept
 
 
 class Row(NamedTuple):
-    """The scores of one image: of the prompt at `index`, its image `number`; NaN for what the reward could not say."""
+    """The scores of one image: of the prompt at index `prompt`, its image `number`; NaN for what the reward could not
+    say."""
 
     prompt: int
     number: int
@@ -58,8 +60,7 @@ def sample_images(
     """
     jobs = [(i, k) for i in range(len(prompts)) for k in range(options.images_per_prompt)]
     batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
-    factor = pipeline.vae_scale_factor
-    shape = (pipeline.transformer.config.in_channels, options.height // factor, options.width // factor)
+    shape = (pipeline.transformer.config.in_channels, *latent_size(pipeline, options.height, options.width))
     generator = torch.Generator().manual_seed(options.seed)
     for start in range(0, len(batches), processes):
         drawn = [_noise(batch, shape, options, generator) for batch in batches[start : start + processes]]

@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from star.config import Config
 from star.study.tables import Table, format_number
-from star.training.rollout import SamplerOptions, encode, trace
+from star.training.preview import trace_prompts
 from star_kernels import allocate
 
 
@@ -19,18 +19,10 @@ def concentration(
     pipeline: StableDiffusion3Pipeline, config: Config, prompts: Mapping[str, Sequence[str]]
 ) -> dict[str, list[float]]:
     """By category of prompts the mean square of the relative map at each step; 1 means flat."""
-    factor, sampling = pipeline.vae_scale_factor, config.sampling
-    options = SamplerOptions(
-        size=(config.model.height // factor, config.model.width // factor),
-        guidance_scale=sampling.guidance_scale,
-        layers=sampling.layers,
-        normalize=sampling.normalize,
-    )
     by_category = {}
     for category, texts in prompts.items():
-        conditions = encode(pipeline, texts, config.model.max_sequence_length, sampling.guidance_scale)
-        rollout = trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
-        assert rollout.maps is not None  # `trace` reads those of every step
+        rollout = trace_prompts(pipeline, config, texts)
+        assert rollout.maps is not None  # those of every step are read
         fields = [allocate(maps, rollout.grid, mix=1.0, cap=1e30, patch=1) for maps in rollout.maps]
         by_category[category] = [float(field.square().mean()) for field in fields]
     return by_category
