@@ -22,6 +22,17 @@ using OptionalTensor = std::optional<Tensor>;
 template <typename T>
 constexpr ScalarType scalar_type = torch::headeronly::CppTypeToScalarType<T>::value;
 
+// The tensor itself where it has the type already.
+inline Tensor converted(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// Contiguous too.
+inline Tensor ready(const Tensor& tensor, ScalarType type) {
+  const Tensor out = converted(tensor, type);
+  return out.is_contiguous() ? out : torch::stable::contiguous(out);
+}
+
 struct AttentionMapsInputs {
   Tensor query, key, concept_index;
   OptionalTensor concept_weight, lse;

@@ -34,31 +34,28 @@ STAR_HD T clamped(T value, T low, T high) {
 
 enum class Form { delta, guard, log_prob };
 
-// log p - log p_old of one element, but for a factor, is left * right; the direction is that of its gradient.
+// log p - log p_old of one element, but for a factor, is left * right.
 // delta: the difference of the squared errors, without cancellation; factor `precision`.
 // guard: GRPO-Guard's linear term; factor 2 * precision * s. log_prob: the new log-density alone; factor `precision`.
 template <Form form, typename T>
-STAR_HD void term_factors(T a, T x, T b, T v, T next, T old, T& left, T& right, T& direction) {
+STAR_HD void term_factors(T a, T x, T b, T v, T next, T old, T& left, T& right) {
   const T mean = transition_mean(a, x, b, v);
   if constexpr (form == Form::delta) {
-    direction = next - mean;
     left = mean - old;
-    right = direction + (next - old);
+    right = (next - mean) + (next - old);
   } else if constexpr (form == Form::guard) {
-    direction = next - old;
-    left = direction;
+    left = next - old;
     right = mean - old;
   } else {
-    direction = next - mean;
-    left = -direction;
-    right = direction;
+    right = next - mean;
+    left = -right;
   }
 }
 
 template <Form form, typename T>
-STAR_HD T term(T a, T x, T b, T v, T next, T old, T& direction) {
+STAR_HD T term(T a, T x, T b, T v, T next, T old) {
   T left, right;
-  term_factors<form>(a, x, b, v, next, old, left, right, direction);
+  term_factors<form>(a, x, b, v, next, old, left, right);
   return left * right;
 }
 

@@ -166,9 +166,10 @@ def policy_loss(
     else:
         of_ratio = w * delta if ratio == "sample" else delta
         log_ratio = of_ratio.mean(1, dtype=torch.float64).to(dtype)  # (B,)
-    unit, excess, _ = limited_ratio(log_ratio)
+    limited = limited_ratio(_rows(log_ratio, dtype))
+    unit, excess, _ = limited
     adv = _advantages(advantages, adv_clip, step_weights, precision, kl_precision, guard)
-    value, _ = surrogate(_rows(log_ratio, dtype), adv, clip_low, clip_high)
+    value, _ = surrogate(limited, adv, clip_low, clip_high)
     loss = (value if ratio == "sample" else w * value).expand(delta.shape).mean()
     kl = torch.zeros((), dtype=dtype, device=x.device)
     if reference_velocity is not None:
@@ -235,7 +236,7 @@ def policy_loss_gradient(
     else:
         direction = next_x - (a[..., None] * _pixels(sample, dtype) + b[..., None] * v)
     adv = _advantages(advantages, adv_clip, step_weights, precision, kl_precision, guard)
-    _, force = surrogate(_rows(log_ratio, dtype), adv, clip_low, clip_high)
+    _, force = surrogate(limited_ratio(_rows(log_ratio, dtype)), adv, clip_low, clip_high)
     grad_loss = grad_loss.to(dtype)
     # In every ratio: the derivative of the loss by a location's log-ratio, times B * P.
     per_location = (_weights(weights, v) * force).expand(batch, count)
@@ -254,9 +255,11 @@ def limited_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return limited, torch.expm1(limited), inside  # near 1 float32 resolves ratio - 1 far better than the ratio
 
 
-def surrogate(log_ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """(max(-A ratio, -A clip(ratio)), its derivative by the log-ratio)."""
-    _, excess, inside = limited_ratio(log_ratio)
+def surrogate(
+    ratio: tuple[Tensor, Tensor, Tensor], adv: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """(max(-A ratio, -A clip(ratio)), its derivative by the log-ratio). ratio: as limited_ratio returns it."""
+    _, excess, inside = ratio
     plain = -adv * (1 + excess)
     value = torch.maximum(plain, -adv * (1 + excess.clamp(-clip_low, clip_high)))
     # Where the clipped branch is the larger one the ratio carries no gradient. The edges belong to the inside.

@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MOST_LINES = 15
 
@@ -14,6 +16,12 @@ def load_example(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def gradient(loss: torch.Tensor, transformer: torch.nn.Module) -> torch.Tensor:
+    """By the last layer and the queries' weights, in one vector."""
+    parameters = [p for n, p in transformer.named_parameters() if n.endswith(("to_q.weight", "proj_out.weight"))]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
 
 
 def check_diff(diff: str, example: str) -> list[str]:

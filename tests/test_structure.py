@@ -192,11 +192,17 @@ def test_reports_know_no_pipeline():
     assert not [module for module in reports if third_parties(module) & MODELS]
 
 
+def guests(module: str) -> list[str]:
+    """Where a module imports the embedded world."""
+    found = imports(module).items()
+    return [f"{FILES[module]}:{line}" for name, line in found if f"{name}.".startswith("star.shapes.")]
+
+
 def test_the_guest_is_imported_by_the_study_alone():
     for module in FILES:
         if room_of(module, ROOMS) not in ("star.shapes", "star.study"):
-            guests = [line for name, line in imports(module).items() if f"{name}.".startswith("star.shapes.")]
-            assert not guests, f"{FILES[module]}:{guests[0]}: imports star.shapes"
+            found = guests(module)
+            assert not found, f"{found[0]}: imports star.shapes"
 
 
 def lines_outside_shapes(word: str) -> list[str]:
@@ -214,14 +220,8 @@ def test_the_embedded_world_is_named_in_few_places():
     """A pipeline, prompts and a reward of one's own are tasks as it is; whoever asks for its name makes it special."""
     named = lines_outside_shapes('"shapes"')
     assert len(named) <= 3, "\n".join(named)
-    guests = [
-        f"{FILES[module]}:{line}"
-        for module in FILES
-        if not f"{module}.".startswith("star.shapes.")
-        for name, line in imports(module).items()
-        if f"{name}.".startswith("star.shapes.")
-    ]
-    assert len(set(guests)) <= 2, "\n".join(guests)
+    found = {guest for module in FILES if not f"{module}.".startswith("star.shapes.") for guest in guests(module)}
+    assert len(found) <= 2, "\n".join(found)
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -82,10 +82,9 @@ double term_sum(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const Sam
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
   Sum<T> sum;
   each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
-    Vector<T> left, right, direction;
+    Vector<T> left, right;
     term_factors<form>(a, load_some<T>(args.sample + at, count), b, load_some<T>(args.velocity + at, count),
-                       load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count), left, right,
-                       direction);
+                       load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count), left, right);
     if (weights) left *= packed ? broadcast(weights[location]) : load_some<T>(weights + location, count);
     sum.add_product(left, right);
   });
@@ -99,11 +98,9 @@ void location_terms(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
   std::fill_n(delta, tile.count, T(0));
   each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
-    Vector<T> direction;
     const Vector<T> value = term<form>(a, load_some<T>(args.sample + at, count), b,
                                        load_some<T>(args.velocity + at, count),
-                                       load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count),
-                                       direction);
+                                       load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count));
     if constexpr (packed) {
       T sum = 0;
       for (int lane = 0; lane < LANES<T>; lane++) sum += value[lane];

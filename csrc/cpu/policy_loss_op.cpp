@@ -33,10 +33,15 @@ PolicyLossArgs<V, X, T> arguments(const PolicyLossInputs& inputs, Pointers& poin
   return args;
 }
 
+template <typename Args>
+int64_t tiles_of(const Args& args) {
+  return (args.locations + LOSS_TILE - 1) / LOSS_TILE;
+}
+
 // Calls tile(number of the task, sample, first location) for every tile of every sample, on all threads.
 template <typename Args, typename F>
 void each_tile(const Args& args, F tile) {
-  const int64_t tiles = (args.locations + LOSS_TILE - 1) / LOSS_TILE;
+  const int64_t tiles = tiles_of(args);
   parallel_for(0, args.batch * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) tile(task, task / tiles, task % tiles * LOSS_TILE);
   });
@@ -58,11 +63,11 @@ PolicyLossResult loss_as(const PolicyLossInputs& inputs) {
       throw std::invalid_argument("transition.s: has values <= 0; a deterministic step has no density to train on");
 
   const auto kernel = STAR_SELECT(policy_loss_sums<V, X, T>);
-  std::vector<LocationSums> sums(args.batch * ((args.locations + LOSS_TILE - 1) / LOSS_TILE));
+  const int64_t tiles = tiles_of(args);
+  std::vector<LocationSums> sums(args.batch * tiles);
   each_tile(args, [&](int64_t task, int64_t index, int64_t first) { sums[task] = kernel(args, index, first); });
 
   BatchSums all = no_sums();
-  const int64_t tiles = args.batch ? int64_t(sums.size()) / args.batch : 0;
   for (int64_t index = 0; index < args.batch; index++) {
     LocationSums sample = no_location_sums();
     for (int64_t tile = 0; tile < tiles; tile++) add(sample, sums[index * tiles + tile]);

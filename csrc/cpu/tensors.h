@@ -8,17 +8,6 @@ namespace star {
 
 using torch::stable::parallel_for;
 
-// The tensor itself where it has the type already.
-inline Tensor converted(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-}
-
-// Contiguous too.
-inline Tensor ready(const Tensor& tensor, ScalarType type) {
-  const Tensor out = converted(tensor, type);
-  return out.is_contiguous() ? out : torch::stable::contiguous(out);
-}
-
 // Tensors as kernels read them. Converted copies live as long as this does.
 class Pointers {
  public:

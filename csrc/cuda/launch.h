@@ -69,17 +69,15 @@ class Pointers {
   template <typename T>
   const T* of(const OptionalTensor& tensor) {
     if (!tensor) return nullptr;
-    Tensor ready = tensor->scalar_type() == scalar_type<T> ? *tensor : torch::stable::to(*tensor, scalar_type<T>);
-    if (!ready.is_contiguous()) ready = torch::stable::contiguous(ready);
-    alive.push_back(ready);
-    const auto* data = static_cast<const T*>(ready.const_data_ptr());
+    alive.push_back(ready(*tensor, scalar_type<T>));
+    const auto* data = static_cast<const T*>(alive.back().const_data_ptr());
     aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     return data;
   }
 
   // Contiguous, in its own type.
   Floats<const void> floats(const Tensor& tensor) {
-    alive.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    alive.push_back(ready(tensor, tensor.scalar_type()));
     const void* data = alive.back().const_data_ptr();
     aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     return {data, floating_type(tensor)};

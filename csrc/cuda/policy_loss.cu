@@ -120,9 +120,7 @@ PolicyLossResult loss(const PolicyLossInputs& inputs) {
 
 Tensor gradient(const PolicyLossGradientInputs& inputs) {
   return with_types(inputs.loss, [&]<typename V, typename X, typename T>(Types<V, X, T>) {
-    const Tensor result = gradient_as<V, X, T>(inputs);
-    const ScalarType type = inputs.loss.velocity.scalar_type();
-    return result.scalar_type() == type ? result : torch::stable::to(result, type);
+    return converted(gradient_as<V, X, T>(inputs), inputs.loss.velocity.scalar_type());
   });
 }
 

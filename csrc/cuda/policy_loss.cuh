@@ -93,11 +93,8 @@ __device__ __forceinline__ void add_elements(const PolicyLossArgs<V, X, T>& args
   if (args.old_mean) old = load<T, N>(args.old_mean + offset);
   auto add = [&]<Form form>(std::integral_constant<Form, form>) {
 #pragma unroll
-    for (int k = 0; k < N; k++) {
-      T direction;
-      delta[k] += term<form>(terms.a, T(x.element[k]), terms.b, T(v.element[k]), T(next.element[k]), old.element[k],
-                             direction);
-    }
+    for (int k = 0; k < N; k++)
+      delta[k] += term<form>(terms.a, T(x.element[k]), terms.b, T(v.element[k]), T(next.element[k]), old.element[k]);
   };
   if (args.form == Form::delta)
     add(std::integral_constant<Form, Form::delta>());

@@ -14,8 +14,12 @@ def surroundings(document: Path, name: str) -> tuple[str, str]:
 
     Raises ConfigError if it has no such marks.
     """
+    return _split(document.read_text(), document, name)
+
+
+def _split(content: str, document: Path, name: str) -> tuple[str, str]:
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, found, rest = document.read_text().partition(begin)
+    before, found, rest = content.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ConfigError(f"document: {document} has no marks {begin!r} and {end!r}")
@@ -24,16 +28,16 @@ def surroundings(document: Path, name: str) -> tuple[str, str]:
 
 def insert(document: Path, name: str, text: str) -> None:
     """Put a text between a document's marks; see `surroundings`."""
-    before, after = surroundings(document, name)
-    files.replace_text(document, f"{before}\n\n{text.strip()}\n\n{after}")
+    fill(document, {name: text})
 
 
 def fill(document: Path, texts: Mapping[str, str]) -> None:
     """Put each text between the marks of its name; see `surroundings`. Nothing is written where a mark is missing."""
-    for name in texts:
-        surroundings(document, name)
+    content = document.read_text()
     for name, text in texts.items():
-        insert(document, name, text)
+        before, after = _split(content, document, name)
+        content = f"{before}\n\n{text.strip()}\n\n{after}"
+    files.replace_text(document, content)
 
 
 def folded(text: str) -> str:

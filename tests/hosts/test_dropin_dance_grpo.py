@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from builders import EPS
-from dropin import check_diff, load_example
+from dropin import check_diff, gradient, load_example
 from star.capture import capture
 from star.concepts import ConceptTokens, locate
 from star_kernels import allocate
@@ -67,11 +67,6 @@ def host_loss(args, transformer, sample, k, index, sigmas, weighted=False):
     a, r = sample["advantages"], (log_prob - sample["log_probs"][:, k]).exp()
     loss = torch.maximum(-a * r, -a * r.clamp(1 - args.clip_range, 1 + args.clip_range)).mean()
     return loss + args.kl_coeff * 0.5 * (log_prob - sample["log_probs"][:, k]).square().mean(), r, maps.read()
-
-
-def gradient(loss, transformer):
-    parameters = [p for n, p in transformer.named_parameters() if n.endswith(("to_q.weight", "proj_out.weight"))]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
 def trained(args):

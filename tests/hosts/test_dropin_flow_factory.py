@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders import EPS, step_by_formula
-from dropin import EXAMPLES, MOST_LINES, load_example
+from dropin import EXAMPLES, MOST_LINES, gradient, load_example
 from star.capture import capture
 from star.concepts import concept_tokens
 from star.shapes.model import GRID
@@ -47,11 +47,6 @@ def host_loss(adapter, batch, i):
     r = (log_prob - batch["log_probs"][:, batch["log_prob_index_map"][i]]).exp()
     a = batch["advantage"].clamp(-5, 5)
     return torch.maximum(-a * r, -a * r.clamp(1 - 1e-4, 1 + 1e-4)).mean(), r, v
-
-
-def gradient(loss, transformer):
-    parameters = [p for n, p in transformer.named_parameters() if n.endswith(("to_q.weight", "proj_out.weight"))]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
 def test_the_adapter_is_short():

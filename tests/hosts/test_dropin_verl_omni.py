@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders import EPS, step_by_formula
-from dropin import EXAMPLES, MOST_LINES, load_example
+from dropin import EXAMPLES, MOST_LINES, gradient, load_example
 from star.capture import capture
 from star.concepts import locate
 from star.shapes.model import GRID, load_pipeline
@@ -30,11 +30,6 @@ def rolled(request):
         pipeline.transformer.proj_out.weight.mul_(1.002)
     data["old_log_probs"] = torch.stack(old, 1)
     return adapter, pipeline, scheduler, config, data
-
-
-def gradient(loss, transformer):
-    parameters = [p for n, p in transformer.named_parameters() if n.endswith(("to_q.weight", "proj_out.weight"))]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
 
 
 def test_the_adapter_is_short():

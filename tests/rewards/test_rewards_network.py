@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from servers import ASK, GOOD, local, post, quick, rich, scripted
+from servers import ASK, GOOD, local, post, quick, rich, running, scripted
 
 from star import rewards
 from star.rewards import RewardError, remote, serve
@@ -247,6 +247,10 @@ def connect(url):
     return socket.create_connection((host, int(port)), timeout=30)
 
 
+def send(connection, body):
+    connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
 def answer_of(connection):
     response = http.client.HTTPResponse(connection)
     response.begin()
@@ -340,8 +344,7 @@ def test_requests_that_do_not_arrive_and_answers_that_are_not_read_are_ended():
         started[1].sendall(b"POST /score HTTP/1.1\r\nX: ")
         started[2].sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         images = torch.zeros(8, 3, 1024, 1024)
-        body = pack_request(images, ["a"] * 8, [{}] * 8)
-        started[3].sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        send(started[3], pack_request(images, ["a"] * 8, [{}] * 8))
         before = time.monotonic()
         for connection in started[:3]:
             with pytest.raises(ConnectionError), connection:
@@ -362,8 +365,7 @@ def test_memory_that_is_taken_by_others_is_waited_for_and_then_refused():
         holding.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n{" % (1 << 20))
         time.sleep(0.1)
         with connect(url) as connection:
-            body = pack_request(*ASK)
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            send(connection, pack_request(*ASK))
             assert answer_of(connection) == (503, {"error": "busy with other requests; ask again"})
         with holding:
             scores = Remote(url, backoff=1.0)(*ASK)  # what holds the memory is ended meanwhile
@@ -404,14 +406,10 @@ def test_what_a_client_that_left_has_asked_for_is_not_scored():
         release.wait(60)
         return images.mean((1, 2, 3))
 
-    def send(connection, prompt):
-        body = pack_request(ASK[0], [prompt, "b"], ASK[2])
-        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-
     with local(slow) as url:
         first, second, third = (connect(url) for _ in range(3))
         for connection, prompt in ((first, "first"), (second, "second"), (third, "third")):
-            send(connection, prompt)
+            send(connection, pack_request(ASK[0], [prompt, "b"], ASK[2]))
             time.sleep(0.2)
         second.close()
         time.sleep(0.3)
@@ -474,20 +472,10 @@ def test_other_addresses_of_this_machine(host):
     except OSError:
         pytest.skip("this machine has no IPv6")
     server = serve.make_server(rich, "test", host, 0)
-    with running_at(server) as url:
+    with running(server):
+        url = server.address
         assert url == server.address and ("[" in url) == (":" in host)
         assert Remote(url)(*ASK).reward.isfinite().all()
-
-
-@contextmanager
-def running_at(server):
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.address
-    finally:
-        server.shutdown()
-        thread.join()
 
 
 @contextmanager
@@ -508,8 +496,7 @@ def command(*options, **environment):
 def test_the_command_ends_cleanly_with_a_request_in_work(number):
     with command("test_rewards_network:sleepy", PYTHONPATH=os.pathsep.join(sys.path)) as (process, url):
         with connect(url) as connection:
-            body = pack_request(*ASK)
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            send(connection, pack_request(*ASK))
             time.sleep(0.5)
             process.send_signal(number)
             assert process.wait(30) == 0

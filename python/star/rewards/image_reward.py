@@ -81,8 +81,7 @@ def networks(state: Mapping[str, Tensor], path: str) -> tuple[BlipVisionModel, B
         elif name.startswith("blip.visual_encoder."):
             vision_state[f"{_VISION.get(module, module)}.{kind}" if module else _VISION.get(kind, kind)] = value.float()
         elif name.startswith("blip.text_encoder."):
-            if not name.endswith("position_ids"):  # a table that is computed
-                text_state[name.removeprefix("blip.text_encoder.")] = value.float()
+            text_state[name.removeprefix("blip.text_encoder.")] = value.float()
         elif not name.startswith(UNUSED):
             others.append(name)
     kernel = vision_state["embeddings.patch_embedding.weight"]  # (hidden, 3, patch, patch)

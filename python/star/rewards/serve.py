@@ -233,7 +233,7 @@ class Scoring:
     def __init__(self, reward: Reward, name: str, limits: Limits, token: str | None) -> None:
         self.reward, self.name, self.limits, self.token = reward, name, limits, token
         self.lane = Lane()
-        self.room: Room | None = None  # of the loop that the server runs in
+        self.room = Room(limits.memory)
 
     def app(self) -> Starlette:
         routes = [Route("/", self.describe), Route("/score", self.answer, methods=["POST"])]
@@ -265,7 +265,6 @@ class Scoring:
             raise Refused(411, "expected a Content-Length")
         if len(length) > 18 or int(length) > self.limits.request:
             raise Refused(413, f"expected at most {self.limits.request} bytes, got {length[:20]}")
-        self.room = self.room or Room(self.limits.memory)
         try:
             async with self.room.taken(int(length), self.limits.receive / 2):
                 return _json(200, await self.scored(request, await request.body()))

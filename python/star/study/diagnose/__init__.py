@@ -54,7 +54,8 @@ def measure_untrained(arms: dict[str, Config], config: Config, out: Path, batche
     run = dataclasses.replace(config.run, out=out / "diagnosis", overwrite=True)
     trainer = Trainer(dataclasses.replace(config, optimization=optimization, run=run))
     judges = {
-        own.run.reward: load_task_reward(configured_task(own), own.run.reward_models, "cpu") for own in arms.values()
+        reward: load_task_reward(configured_task(own), own.run.reward_models, "cpu")
+        for reward, own in {own.run.reward: own for own in arms.values()}.items()
     }
     steps, signal, world = config.sampling.steps, gradient.Gradients(trainer, arms), diagnosis.Diagnosis()
     for i in tqdm(range(batches), desc="diagnosis", dynamic_ncols=True):
