@@ -17,16 +17,16 @@ class PolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(implementation: str, velocity: Tensor, rest: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(implementation: str, velocity: Tensor, rest: tuple) -> tuple[Tensor, ...]:
         return POLICY_LOSS.run(implementation)(velocity, *rest)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.implementation, velocity, rest = inputs
         (sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean, _,
          reference_velocity, step_weights, *options, guard) = rest  # fmt: skip
         ctx.options = (*options, guard)
-        _, statistics, log_ratio, *_ = output
+        _, statistics, log_ratio = output
         ctx.mark_non_differentiable(statistics, log_ratio)
         # The gradient reads neither the old log-probs nor, but for the guard, the old mean: they need not be kept.
         ctx.save_for_backward(
@@ -35,7 +35,7 @@ class PolicyLoss(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, Tensor | None, None]:
         log_ratio, velocity, *rest = ctx.saved_tensors
         # With grad mode on somebody may want a derivative of the gradient; else the operator alone takes less time.
         run = PolicyLossGradient.apply if torch.is_grad_enabled() else PolicyLossGradient.forward
@@ -56,7 +56,7 @@ class PolicyLossWithGradient(PolicyLoss):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         *same, ctx.gradient = output
-        PolicyLoss.setup_context(ctx, inputs, (*same,))
+        PolicyLoss.setup_context(ctx, inputs, tuple(same))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else every backward pass makes zeros as large as the gradient
 
