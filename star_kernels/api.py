@@ -440,7 +440,7 @@ def policy_loss(
             step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard)  # fmt: skip
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
-            loss, statistics, _ = autograd.policy_loss(chosen, velocity, rest)
+            loss, statistics, *_ = autograd.policy_loss(chosen, velocity, rest)
     else:
-        loss, statistics, _ = autograd.policy_loss(chosen, velocity, rest)
+        loss, statistics, *_ = autograd.policy_loss(chosen, velocity, rest)
     return PolicyLoss(loss, Statistics(statistics))
