@@ -7,12 +7,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint links bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test lint links install-check bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
+	@echo "make install-check  every documented install line in an empty environment; half an hour"
 	@echo "make bench     every benchmark, one table"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
 	@echo "make sanitize  the compiled kernels under the address and undefined-behavior sanitizers"
@@ -41,6 +42,9 @@ lint: setup
 
 links:
 	$(PYTHON) tools/check_links.py
+
+install-check:
+	$(PYTHON) tools/install_check.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -75,4 +79,4 @@ wheel: setup
 	$(BIN)/python tools/distribution.py dist
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info star_kernels/*.so runs/demo
+	rm -rf .venv .venv-* build dist *.egg-info star_kernels/*.so star_kernels/_build.py runs/demo

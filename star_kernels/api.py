@@ -15,10 +15,12 @@ from torch import Tensor
 from star_kernels import autograd, native
 from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS
 from star_kernels.reference import STATISTICS, compute_dtype
+from star_kernels.requirements import install_line
 from star_kernels.transition import Transition, channel_dim
 
 Implementation = Literal["auto", "reference", "native", "triton"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+NO_TRITON = f"Triton is not installed; {install_line('triton', 'triton')}"  # made once: torch.compile follows its use
 TRANSITION_FIELDS = tuple(f"transition.{name}" for name in Transition._fields)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -84,7 +86,7 @@ def implementations(operator: str, device: str | torch.device = "cpu") -> dict[s
     if entry.triton is not None:
         reason = None
         if not HAS_TRITON:
-            reason = "Triton is not installed (pip install 'star-kernels[triton]')"
+            reason = NO_TRITON
         elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "Triton runs on the CPU only in its interpreter, under TRITON_INTERPRET=1"
         elif device.type not in ("cpu", "cuda"):
@@ -114,7 +116,7 @@ def choose(operator: str, impl: str, device: torch.device, interpret: str | None
     reasons = implementations(operator, device)
     if impl == "auto":
         chosen = next(name for name, reason in reasons.items() if reason is None)
-        if chosen == "reference" and device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+        if chosen == "reference" and device.type != "meta" and not torch.compiler.is_compiling():
             tell_fallback(operator, device.type)
         return chosen
     if impl not in reasons:
@@ -124,11 +126,19 @@ def choose(operator: str, impl: str, device: torch.device, interpret: str | None
     return impl
 
 
-@functools.cache
 def tell_fallback(operator: str, device: str) -> None:
-    """Say once that an operator runs as plain PyTorch on a GPU, and what would change that."""
-    missing = "; ".join(reason for reason in implementations(operator, device).values() if reason)
-    warnings.warn(f"{operator} runs as plain PyTorch on {device} tensors: {missing}", RuntimeWarning, stacklevel=5)
+    """Say once that an operator runs as plain PyTorch where a kernel could, and what would change that."""
+    reasons = implementations(operator, device)
+    if device != "cpu":
+        missing = "; ".join(reason for reason in reasons.values() if reason)
+        warn_once(f"{operator} runs as plain PyTorch on {device} tensors: {missing}")
+    elif native.HIDDEN is None:  # told at import
+        warn_once(f"star_kernels runs as plain PyTorch on cpu tensors, which is slow: {reasons['native']}")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
 def _tensor(

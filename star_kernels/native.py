@@ -2,29 +2,79 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
-from typing import NamedTuple
+import sys
+import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-try:
-    import star_kernels._C as _C
+from star_kernels.requirements import REBUILD, REBUILD_CUDA
 
-    REASON: str | None = None
-except ImportError as error:
-    _C = None
-    REASON = f"star_kernels._C could not be imported ({error}); reinstall with a C++ compiler"
+HERE = Path(__file__).resolve().parent
 
-try:
-    import star_kernels._cuda as _cuda
 
-    CUDA_REASON: str | None = None
-except ModuleNotFoundError:
-    _cuda = None
-    CUDA_REASON = "built without GPU kernels; reinstall with nvcc and STAR_CUDA=1"
-except ImportError as error:
-    _cuda = None
-    CUDA_REASON = f"star_kernels._cuda could not be imported ({error}); reinstall with nvcc and STAR_CUDA=1"
+def record() -> Any:
+    """The module that setup.py writes: what it built, and why not the rest. None in a source folder."""
+    try:
+        return importlib.import_module("star_kernels._build")
+    except ImportError:
+        return None
+
+
+RECORD = record()
+
+
+def hidden_package() -> Path | None:
+    """The folder of another star_kernels that has compiled operators, which this one without any hides."""
+    specs = [finder.find_spec("star_kernels", None) for finder in sys.meta_path]  # those of editable installs too
+    specs += [PathFinder.find_spec("star_kernels", [entry]) for entry in sys.path]
+    folders = [Path(spec.origin).resolve().parent for spec in specs if spec is not None and spec.origin is not None]
+    compiled = (folder for folder in folders if PathFinder.find_spec("star_kernels._C", [str(folder)]) is not None)
+    return next((folder for folder in compiled if folder != HERE), None)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu as (2, 13)."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def is_built(name: str) -> bool:
+    return importlib.util.find_spec(f"star_kernels.{name}") is not None
+
+
+def load(name: str, left_out: str | None, remedy: str) -> tuple[Any, str | None]:
+    """An extension, or the reason why there is none and what to do.
+
+    left_out: why setup.py did not build it, if it said so. remedy: how to build it.
+    """
+    if not is_built(name):
+        if sys.platform != "linux":
+            return None, "the compiled operators are for Linux"
+        return None, f"{left_out or f'nothing was built in {HERE}'}; {remedy}"
+    version = str(torch.__version__)
+    if RECORD is not None and numbers(version) < numbers(RECORD.TORCH):
+        return None, f"built for torch {RECORD.TORCH} and later, but this is torch {version}; {remedy}"
+    try:
+        return importlib.import_module(f"star_kernels.{name}"), None
+    except ImportError as error:
+        text = " ".join(str(error).split())
+        return None, f"star_kernels.{name} could not be imported beside torch {version} ({text}); {remedy}"
+
+
+_C, REASON = load("_C", RECORD and RECORD.CPU, REBUILD)
+_cuda, CUDA_REASON = load("_cuda", RECORD and RECORD.CUDA, REBUILD_CUDA)
+HIDDEN = None if is_built("_C") else hidden_package()
+if HIDDEN is not None:
+    REASON = (
+        f"{HERE} has no compiled operators and hides {HIDDEN}, which has them; "
+        "run from another folder, or with `python -P` or PYTHONSAFEPATH=1"
+    )
+    warnings.warn(f"star_kernels: {REASON}", RuntimeWarning, stacklevel=2)
 
 
 class Architecture(NamedTuple):

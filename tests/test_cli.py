@@ -1,12 +1,16 @@
 """The command line as a user meets it."""
 
+import inspect
+import re
 import subprocess
 import sys
 
 import pytest
 
 import star_kernels
+from star import cli
 from star.cli import main
+from star.training.task import NO_TASK
 from star_kernels.ops import OPERATORS
 
 TINY = [
@@ -85,18 +89,36 @@ def test_eval_and_maps(tmp_path, capsys):
 def test_info_tells_what_each_operator_uses(capsys):
     code, output, _ = run(capsys, "info")
     assert code == 0
-    lines = [line.split() for line in output.splitlines()]
+    lines = output.splitlines()
     for operator in OPERATORS:
+        (line,) = (line for line in lines if line.split()[0] == operator)
         for device in ("cpu", "cuda"):
             reasons = star_kernels.implementations(operator, device)
             chosen = next(name for name, reason in reasons.items() if reason is None)
-            (line,) = (line for line in lines if line[:1] == [operator] and line[3] == device)
-            assert line[1:3] == [chosen, "on"]
-            assert all(reason in " ".join(line) for reason in reasons.values() if reason)
-    assert {"torch", "cuda"} <= {line[0] for line in lines}
+            assert f"{chosen} on {device}" in line
+            for name, reason in reasons.items():
+                if reason is not None:
+                    (told,) = (line for line in lines if line.startswith(f"no {name} on {device}: {reason} ("))
+                    assert operator in told
+    assert {"torch", "cuda", "folder"} <= {line.split()[0] for line in lines}
 
 
 def test_usage():
     for arguments, code in (([], 0), (["--help"], 0), (["fly"], 2)):
         result = subprocess.run([sys.executable, "-m", "star.cli", *arguments], capture_output=True, text=True)
         assert result.returncode == code and "usage: star COMMAND" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("options", [cli.Eval, cli.Maps], ids=["eval", "maps"])
+def test_the_numbers_in_help_are_those_that_apply_without_a_task(options):
+    """They stand in words where the default is None."""
+    said = re.findall(r'(\w+): [\w |]+ = None\n +"""[^"]*?([\d.]+) without a task', inspect.getsource(options))
+    assert {"height", "max_sequence_length"} <= {name for name, _ in said}
+    for name, number in said:
+        assert float(number) == getattr(NO_TASK.images, name), name
+
+
+def test_info_has_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info", "--help"])
+    assert ended.value.code == 0 and "usage: star info" in capsys.readouterr().out

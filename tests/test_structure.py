@@ -55,7 +55,7 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("star_kernels.autograd",),
     ("star_kernels.native", "star_kernels.ops"),
     ("star_kernels.reference", "star_kernels.triton"),
-    ("star_kernels.transition", "star_kernels._C", "star_kernels._cuda"),
+    ("star_kernels.transition", "star_kernels.requirements", "star_kernels._build"),
 )
 IMPLEMENTATIONS = ("star_kernels.reference", "star_kernels.native", "star_kernels.triton")
 
@@ -92,7 +92,6 @@ def python_files() -> dict[str, Path]:
 
 
 FILES = python_files()
-COMPILED = {"star_kernels._C", "star_kernels._cuda"}
 
 
 def statements(tree: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
@@ -113,7 +112,7 @@ def imports(module: str, inside_functions: bool = True) -> dict[str, int]:
             assert node.level == 0, f"{module}:{node.lineno}: a relative import"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                names[inner if inner in FILES or inner in COMPILED else str(node.module)] = node.lineno
+                names[inner if inner in FILES else str(node.module)] = node.lineno
     return {name: line for name, line in names.items() if name != module}
 
 

@@ -3,16 +3,28 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(STAR_HAS_AVX2)
+#include <cpuid.h>
+#endif
+
 namespace star {
 
 enum class Isa { baseline, avx2, avx512 };
+
+#if defined(STAR_HAS_AVX2)
+// Which clang's __builtin_cpu_supports does not know.
+inline bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 // The widest instruction set that was compiled and that this processor has; STAR_ISA=baseline|avx2|avx512 lowers it.
 inline Isa isa() {
   static const Isa chosen = [] {
     Isa best = Isa::baseline;
 #if defined(STAR_HAS_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = Isa::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) best = Isa::avx2;
 #endif
 #if defined(STAR_HAS_AVX512)
     if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

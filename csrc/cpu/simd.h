@@ -181,8 +181,14 @@ STAR_INLINE Vector<T> exponential(Vector<T> x) {
 template <int size, typename V, size_t... lane>
 STAR_INLINE void exchange(V& a, V& b, std::index_sequence<lane...>) {
   constexpr int lanes = sizeof...(lane);
+#if defined(__clang__) || __GNUC__ >= 12
   const V first = __builtin_shufflevector(a, b, (lane & size ? lanes + lane - size : lane)...);
   b = __builtin_shufflevector(a, b, (lane & size ? lanes + lane : lane + size)...);
+#else
+  using Lanes = decltype(a < b);  // integers as wide as the numbers
+  const V first = __builtin_shuffle(a, b, Lanes{(lane & size ? lanes + lane - size : lane)...});
+  b = __builtin_shuffle(a, b, Lanes{(lane & size ? lanes + lane : lane + size)...});
+#endif
   a = first;
 }
 

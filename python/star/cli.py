@@ -399,29 +399,43 @@ def report(arguments: list[str]) -> None:
 
 
 def info(arguments: list[str]) -> None:
+    argparse.ArgumentParser(
+        "star info", description="Print versions, what was built, and which implementation each operator uses."
+    ).parse_args(arguments)
     import torch
 
     import star_kernels
-    from star_kernels import native
+    from star_kernels import native, requirements
     from star_kernels.ops import OPERATORS
 
-    if arguments:
-        raise ValueError(f"info: takes no arguments, got {arguments}")
+    def show(name: str, value: object) -> None:
+        print(f"{name:14} {value}")
+
     for package in ("star-kernels", "torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
         try:
-            print(f"{package:14} {importlib.metadata.version(package)}")
+            show(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            print(f"{package:14} not installed")
-    print(f"{'cpu threads':14} {torch.get_num_threads()}")
-    print(f"{'gpu':14} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+            show(package, "not installed")
+    show("folder", native.HERE)
+    show("cpu threads", torch.get_num_threads())
+    show("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     for name, value in native.build_info().items():
-        print(f"{name.replace('_', ' '):14} {value}")
+        show(name.replace("_", " "), value)
+    reasons: dict[str, list[str]] = {}
     for operator in OPERATORS:
+        chosen = []
         for device in ("cpu", "cuda"):
-            reasons = star_kernels.implementations(operator, device)
-            chosen = next(name for name, reason in reasons.items() if reason is None)
-            others = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
-            print(f"{operator:14} {chosen} on {device}" + (f" ({others})" if others else ""))
+            found = star_kernels.implementations(operator, device)
+            chosen.append(f"{next(name for name, reason in found.items() if reason is None)} on {device}")
+            for name, reason in found.items():
+                if reason is not None:
+                    reasons.setdefault(f"no {name} on {device}: {reason}", []).append(operator)
+        show(operator, ", ".join(chosen))
+    for reason, operators in reasons.items():
+        print(f"{reason} ({', '.join(operators)})")
+    for extra in ("train", "rewards"):
+        if line := requirements.install_line(extra, ""):
+            print(f"to have all of the extra {extra}: {line}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -434,11 +448,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments in ([], ["--help"], ["-h"]) else 2
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        quiet_third_parties()
+        if arguments[0] != "info":  # which needs torch alone
+            quiet_third_parties()
         show_warnings_once()
         commands[arguments[0]](arguments[1:])
     except ModuleNotFoundError as error:
-        print(f"star: {error.name} is missing; pip install 'star-kernels[train]'", file=sys.stderr)
+        from star_kernels.requirements import install_line
+
+        line = install_line("train", error.name or "")
+        print(f"star: {error.name} is missing{f'; {line}' if line else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("star: interrupted", file=sys.stderr)

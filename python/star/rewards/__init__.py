@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from star_kernels.requirements import install_line
+
 # Names of rewards, and under which keys of run.reward_models each finds its weights.
 WEIGHTS = {
     "ocr": (),
@@ -181,7 +183,8 @@ def missing(name: str, error: ImportError) -> RewardError:
     """The line for a reward whose libraries are not installed."""
     library = error.name or one_line(error)
     extra = "train" if library.partition(".")[0] in ("transformers", "tokenizers", "huggingface_hub") else "rewards"
-    return RewardError(f"reward: {name!r} needs {library}; pip install 'star-kernels[{extra}]'")
+    line = install_line(extra, library)
+    return RewardError(f"reward: {name!r} needs {library}{f'; {line}' if line else ''}")
 
 
 @dataclass(frozen=True)
