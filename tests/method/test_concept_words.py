@@ -206,7 +206,7 @@ def test_what_the_rules_do_not_know_is_said_by_name_with_what_to_do(prompt):
     with pytest.warns(UserWarning) as said:
         found = parse(prompt)
     assert len(said) == 1 and "\n" not in str(said[0].message)
-    for part in (FOREIGN[prompt], "pip install 'star-kernels[spacy]'", "give concepts"):
+    for part in (FOREIGN[prompt], "Use source 'spacy'", "give concepts"):
         assert part in str(said[0].message)
     assert all(len(concept.text) > 2 or concept.text == "猫" for concept in found)  # whole words, no single letters
 

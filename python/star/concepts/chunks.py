@@ -12,6 +12,7 @@ from star.concepts import lexicon
 from star.concepts.languages import MODELS
 from star.concepts.reading import QUOTED
 from star.concepts.rules import Phrase, is_size
+from star_kernels.requirements import install_line
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -40,13 +41,18 @@ def check(source: str) -> None:
     model = model_of(source)
     if source == "rules":
         return
-    if importlib.util.find_spec("spacy") is None:
-        raise ImportError(_MISSING)
+    if is_missing():
+        raise ImportError(_missing())
     if model is not None:
         load(model)
 
 
-_MISSING = "source: 'spacy' needs spaCy; pip install 'star-kernels[spacy]'"
+def is_missing() -> bool:
+    return importlib.util.find_spec("spacy") is None
+
+
+def _missing() -> str:
+    return f"source: 'spacy' needs spaCy; {install_line('spacy', 'spacy')}"
 
 
 @lru_cache(maxsize=4)  # a model takes a second to load
@@ -55,7 +61,7 @@ def load(model: str) -> Language:
     try:
         import spacy
     except ModuleNotFoundError as error:
-        raise ImportError(_MISSING) from error
+        raise ImportError(_missing()) from error
     if not spacy.util.is_package(model) and not Path(model).exists():
         raise ImportError(f"source: spaCy's model {model!r} is not installed; python -m spacy download {model}")
     try:

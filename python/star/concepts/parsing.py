@@ -10,6 +10,7 @@ from star.concepts.languages import foreign, main_language
 from star.concepts.reading import Reading, read
 from star.concepts.spans import Concept
 from star.concepts.words import split
+from star_kernels.requirements import install_line
 
 
 def parse(prompt: str, source: str = "rules") -> list[Concept]:
@@ -52,10 +53,11 @@ def parse_all(prompts: Sequence[str], source: str = "rules") -> list[list[Concep
             spans = chunks.noun_spans(reading.text, model or chunks.model_for(main_language(words)))
         concepts.append(_concepts(prompt, reading, spans))
     if unknown:
+        line = install_line("spacy", "spacy") if chunks.is_missing() else None
         # The same words each time: Python then says them once.
         warnings.warn(
             f"concepts: the rules know English, not {', '.join(sorted(unknown))}; each phrase of it is one concept. "
-            "Use source 'spacy' (pip install 'star-kernels[spacy]'), or give concepts",
+            f"Use source 'spacy'{f' ({line})' if line else ''}, or give concepts",
             stacklevel=1,
         )
     return concepts
