@@ -55,7 +55,7 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("star_kernels.autograd",),
     ("star_kernels.native", "star_kernels.ops"),
     ("star_kernels.reference", "star_kernels.triton"),
-    ("star_kernels.transition", "star_kernels._C", "star_kernels._cuda"),
+    ("star_kernels.checks", "star_kernels.transition", "star_kernels._C", "star_kernels._cuda"),
 )
 IMPLEMENTATIONS = ("star_kernels.reference", "star_kernels.native", "star_kernels.triton")
 

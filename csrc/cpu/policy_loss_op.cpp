@@ -73,7 +73,7 @@ PolicyLossResult loss_as(const PolicyLossInputs& inputs) {
     for (int64_t tile = 0; tile < tiles; tile++) add(sample, sums[index * tiles + tile]);
     if (!per_location) args.log_ratio[index] = T(sample.slot[DELTA] / double(args.locations));
     const T up = args.advantages_per_location ? T(1) : args.advantage(args.terms(index), index, index);
-    const T down = args.advantages_per_location ? T(-1) : up;
+    const T down = args.advantages_per_location ? T(-1) : T(0);
     const T log_ratio = per_location ? T(0) : args.log_ratio[index];
     add(all, sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]));
   }

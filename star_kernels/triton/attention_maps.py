@@ -118,8 +118,8 @@ def maps_kernel(
         if (head % CHUNK == CHUNK - 1) | (head == HEADS - 1):
             total = tl.where(used[None, :], total, 0.0)  # an unused slot must not bring 0 * inf
             for concept in range(concepts):
-                share = tl.where(c // slots == concept, weights, 0.0)
-                part = tl.sum(tl.where((share != 0.0)[None, :], total * share[None, :], 0.0), 1)
+                own = c // slots == concept
+                part = tl.sum(tl.where(own[None, :], total * weights[None, :], 0.0), 1)
                 if ALONE:
                     whole += tl.where((g == concept)[None, :], part[:, None], 0.0)
                 else:
