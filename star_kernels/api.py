@@ -281,7 +281,7 @@ def allocate(
     patch: int = 2,
     impl: Implementation = "auto",
 ) -> Tensor:
-    """Turn concept maps into weights of mean 1 over the latent positions.
+    """Turn concept maps into weights of mean 1 over the latent locations.
 
     Each map is divided by its mean, concepts are combined, the field is smoothed, raised to a power, brought to mean 1
     and capped; then w = (1 - mix) + mix * field, brought to mean 1, and each token's weight repeated over its patch.
@@ -295,7 +295,7 @@ def allocate(
         sharpen: exponent of the field, between 1e-6 and 1e6.
         cap: largest value of the field in units of its mean, at least 1e-6; infinite for none.
         mix: 0 (uniform) to 1 (the map alone).
-        patch: latent positions per token and side; 1 for packed latents. A sample has at most 2**30 positions.
+        patch: latent locations per token and side; 1 for packed latents. A sample has at most 2**30 locations.
         impl: "auto" or one of `implementations("allocate")`.
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,6 +83,15 @@ def check_elements(name: str, sizes: Sequence[int]) -> None:
         raise ValueError(f"{name}: sizes {tuple(sizes)} make more than 2**40 elements")
 
 
+@cache
+def check_reach(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Check that a Triton kernel can count the samples on an axis of its grid, and address one of them in 32 bits."""
+    if shape[0] > 65535:
+        raise ValueError(f"{name}: got a batch of {shape[0]}, expected at most 65535 for impl='triton'")
+    if sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True)) >= 2**31:
+        raise ValueError(f"{name}: a sample of {shape[1:]} spans more than 2**31 elements, too many for impl='triton'")
+
+
 def checked_number(
     name: str, value: Any, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number"
 ) -> float:
@@ -139,12 +149,12 @@ def checked_grid(value: Any, tokens: int) -> tuple[int, int]:
 
 
 def checked_patch(value: Any, rows: int, columns: int) -> int:
-    """Latent positions per token and side."""
+    """Latent locations per token and side."""
     patch = checked_integer("patch", value, "a number >= 1")
     if patch < 1:
         raise ValueError(f"patch: got {shown(value)}, expected a number >= 1")
     if rows * columns * patch * patch > MOST_LOCATIONS:
-        raise ValueError(f"patch: got {shown(value)}, expected at most 2**30 positions of a grid of {rows} x {columns}")
+        raise ValueError(f"patch: got {shown(value)}, expected at most 2**30 locations of a grid of {rows} x {columns}")
     return patch
 
 

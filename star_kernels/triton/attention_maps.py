@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels.checks import check_reach
+
 LOG2_E = 1.4426950408889634
 CHUNKS = 8  # of heads, at most: what a row can be cut into
 PROGRAMS = 4  # per processor: with fewer, memory waits for the next request (docs/gpu-measured.md)
@@ -298,6 +300,8 @@ def launch(
     and `tiling`."""
     dtype = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(dtype), key.to(dtype)
+    check_reach("query", query.shape, query.stride())
+    check_reach("key", key.shape, key.stride())
     batch, heads, queries, width = query.shape
     keys, device, size = key.shape[2], query.device, query.element_size()
     concepts, slots = concept_index.shape[1:]
