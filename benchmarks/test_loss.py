@@ -57,9 +57,7 @@ def test_bandwidth(benchmark, row):
             flat = (velocity, arguments["sample"], arguments["prev_sample"], *arguments["transition"],
                     arguments["advantages"], arguments["weights"], arguments["old_mean"], None, None, None,
                     "token", CLIP, CLIP, ADV_CLIP, 0.0, False)  # fmt: skip
-            with torch.no_grad():
-                loss, _, log_ratio = torch.ops.star.policy_loss_native(*flat)
-                return torch.ops.star.policy_loss_gradient_native(torch.ones_like(loss), log_ratio, *flat)
+            return torch.ops.star.policy_loss_with_gradient_native(*flat)
 
         elements = 5 * math.prod(shape) + math.prod(shape) // shape[1]  # four inputs, the gradient, the weights
         source = torch.randn(elements // 2)

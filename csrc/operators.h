@@ -84,15 +84,17 @@ struct PolicyLossInputs {
 };
 
 using PolicyLossResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, log_ratio
+using PolicyLossWithGradientResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // and the velocity's gradient
 
-template <PolicyLossResult (*run)(const PolicyLossInputs&)>
-PolicyLossResult policy_loss(const Tensor& velocity, const Tensor& sample, const Tensor& prev_sample, const Tensor& a,
-                             const Tensor& b, const Tensor& s, const Tensor& precision, const Tensor& log_norm,
-                             const Tensor& kl_precision, const Tensor& advantages, const OptionalTensor& weights,
-                             const OptionalTensor& old_mean, const OptionalTensor& old_log_prob,
-                             const OptionalTensor& reference_velocity, const OptionalTensor& step_weights,
-                             const std::string& ratio, double clip_low, double clip_high, double adv_clip,
-                             double kl_coef, bool guard) {
+// run: policy_loss or policy_loss_with_gradient of a device.
+template <auto run>
+auto policy_loss(const Tensor& velocity, const Tensor& sample, const Tensor& prev_sample, const Tensor& a,
+                 const Tensor& b, const Tensor& s, const Tensor& precision, const Tensor& log_norm,
+                 const Tensor& kl_precision, const Tensor& advantages, const OptionalTensor& weights,
+                 const OptionalTensor& old_mean, const OptionalTensor& old_log_prob,
+                 const OptionalTensor& reference_velocity, const OptionalTensor& step_weights,
+                 const std::string& ratio, double clip_low, double clip_high, double adv_clip, double kl_coef,
+                 bool guard) {
   return run({velocity, sample, prev_sample, a, b, s, precision, log_norm, kl_precision, advantages, weights, old_mean,
               old_log_prob, reference_velocity, step_weights, ratio, clip_low, clip_high, adv_clip, kl_coef, guard});
 }

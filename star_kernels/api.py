@@ -448,5 +448,5 @@ def policy_loss(
     rest = (sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity,
             step_weights, ratio, low, high, adv_clip, kl_coef, guard)  # fmt: skip
     check = lambda: _check_s(transition.s, compute_dtype(velocity, sample, prev_sample))
-    loss, statistics, _ = _run_checked(autograd.policy_loss, chosen, check, device, chosen, velocity, rest)
+    loss, statistics, *_ = _run_checked(autograd.policy_loss, chosen, check, device, chosen, velocity, rest)
     return PolicyLoss(loss, Statistics(statistics))

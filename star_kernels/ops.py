@@ -67,6 +67,10 @@ def fake_policy_loss_gradient(grad_loss: Tensor, log_ratio: Tensor, velocity: Te
     return velocity.new_empty(velocity.shape)
 
 
+def fake_policy_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *fake_policy_loss(velocity, *rest), velocity.new_empty(velocity.shape)
+
+
 def triton_launcher(operator: str, name: str = "launch") -> Callable:
     """A function of star_kernels.triton.OPERATOR, not imported before it runs: star_kernels needs torch alone."""
 
@@ -87,6 +91,7 @@ class Operator:
     native: types of the devices that have a compiled kernel, csrc/DEVICE.
     triton: the launcher of the Triton kernels, for CUDA tensors; None without one.
     gradient: the operator that the backward pass calls, in the same implementation; None for a constant.
+    with_gradient: both in one, for a gradient of 1 of the loss; None without one.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Operator:
     native: tuple[str, ...]
     triton: Callable | None = None
     gradient: Operator | None = None
+    with_gradient: Operator | None = None
 
     def define(
         self, implementation: str, function: Callable | None = None, devices: str | tuple[str, ...] = ()
@@ -106,6 +112,11 @@ class Operator:
         torch.library.register_fake(qualified, self.fake)
         if function is not None:
             torch.library.impl(qualified, devices, function)
+
+    @property
+    def companions(self) -> tuple[Operator, ...]:
+        """The operators that are defined beside this one."""
+        return tuple(operator for operator in (self.gradient, self.with_gradient) if operator is not None)
 
     def run(self, implementation: str) -> Callable:
         """The torch.library operator of an implementation."""
@@ -161,6 +172,14 @@ POLICY_LOSS_GRADIENT = Operator(
     triton=triton_launcher("policy_loss", "launch_gradient"),
 )
 
+POLICY_LOSS_WITH_GRADIENT = Operator(
+    name="policy_loss_with_gradient",
+    schema=f"({_POLICY_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=fake_policy_loss_with_gradient,
+    reference=reference.policy_loss_with_gradient,
+    native=("cpu",),
+)
+
 POLICY_LOSS = Operator(
     name="policy_loss",
     schema=f"({_POLICY_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
@@ -169,20 +188,21 @@ POLICY_LOSS = Operator(
     native=("cpu", "cuda"),
     triton=triton_launcher("policy_loss"),
     gradient=POLICY_LOSS_GRADIENT,
+    with_gradient=POLICY_LOSS_WITH_GRADIENT,
 )
 
 OPERATORS = {operator.name: operator for operator in (ATTENTION_MAPS, ALLOCATE, GAUSSIAN_STEP, POLICY_LOSS)}
 
 
 def define(operator: Operator) -> None:
-    """All implementations of an operator, and of its gradient."""
+    """All implementations of an operator and of its companions."""
     operator.define("reference", operator.reference, "CompositeExplicitAutograd")
     if operator.native:
         operator.define("native")
     if operator.triton is not None:
         operator.define("triton", operator.triton, ("CPU", "CUDA"))
-    if operator.gradient is not None:
-        define(operator.gradient)
+    for companion in operator.companions:
+        define(companion)
 
 
 for _operator in OPERATORS.values():

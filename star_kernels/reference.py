@@ -6,6 +6,7 @@ Float64 inputs are computed in float64, everything else in float32. Arguments ar
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,6 +255,12 @@ def policy_loss_gradient(
         gradient = gradient + factor[..., None] * (v - _pixels(reference_velocity, dtype))
     gradient = gradient.transpose(1, 2) if velocity.ndim == 3 else gradient
     return gradient.reshape(velocity.shape).to(velocity.dtype)
+
+
+def policy_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, log_ratio) of policy_loss, which takes the same, and policy_loss_gradient of 1."""
+    loss, statistics, log_ratio = policy_loss(velocity, *rest)
+    return loss, statistics, log_ratio, policy_loss_gradient(torch.ones_like(loss), log_ratio, velocity, *rest)
 
 
 def limited_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:

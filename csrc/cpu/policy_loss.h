@@ -21,7 +21,8 @@ struct PolicyLossArgs : LossOptions<T> {
   bool advantages_per_location, old_log_prob_per_location;
   T* log_ratio;  // of the units, (B,) or (B, locations): what the loss writes and the gradient reads
   T grad_loss;
-  V* gradient;
+  V* gradient;      // null: not asked for
+  bool directions;  // policy_loss_sums leaves them in the gradient's memory, policy_loss_gradient scales them there
 
   // Always inlined: the linker must not pick one instruction set's copy for all.
   __attribute__((always_inline)) SampleTerms<T> terms(int64_t index) const {

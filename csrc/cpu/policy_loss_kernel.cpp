@@ -76,15 +76,25 @@ STAR_INLINE Vector<T> old_mean(const PolicyLossArgs<V, X, T>& args, int64_t at, 
   return load_some<T>(args.old_mean + at, count);
 }
 
+// The gradient of a location's log-ratio to the velocity, but for a factor.
+template <Form form, typename T>
+STAR_INLINE Vector<T> direction(Vector<T> a, Vector<T> x, Vector<T> b, Vector<T> v, Vector<T> next, Vector<T> old) {
+  if constexpr (form == Form::guard) return next - old;
+  return next - transition_mean(a, x, b, v);
+}
+
 // The sum of a tile's terms, each location's times its weight if there are weights.
 template <Form form, bool packed, typename V, typename X, typename T>
 double term_sum(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const SampleTerms<T>& terms, const T* weights) {
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
   Sum<T> sum;
   each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+    const Vector<T> x = load_some<T>(args.sample + at, count), v = load_some<T>(args.velocity + at, count);
+    const Vector<T> next = load_some<T>(args.prev_sample + at, count), old = old_mean<form>(args, at, count);
     Vector<T> left, right;
-    term_factors<form>(a, load_some<T>(args.sample + at, count), b, load_some<T>(args.velocity + at, count),
-                       load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count), left, right);
+    term_factors<form>(a, x, b, v, next, old, left, right);
+    if constexpr (std::is_same_v<V, T>)
+      if (args.directions) store_some<T>(args.gradient + at, direction<form, T>(a, x, b, v, next, old), count);
     if (weights) left *= packed ? broadcast(weights[location]) : load_some<T>(weights + location, count);
     sum.add_product(left, right);
   });
@@ -212,24 +222,20 @@ void policy_loss_gradient(const PolicyLossArgs<V, X, T>& args, int64_t index, in
     factor[i] = (args.weights ? args.weights[tile.locations + i] : T(1)) * (force * terms.share * args.grad_loss);
   }
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b), pull = broadcast(terms.pull * args.grad_loss);
-  auto write = [&]<bool guard, bool packed>() STAR_ALWAYS {
+  with_form(args.form, args.packed, [&]<Form form, bool packed>() STAR_ALWAYS {
     each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
-      const Vector<T> next = load_some<T>(args.prev_sample + at, count);
-      Vector<T> from;
-      if constexpr (guard)
-        from = load_some<T>(args.old_mean + at, count);
+      Vector<T> value;
+      if (args.directions)
+        value = load_some<T>(args.gradient + at, count);
       else
-        from = transition_mean(a, load_some<T>(args.sample + at, count), b, load_some<T>(args.velocity + at, count));
-      Vector<T> value = (packed ? broadcast(factor[location]) : load_some<T>(factor + location, count)) * (next - from);
+        value = direction<form, T>(a, load_some<T>(args.sample + at, count), b, load_some<T>(args.velocity + at, count),
+                                   load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count));
+      value *= packed ? broadcast(factor[location]) : load_some<T>(factor + location, count);
       if (args.reference_velocity)
         value += pull * (load_some<T>(args.velocity + at, count) - load_some<T>(args.reference_velocity + at, count));
       store_some<T>(args.gradient + at, value, count);
     });
-  };
-  if (args.form == Form::guard)
-    args.packed ? write.template operator()<true, true>() : write.template operator()<true, false>();
-  else
-    args.packed ? write.template operator()<false, true>() : write.template operator()<false, false>();
+  });
 }
 
 #define STAR_INSTANTIATE(V, X, T)                                                                       \

@@ -1,6 +1,7 @@
-// star::policy_loss_native and its gradient for CPU tensors: make the tensors contiguous and of few types, run the kernels
-// tile by tile, add the tiles up in their order.
+// star::policy_loss_native, its gradient, and both in one for CPU tensors: make the tensors contiguous and of few types, run
+// the kernels tile by tile, add the tiles up in their order.
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/policy_loss.h"
@@ -34,79 +35,108 @@ PolicyLossArgs<V, X, T> arguments(const PolicyLossInputs& inputs, Pointers& poin
 }
 
 template <typename Args>
-int64_t tiles_of(const Args& args) {
+int64_t tiles(const Args& args) {
   return (args.locations + LOSS_TILE - 1) / LOSS_TILE;
 }
 
-// Calls tile(number of the task, sample, first location) for every tile of every sample, on all threads.
+// Calls tile(number of the tile in the batch, sample, first location) for every tile of samples, on all threads.
 template <typename Args, typename F>
-void each_tile(const Args& args, F tile) {
-  const int64_t tiles = tiles_of(args);
-  parallel_for(0, args.batch * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) tile(task, task / tiles, task % tiles * LOSS_TILE);
+void each_tile(const Args& args, int64_t begin, int64_t end, F tile) {
+  const int64_t each = tiles(args);
+  parallel_for(begin * each, end * each, 1, [&](int64_t first, int64_t last) {
+    for (int64_t number = first; number < last; number++) tile(number, number / each, number % each * LOSS_TILE);
   });
 }
 
+// Writes the gradient too if there is memory for it.
 template <typename V, typename X, typename T>
-PolicyLossResult loss_as(const PolicyLossInputs& inputs) {
-  Pointers pointers;
-  PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs, pointers);
+PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
   const bool per_location = args.ratio == Ratio::location;
-  Tensor loss = new_empty(inputs.velocity, {}, scalar_type<T>);
-  Tensor statistics = new_empty(inputs.velocity, {STATISTICS}, ScalarType::Float);
-  Tensor log_ratio = per_location ? new_empty(inputs.velocity, {args.batch, args.locations}, scalar_type<T>)
-                                  : new_empty(inputs.velocity, {args.batch}, scalar_type<T>);
+  Tensor loss = new_empty(like, {}, scalar_type<T>);
+  Tensor statistics = new_empty(like, {STATISTICS}, ScalarType::Float);
+  Tensor log_ratio = per_location ? new_empty(like, {args.batch, args.locations}, scalar_type<T>)
+                                  : new_empty(like, {args.batch}, scalar_type<T>);
   args.log_ratio = log_ratio.mutable_data_ptr<T>();
+  args.directions = args.gradient && !per_location && std::is_same_v<V, T>;
 
   for (int64_t index = 0; index < args.batch; index++)
     if (!(args.s[index] > 0))
       throw std::invalid_argument("transition.s: has values <= 0; a deterministic step has no density to train on");
 
-  const auto kernel = STAR_SELECT(policy_loss_sums<V, X, T>);
-  const int64_t tiles = tiles_of(args);
-  std::vector<LocationSums> sums(args.batch * tiles);
-  each_tile(args, [&](int64_t task, int64_t index, int64_t first) { sums[task] = kernel(args, index, first); });
-
-  BatchSums all = no_sums();
-  for (int64_t index = 0; index < args.batch; index++) {
+  const auto sum_tile = STAR_SELECT(policy_loss_sums<V, X, T>);
+  const auto write_gradient = STAR_SELECT(policy_loss_gradient<V, X, T>);
+  std::vector<LocationSums> sums(args.batch * tiles(args));
+  std::vector<BatchSums> samples(args.batch);
+  auto finish_sample = [&](int64_t index) {
     LocationSums sample = no_location_sums();
-    for (int64_t tile = 0; tile < tiles; tile++) add(sample, sums[index * tiles + tile]);
+    for (int64_t tile = 0; tile < tiles(args); tile++) add(sample, sums[index * tiles(args) + tile]);
     if (!per_location) args.log_ratio[index] = T(sample.slot[DELTA] / double(args.locations));
     const T up = args.advantages_per_location ? T(1) : args.advantage(args.terms(index), index, index);
     const T down = args.advantages_per_location ? T(-1) : T(0);
     const T log_ratio = per_location ? T(0) : args.log_ratio[index];
-    add(all, sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]));
-  }
+    samples[index] = sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]);
+  };
+  auto run = [&](int64_t begin, int64_t end) {
+    each_tile(args, begin, end, [&](int64_t number, int64_t index, int64_t first) { sums[number] = sum_tile(args, index, first); });
+    for (int64_t index = begin; index < end; index++) finish_sample(index);
+    if (args.gradient)
+      each_tile(args, begin, end, [&](int64_t, int64_t index, int64_t first) { write_gradient(args, index, first); });
+  };
+  // One sample after the other, a sample's inputs are still in cache when its gradient is made. Threads that are more than
+  // the samples share out their tiles instead.
+  if (args.gradient && args.batch >= int64_t(torch::stable::get_num_threads()))
+    parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; index++) run(index, index + 1);
+    });
+  else
+    run(0, args.batch);
+
+  BatchSums all = no_sums();
+  for (const BatchSums& sample : samples) add(all, sample);
   finish<T>(args, all, loss.mutable_data_ptr<T>(), statistics.mutable_data_ptr<float>());
   return {loss, statistics, log_ratio};
 }
 
-template <typename V, typename X, typename T>
-Tensor gradient_as(const PolicyLossGradientInputs& inputs) {
-  Pointers pointers;
-  PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs.loss, pointers);
-  const Tensor& velocity = inputs.loss.velocity;
-  Tensor gradient = new_empty(velocity, velocity.sizes(), scalar_type<V>);
-  args.log_ratio = const_cast<T*>(pointers.of<T>(inputs.log_ratio));
-  args.grad_loss = *pointers.of<T>(inputs.grad_loss);
-  args.gradient = gradient.mutable_data_ptr<V>();
-  const auto kernel = STAR_SELECT(policy_loss_gradient<V, X, T>);
-  each_tile(args, [&](int64_t, int64_t index, int64_t first) { kernel(args, index, first); });
-  return converted(gradient, velocity.scalar_type());
-}
-
 PolicyLossResult loss(const PolicyLossInputs& inputs) {
-  return with_types(inputs, [&]<typename V, typename X, typename T>(Types<V, X, T>) { return loss_as<V, X, T>(inputs); });
+  return with_types(inputs, [&]<typename V, typename X, typename T>(Types<V, X, T>) {
+    Pointers pointers;
+    PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs, pointers);
+    return loss_as(args, inputs.velocity);
+  });
 }
 
 Tensor gradient(const PolicyLossGradientInputs& inputs) {
-  return with_types(inputs.loss,
-                    [&]<typename V, typename X, typename T>(Types<V, X, T>) { return gradient_as<V, X, T>(inputs); });
+  return with_types(inputs.loss, [&]<typename V, typename X, typename T>(Types<V, X, T>) {
+    Pointers pointers;
+    PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs.loss, pointers);
+    const Tensor& velocity = inputs.loss.velocity;
+    Tensor gradient = new_empty(velocity, velocity.sizes(), scalar_type<V>);
+    args.log_ratio = const_cast<T*>(pointers.of<T>(inputs.log_ratio));
+    args.grad_loss = *pointers.of<T>(inputs.grad_loss);
+    args.gradient = gradient.mutable_data_ptr<V>();
+    const auto kernel = STAR_SELECT(policy_loss_gradient<V, X, T>);
+    each_tile(args, 0, args.batch, [&](int64_t, int64_t index, int64_t first) { kernel(args, index, first); });
+    return converted(gradient, velocity.scalar_type());
+  });
+}
+
+PolicyLossWithGradientResult loss_with_gradient(const PolicyLossInputs& inputs) {
+  return with_types(inputs, [&]<typename V, typename X, typename T>(Types<V, X, T>) {
+    Pointers pointers;
+    PolicyLossArgs<V, X, T> args = arguments<V, X, T>(inputs, pointers);
+    const Tensor& velocity = inputs.velocity;
+    Tensor gradient = new_empty(velocity, velocity.sizes(), scalar_type<V>);
+    args.grad_loss = 1;
+    args.gradient = gradient.mutable_data_ptr<V>();
+    const PolicyLossResult result = loss_as(args, velocity);  // which fills the gradient: a copy must come after it
+    return std::tuple_cat(result, std::tuple(converted(gradient, velocity.scalar_type())));
+  });
 }
 
 }  // namespace
 
 STAR_REGISTER(policy_loss, policy_loss<loss>)
 STAR_REGISTER(policy_loss_gradient, policy_loss_gradient<gradient>)
+STAR_REGISTER(policy_loss_with_gradient, policy_loss<loss_with_gradient>)
 
 }  // namespace star

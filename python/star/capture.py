@@ -769,17 +769,17 @@ def allocated(
     """
     allocation = _own_maps_allocation(allocation)
     tokens = _tokens(prompts, pipeline)
-    first: list[Tensor] = []  # with first_pass the maps of the first pass
+    weights: Tensor | None = None  # of the last pass, or with first_pass of the first
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
         def weight(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
+            nonlocal weights
             velocity = output[0]
             if not velocity.requires_grad:
                 return None
-            if not (first_pass and first):
-                first[:] = [maps.read()]
             assert maps.grid is not None and maps.rows is not None  # the pass has shown them
-            weights = _velocity_weights(allocation, first[0], maps.grid, velocity.shape)
+            if weights is None or not first_pass:
+                weights = _velocity_weights(allocation, maps.read(), maps.grid, velocity.shape)
             velocity = weighted_gradient(velocity, _repeat_for_rows(weights, maps.rows, len(velocity)))
             return (velocity, *output[1:]) if isinstance(output, tuple) else type(output)(sample=velocity)
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -92,6 +92,8 @@ class Maps:
     """A pipeline's folder or hub id. None: the task's."""
     out: Path = Path("maps.png")
     """File of the figure."""
+    concepts: str = "rules"
+    """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
     steps: int = 8
     """Denoising steps."""
     guidance_scale: float = 1.0
@@ -120,6 +122,26 @@ def quiet_third_parties() -> None:
         library.utils.logging.disable_progress_bar()
     # diffusers' own call of a deprecated argument of its own.
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+
+
+def show_warnings_once() -> None:
+    """Show each warning once in a command. Python forgets what it has shown whenever a library changes the filters."""
+    show = warnings.showwarning
+    shown: set[str] = set()
+
+    def show_new(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show_new
 
 
 def read_config(arguments: list[str], prog: str) -> Config:
@@ -329,13 +351,15 @@ def maps(arguments: list[str]) -> None:
     from star.training.rollout import SamplerOptions, decode, encode, trace
 
     options = tyro.cli(Maps, args=arguments, prog="star maps")
-    names = [concept.text for concept in parse(options.prompt)]
+    names = [concept.text for concept in parse(options.prompt, options.concepts)]
     if not names:
         raise ValueError(f"prompt: no concept found in {options.prompt!r}")
     task = chosen_task(options.task, options.model)
     images = given(task.images, options, "height", "width", "max_sequence_length")
     pipeline = task.pipeline("cpu", torch.float32)
-    conditions = encode(pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale)
+    conditions = encode(
+        pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale, options.concepts
+    )
     layers = options.layers or range(len(pipeline.transformer.transformer_blocks))
     sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
     rollouts = {
@@ -411,6 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         quiet_third_parties()
+        show_warnings_once()
         commands[arguments[0]](arguments[1:])
     except ModuleNotFoundError as error:
         print(f"star: {error.name} is missing; pip install 'star-kernels[train]'", file=sys.stderr)

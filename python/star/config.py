@@ -117,6 +117,8 @@ class Sampling:
     """Transformer blocks whose attention is read. None: all."""
     normalize: Literal["raw", "content", "concepts"] = "raw"
     """Normalization of the maps; see star.capture.capture."""
+    concepts: str = "rules"
+    """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
     text_cache: Count = 0
     """Prompts whose embeddings stay on the CPU from iteration to iteration; each is then encoded alone. 0: none."""
     rollout_device: Literal["model", "cpu"] = "model"
@@ -312,10 +314,21 @@ class Config:
                 f"sampling.merge_adapter: needs model.frozen_dtype float32, got {self.model.frozen_dtype}"
             )
         self._check_scoring()
+        self._check_concepts()
         if self.loss.normalize_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
+
+    def _check_concepts(self) -> None:
+        if self.sampling.concepts == "rules":
+            return
+        from star.concepts import check_source  # it imports the tokenizers
+
+        try:
+            check_source(self.sampling.concepts)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"sampling.concepts: {str(error).removeprefix('source: ')}") from error
 
     def _check_task(self) -> None:
         given = {

@@ -65,7 +65,11 @@ class Trainer:
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
         check_size(self.pipeline, config)
         self.encode = PromptEncoder(
-            self.pipeline, config.model.max_sequence_length, sampling.text_cache, config.model.offload_encoders
+            self.pipeline,
+            config.model.max_sequence_length,
+            sampling.text_cache,
+            config.model.offload_encoders,
+            sampling.concepts,
         )
         on_main(self.accelerator, lambda: prepare_folder(config))
         set_seed(config.run.seed)

@@ -31,8 +31,8 @@ def test_the_table_names_the_compiled_kernels(device, endings):
         for path in (ROOT / "csrc" / device).glob(f"*{endings[0]}")
         for name in re.findall(r"^STAR_REGISTER\((\w+),", path.read_text(), re.MULTILINE)
     ]
-    gradients = {OPERATORS[name].gradient.name for name in expected if OPERATORS[name].gradient is not None}
-    assert sorted(registered) == sorted(expected | gradients)
+    companions = {one.name for name in expected for one in OPERATORS[name].companions if device in one.native}
+    assert sorted(registered) == sorted(expected | companions)
 
 
 def test_the_table_names_the_triton_kernels():
@@ -49,9 +49,11 @@ def test_an_operator_has_a_door_and_tests(operator):
 
 @each_operator
 def test_schema_and_reference_have_the_same_arguments(operator):
+    arguments = lambda one: [argument.name for argument in one.run("reference").default._schema.arguments]
     for one in filter(None, (operator, operator.gradient)):
-        schema = one.run("reference").default._schema
-        assert [argument.name for argument in schema.arguments] == list(inspect.signature(one.reference).parameters)
+        assert arguments(one) == list(inspect.signature(one.reference).parameters)
+    if operator.with_gradient is not None:
+        assert arguments(operator.with_gradient) == arguments(operator)
 
 
 def test_triton_refuses_what_it_cannot_count():

@@ -520,7 +520,8 @@ def test_functional_gradients_are_those_of_autograd(impl):
 
 @each_implementation
 def test_the_gradient_is_made_when_it_is_asked_for(impl):
-    """Neither under no_grad nor before the backward pass does anything of the velocity's size come into being."""
+    """Under no_grad nothing of the velocity's size comes into being, elsewhere than on the CPU's native kernels neither
+    before the backward pass."""
     arguments = make((2, 3, 4, 4))
     arguments["velocity"].requires_grad_()
     seen = []
@@ -534,10 +535,64 @@ def test_the_gradient_is_made_when_it_is_asked_for(impl):
         with torch.no_grad():
             sk.policy_loss(**arguments, impl=impl)
         loss = sk.policy_loss(**arguments, impl=impl).loss
-        assert [name for name in seen if name.startswith("policy_loss")] == [f"policy_loss_{impl}.default"] * 2
-        seen.clear()
+        early = impl == "native" and loss.device.type == "cpu"
         loss.backward()
-    assert [name for name in seen if name.startswith("policy_loss")] == [f"policy_loss_gradient_{impl}.default"]
+    expected = ["policy_loss", "policy_loss_with_gradient"] if early else ["policy_loss"] * 2 + ["policy_loss_gradient"]
+    assert [name for name in seen if name.startswith("policy_loss")] == [f"{name}_{impl}.default" for name in expected]
+
+
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+@pytest.mark.parametrize("form", ["delta", "guard", "log_prob"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_loss_with_gradient_has_the_bits_of_both(ratio, form, dtype, at_thread_counts):
+    both, loss, gradient = (
+        getattr(torch.ops.star, f"policy_loss{name}_native") for name in ("_with_gradient", "", "_gradient")
+    )
+    for shape, kl_coef in (((3, 4, 70, 71), 0.0), ((3, 4, 5, 3), 0.3), ((1, 5000, 7), 0.0), ((3, 50, 16), 0.3)):
+        with torch.device("cpu"):
+            arguments = make(shape, dtype)
+            arguments["old_log_prob"] = torch.rand(shape[0]) if form == "log_prob" else None
+        old_mean = None if form == "log_prob" else arguments["old_mean"]
+        rest = (
+            *(arguments[name] for name in ("velocity", "sample", "prev_sample")), *arguments["transition"],
+            arguments["advantages"], arguments["weights"], old_mean, arguments["old_log_prob"],
+            arguments["sample"] if kl_coef else None, None, ratio, 0.1, 0.1, 5.0, kl_coef, form == "guard",
+        )  # fmt: skip
+        *expected, log_ratio = loss(*rest)
+        expected += [log_ratio, gradient(torch.ones_like(expected[0]), log_ratio, *rest)]
+        for result in at_thread_counts(lambda rest=rest: both(*rest)):
+            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+class Undefined(torch.autograd.Function):
+    """The identity, whose gradient is none at all."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@each_implementation
+def test_backward_passes_of_every_kind(impl):
+    """Scaled, repeated, with a graph, not asked for: each has the gradient, and spoils no other's."""
+    arguments = make((2, 3, 4, 4))
+    velocity = arguments["velocity"].requires_grad_()
+    expected = run(arguments, impl=impl)[2]
+    loss = sk.policy_loss(**arguments, impl=impl).loss
+    backward = lambda loss, **options: torch.autograd.grad(loss, velocity, **options)[0]
+    close = lambda got, factor: torch.testing.assert_close(got, factor * expected, rtol=1e-6, atol=0)
+    first = backward(0.5 * loss, retain_graph=True)
+    second = backward(loss, retain_graph=True)
+    third = backward(loss, create_graph=True)
+    assert torch.equal(second, expected) and torch.equal(third, expected)
+    for got, factor in ((first, 0.5), (backward(-3.0 * loss), -3.0)):
+        close(got, factor)
+    undefined = backward(Undefined.apply(sk.policy_loss(**arguments, impl=impl).loss), allow_unused=True)
+    assert undefined is None or not undefined.any()
 
 
 def test_statistics_are_views_that_unpack_like_a_named_tuple():
@@ -668,6 +723,18 @@ def test_a_reference_velocity_keeps_its_bits_beside_a_narrow_velocity(impl, dtyp
     assert expected[1].kl > 0
     torch.testing.assert_close(statistics.kl, expected[1].kl, rtol=0.02, atol=0)
     torch.testing.assert_close(gradient.double(), expected[2], rtol=0.02, atol=expected[2].abs().max().item() * 0.02)
+
+
+@each_implementation
+def test_a_gradient_in_another_type_than_the_arithmetic(impl):
+    """Made in float64 and converted: a copy of it must not be taken before it is there."""
+    arguments = make((2, 3, 32, 32))
+    arguments["sample"] = arguments["sample"].double()
+    for _ in range(8):  # memory that is not written has other bits every time
+        got = run(arguments, clip_range=10.0, impl=impl)
+        expected = run(to_double(arguments), clip_range=10.0, impl="reference")
+        assert got[2].dtype == torch.float32
+        torch.testing.assert_close(got[2].double(), expected[2], rtol=1e-6, atol=1e-6 * expected[2].abs().max().item())
 
 
 @each_implementation

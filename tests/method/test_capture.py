@@ -273,6 +273,15 @@ def test_allocated_over_two_passes_of_guidance(first_pass):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("first_pass", [False, True])
+def test_random_weights_are_those_of_the_first_pass_or_new(first_pass):
+    model, inputs = small_transformer(), small_inputs()
+    with allocated(model, TOKENS, grid=GRID, allocation=Allocation(strategy="random"), first_pass=first_pass):
+        outputs = [model(**inputs)[0] for _ in range(2)]
+    one, other = (torch.autograd.grad(output.sum(), model.proj_out.weight)[0] for output in outputs)
+    assert torch.equal(one, other) == first_pass
+
+
 @pytest.mark.parametrize("build", ["sd3", "flux"])
 def test_prompts_and_a_pipeline_are_their_tokens(build):
     prompts = ["a red bench left of two green cats", "a dog"]

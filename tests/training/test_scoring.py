@@ -85,6 +85,14 @@ def test_prompt_files_in_other_forms(tmp_path):
     assert found[0].category == "colors" and found[1].category is None and "color" not in found[1].metadata
     (tmp_path / "bom.txt").write_text("\ufeffa red circle\n", encoding="utf-8")
     assert read_prompts(tmp_path / "bom.txt") == [Prompt("a red circle")]
+    joined = "\ufeffa red circle\n\ufeff a red circle\u200b\n\u200b\ufeff\n\u2060two rings \n"  # files in a row
+    (tmp_path / "joined.txt").write_text(joined, encoding="utf-8")
+    assert [p.text for p in read_prompts(tmp_path / "joined.txt")] == ["a red circle", "two rings"]
+    (tmp_path / "joined.jsonl").write_text('{"prompt": "\ufeffa red circle"}\n\ufeff{"prompt": "two rings"}', "utf-8")
+    assert [p.text for p in read_prompts(tmp_path / "joined.jsonl")] == ["a red circle", "two rings"]
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "\ufeff\u200b"}', "utf-8")
+    with pytest.raises(ConfigError, match=r"empty.jsonl:1 has no text under 'prompt'"):
+        read_prompts(tmp_path / "empty.jsonl")
     for name, content, words in (
         ("p.csv", "prompt\na red circle\n", "is a .csv file, expected .txt"),
         ("tags.jsonl", '{"prompt": "x", "tag": ["a"]}', r"tags.jsonl:1 has the tag \['a'\], expected text"),

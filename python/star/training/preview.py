@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from star.concepts import parse
+from star.concepts import parse_all
 from star.config import Config
 from star.objective import Allocation, allocation_weights
 from star.reports import tracking
@@ -62,7 +62,8 @@ def trace_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: S
         layers=sampling.layers,
         normalize=sampling.normalize,
     )
-    conditions = encode(pipeline, prompts, config.model.max_sequence_length, sampling.guidance_scale)
+    length, scale = config.model.max_sequence_length, sampling.guidance_scale
+    conditions = encode(pipeline, prompts, length, scale, sampling.concepts)
     return trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
 
 
@@ -107,7 +108,9 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
     With several processes all of them sample; only one may write.
     """
     # Prompts of several concepts say most about where the maps look.
-    texts = sorted(dict.fromkeys(p.text for p in prompts[:512]), key=lambda text: -len(parse(text)))[:TRACED]
+    texts = list(dict.fromkeys(p.text for p in prompts[:512]))
+    counts = {text: len(found) for text, found in zip(texts, parse_all(texts, config.sampling.concepts), strict=True)}
+    texts = sorted(texts, key=lambda text: -counts[text])[:TRACED]
     traced = of_prompts(pipeline, config, texts)
     if not write:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -63,7 +64,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"prompts: {path} cannot be read ({reason})") from error
     # Not splitlines(), which also breaks at characters that JSON allows within a string.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, _stripped(line)) for number, line in enumerate(text.split("\n"), 1)]
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and not text.lstrip().startswith("[")):
         prompts = [_parse(f"{path}:{number}", line) for number, line in lines if line]
@@ -95,7 +96,7 @@ def _prompt(place: str, entry: Any) -> Prompt:
     if isinstance(metadata, str):
         metadata = {"prompt": metadata}
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not _stripped(text):
         raise ConfigError(f"prompts: {place} has no text under 'prompt'")
     try:
         text.encode()
@@ -103,7 +104,19 @@ def _prompt(place: str, entry: Any) -> Prompt:
         raise ConfigError(f"prompts: {place} has half a surrogate pair, which is no text") from error
     if not isinstance(metadata.get("tag", ""), str):
         raise ConfigError(f"prompts: {place} has the tag {metadata['tag']!r}, expected text")
-    return Prompt(text.strip(), metadata)
+    return Prompt(_stripped(text), metadata)
+
+
+def _stripped(text: str) -> str:
+    """Without the spaces around it, and what is invisible among them: files that were joined have byte order marks
+    within, and copied text has zero-width spaces."""
+    first = next((i for i, character in enumerate(text) if not _is_blank(character)), len(text))
+    last = next((i for i in range(len(text), first, -1) if not _is_blank(text[i - 1])), first)
+    return text[first:last]
+
+
+def _is_blank(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) == "Cf"
 
 
 @lru_cache(maxsize=2)

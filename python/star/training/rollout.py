@@ -53,9 +53,14 @@ class Conditions:
 
 @torch.no_grad()
 def encode(
-    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], max_sequence_length: int, guidance_scale: float
+    pipeline: StableDiffusion3Pipeline,
+    prompts: Sequence[str],
+    max_sequence_length: int,
+    guidance_scale: float,
+    source: str = "rules",
 ) -> Conditions:
-    """Encode distinct prompts once. max_sequence_length: of the T5 part; 0 for a pipeline without T5."""
+    """Encode distinct prompts once. max_sequence_length: of the T5 part; 0 for a pipeline without T5. source: of the
+    concepts, see star.concepts.parse."""
     guided = guidance_scale > 1
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
         list(prompts),
@@ -65,7 +70,7 @@ def encode(
         do_classifier_free_guidance=guided,
         max_sequence_length=max_sequence_length,
     )
-    tokens = concept_tokens(pipeline, prompts, max_sequence_length=max_sequence_length)
+    tokens = concept_tokens(pipeline, prompts, source=source, max_sequence_length=max_sequence_length)
     # The empty prompt is the same in every row.
     negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
     return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
@@ -75,11 +80,20 @@ class PromptEncoder:
     """Text embeddings of prompts. They repeat from iteration to iteration: the last `cached` are kept on the CPU.
 
     With a cache every prompt is encoded alone, because its embeddings must not depend on what happened to be cached.
-    offload: the text encoders are on the device only while they encode.
+    offload: the text encoders are on the device only while they encode. source: of the concepts, see
+    star.concepts.parse.
     """
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int, cached: int, offload: bool):
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        max_sequence_length: int,
+        cached: int,
+        offload: bool,
+        source: str = "rules",
+    ):
         self.pipeline, self.length, self.cached, self.offload = pipeline, max_sequence_length, cached, offload
+        self.source = source
         self.cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self.encoders = [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e]
         self.device = pipeline.transformer.device
@@ -87,7 +101,7 @@ class PromptEncoder:
     def __call__(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
         if not self.cached:
             with self.on_device():
-                return encode(self.pipeline, prompts, self.length, guidance_scale)
+                return encode(self.pipeline, prompts, self.length, guidance_scale, self.source)
         wanted = [*prompts, ""] if guidance_scale > 1 else list(prompts)
         missing = [prompt for prompt in wanted if prompt not in self.cache]
         found = {prompt: self.cache[prompt] for prompt in wanted if prompt in self.cache}
@@ -103,7 +117,7 @@ class PromptEncoder:
         negative_embeds, negative_pooled = None, None
         if guidance_scale > 1:
             negative_embeds, negative_pooled = (x.to(self.device) for x in found[""])
-        tokens = concept_tokens(self.pipeline, prompts, max_sequence_length=self.length)
+        tokens = concept_tokens(self.pipeline, prompts, source=self.source, max_sequence_length=self.length)
         return Conditions(tuple(prompts), embeds, pooled, negative_embeds, negative_pooled, tokens)
 
     def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:

@@ -1,81 +1,20 @@
-"""From a prompt to what the user cares about, and to the text tokens that say it.
-
-Concepts are quoted texts and noun spans with their attributes, found by rules; no model and no download.
-"""
+"""Which text tokens of a pipeline's embeddings say a concept."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from star.concepts.parsing import parse_all
+from star.concepts.spans import Concept, mark
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-_QUOTES = re.compile(
-    r'"([^"]+)"'
-    r"|“([^”]+)”"
-    r"|(?<!\w)'([^']+(?:\w'\w[^']*)*)'(?!\w)"  # an apostrophe between letters neither opens nor closes
-    r"|‘([^’]+(?:\w’\w[^’]*)*)’(?!\w)"
-)
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*(?:(?<=s)['’](?=\s+\w))?|[^\w\s]")  # with "cat's" and "cats' toys"
-_DETERMINERS = frozenset(
-    (
-        "a an the this that these those some any each every both its his her their my your our no another several many "
-        "few one two three four five six seven eight nine ten"
-    ).split()
-)
-# Words that separate one thing from the next: prepositions, conjunctions, pronouns, auxiliary verbs.
-_BREAKS = frozenset(
-    (
-        "of in on at to from by for with without and or but nor as than into onto over under above below beneath "
-        "beside besides behind between among near next along across around through inside outside within upon off "
-        "against about before after during while where when which who whom whose it he she they we you i them him "
-        "me us there here is are was were be been being has have had do does did can could will would shall should "
-        "may might must not very so such wears wear holds hold says say saying reads read sits sit stands stand "
-        "looks look made like out written"
-    ).split()
-)
-_SIDES = frozenset("left right top bottom front side middle center centre".split())
-# What an image is, not what it shows; and praise that prompts add.
-_MEDIA = frozenset(
-    (
-        "photo photograph picture image painting illustration drawing render rendering sketch shot close-up closeup "
-        "view style art artwork artstation quality resolution detail details detailed masterpiece 4k 8k hd uhd "
-        "cinematic photorealistic realistic hyperrealistic highly ultra best trending portrait oil digital watercolor "
-        "watercolour studio lighting word words text letters"
-    ).split()
-)
-_NOUNS_IN_ING = frozenset(
-    (
-        "building ring king wing string spring ceiling clothing thing morning evening painting sling lightning awning "
-        "earring railing stocking swing viking wedding pudding duckling lighting"
-    ).split()
-)
-# What a thing is for, when a noun follows.
-_USES_IN_ING = frozenset(
-    (
-        "dining parking living baking frying cutting chopping rolling washing sewing knitting writing reading swimming "
-        "fishing sailing rowing hiking running boxing bowling skating skiing camping shopping sleeping walking "
-        "wrapping printing measuring vending flying sitting"
-    ).split()
-)
-
-
-@dataclass(frozen=True)
-class Concept:
-    """Characters [start, end) of a prompt. kind: "object", or "text" that is to be written in the image."""
-
-    text: str
-    start: int
-    end: int
-    kind: Literal["object", "text"]
 
 
 class ConceptTokens(NamedTuple):
@@ -91,68 +30,6 @@ class ConceptTokens(NamedTuple):
     def rows(self, index: Tensor | slice | Sequence[int]) -> ConceptTokens:
         """The concepts of some rows, for instance repeated for each sample of a group."""
         return ConceptTokens(self.index[index], self.weight[index])
-
-
-def _spans(prompt: str, offset: int) -> list[Concept]:
-    """Noun spans of a stretch of prompt without quotes."""
-    concepts: list[Concept] = []
-    span: list[re.Match] = []
-
-    def close() -> None:
-        words = [match.group().lower() for match in span]
-        if any(word not in _MEDIA and word not in _DETERMINERS for word in words):
-            start, end = span[0].start(), span[-1].end()
-            concepts.append(Concept(prompt[start:end], offset + start, offset + end, "object"))
-        span.clear()
-
-    words = list(_WORD.finditer(prompt))
-    for i, match in enumerate(words):
-        word = match.group().lower()
-        following = words[i + 1].group().lower() if i + 1 < len(words) else ""
-        side = word in _SIDES and (following in ("of", "side", "") or not following.isalnum())
-        # "a dog chasing a ball" and "sitting on", but "a running dog" and "a white dining table".
-        attribute = following[:1].isalnum() and following not in _BREAKS | _DETERMINERS
-        attribute = attribute and (not span or word in _USES_IN_ING)
-        verb = word.endswith("ing") and len(word) > 4 and word not in _NOUNS_IN_ING and not attribute
-        if not word[0].isalnum() or word in _BREAKS or word in _DETERMINERS or side or verb:
-            close()
-        else:
-            span.append(match)
-    close()
-    return concepts
-
-
-def parse(prompt: str) -> list[Concept]:
-    """The concepts of a prompt, in its order: quoted texts, and noun spans with their attributes.
-
-    Articles and numbers are left out, and so are words for the medium ("a photo of") and praise ("highly detailed").
-    """
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt: got {type(prompt).__name__}, expected a str")
-    concepts, end = [], 0
-    for quoted in _QUOTES.finditer(prompt):
-        group = next(i for i in range(1, 5) if quoted.group(i) is not None)
-        concepts += _spans(prompt[end : quoted.start()], end)
-        concepts.append(Concept(quoted.group(group), quoted.start(group), quoted.end(group), "text"))
-        end = quoted.end()
-    return concepts + _spans(prompt[end:], end)
-
-
-def mark(prompt: str, concept: Concept | str | tuple[int, int]) -> Concept:
-    """A concept that the user marks: a text that the prompt has (where it has it first), or characters [start, end).
-
-    Raises ValueError for a text or characters that the prompt does not have.
-    """
-    if isinstance(concept, Concept):
-        start, end, kind = concept.start, concept.end, concept.kind
-    elif isinstance(concept, str):
-        start, kind = prompt.find(concept), "object"
-        end = start + len(concept)
-    else:
-        (start, end), kind = concept, "object"
-    if not 0 <= start < end <= len(prompt):
-        raise ValueError(f"concepts: got {concept!r}, expected a part of the prompt {prompt!r}")
-    return Concept(prompt[start:end], start, end, kind)
 
 
 def _overlapping_tokens(
@@ -189,6 +66,7 @@ def locate(
     t5_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     concepts: Sequence[Sequence[Concept | str | tuple[int, int]]] | None = None,
+    source: str = "rules",
     max_sequence_length: int = 256,
     tokens: Literal["both", "clip", "t5"] = "both",
 ) -> ConceptTokens:
@@ -202,6 +80,7 @@ def locate(
             no CLIP part, as in FLUX: T5's tokens then begin at 0.
         t5_tokenizer: the pipeline's `tokenizer_3` (FLUX: `tokenizer_2`), or None.
         concepts: for each prompt the concepts that it asks for, as in `mark`. None: those of `parse`.
+        source: of `parse`, "rules", "spacy" or "spacy:MODEL"; where concepts are given there is none.
         max_sequence_length: of the T5 part, as given to the pipeline.
         tokens: which parts to use. A concept said in both gives each part half of its weight.
 
@@ -210,13 +89,15 @@ def locate(
         and neither is what the tokenizers cut off.
 
     Raises:
-        TypeError: a slow tokenizer, or prompts that are one str. ValueError: concepts that the prompts do not have, or
-        parts without their tokenizer.
+        What `parse` raises. TypeError: a slow tokenizer, or prompts that are one str. ValueError: concepts that the
+        prompts do not have, concepts beside a source, or parts without their tokenizer.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, expected a list of them")
     if concepts is None:
-        concepts = [parse(prompt) for prompt in prompts]
+        concepts = parse_all(prompts, source)
+    elif source != "rules":
+        raise ValueError(f"source: got {source!r} beside concepts; leave one of them out")
     elif len(prompts) != len(concepts):
         raise ValueError(f"concepts: got {len(concepts)} lists, expected one for each of {len(prompts)} prompts")
     if tokens not in ("both", "clip", "t5"):
@@ -259,6 +140,7 @@ def concept_tokens(
     prompts: Sequence[str],
     *,
     concepts: Sequence[Sequence[Concept | str | tuple[int, int]]] | None = None,
+    source: str = "rules",
     max_sequence_length: int | None = None,
 ) -> ConceptTokens:
     """Which text tokens of a pipeline's embeddings say what its prompts ask for.
@@ -269,6 +151,7 @@ def concept_tokens(
         prompts: B prompts, one for each image of a batch.
         concepts: for each prompt a list of what it asks for: a text that it has, characters (start, end), or a Concept.
             None: what `star.concepts.parse` finds, noun spans and quoted texts.
+        source: of `star.concepts.parse`, "rules", "spacy" or "spacy:MODEL"; where concepts are given there is none.
         max_sequence_length: of T5's tokens, as it was given to the pipeline. None: the pipeline's own default.
 
     Returns:
@@ -287,4 +170,4 @@ def concept_tokens(
     else:
         kind = type(pipeline).__name__
         raise TypeError(f"pipeline: got {kind}, expected a StableDiffusion3Pipeline or a FluxPipeline")
-    return locate(prompts, clip, t5, concepts=concepts, max_sequence_length=max_sequence_length)
+    return locate(prompts, clip, t5, concepts=concepts, source=source, max_sequence_length=max_sequence_length)

@@ -1,0 +1,22 @@
+"""From a prompt to what the user cares about, and to the text tokens that say it.
+
+Concepts are quoted texts and noun spans with their attributes, found by rules, which need no model and no download, or
+by spaCy where it is asked for.
+"""
+
+from star.concepts.chunks import check as check_source
+from star.concepts.parsing import parse, parse_all, unknown_languages
+from star.concepts.spans import Concept, mark
+from star.concepts.tokens import ConceptTokens, concept_tokens, locate
+
+__all__ = [
+    "Concept",
+    "ConceptTokens",
+    "check_source",
+    "concept_tokens",
+    "locate",
+    "mark",
+    "parse",
+    "parse_all",
+    "unknown_languages",
+]
