@@ -118,10 +118,11 @@ def maps_kernel(
         k += key_h
         norm += lse_h
         if (head % CHUNK == CHUNK - 1) | (head == HEADS - 1):
-            total = tl.where(used[None, :], total, 0.0)  # an unused slot must not bring 0 * inf
+            total = tl.where(used[None, :], total * weights[None, :], weights[None, :])  # no 0 * inf of an unused slot
             for concept in range(concepts):
-                own = c // slots == concept
-                part = tl.sum(tl.where(own[None, :], total * weights[None, :], 0.0), 1)
+                first = concept * slots
+                own = (c >= first) & (c < first + slots)
+                part = tl.sum(tl.where(own[None, :], total, 0.0), 1)
                 if ALONE:
                     whole += tl.where((g == concept)[None, :], part[:, None], 0.0)
                 else:
