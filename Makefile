@@ -7,10 +7,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint links install-check bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test fuzz lint links install-check bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
+	@echo "make fuzz      random calls of the operators against the reference; CASES=20000"
 	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
 	@echo "make install-check  every documented install line in an empty environment; half an hour"
@@ -48,6 +49,14 @@ install-check:
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Kernels in an interpreter, or run as fibers, take a hundred times as long: a smaller share.
+CASES ?= 20000
+FUZZ := PYTHONPATH=tests $(BIN)/python -W ignore tests/fuzz.py
+fuzz: setup
+	$(FUZZ) --cases $(CASES)
+	$(FUZZ) --cases $$(($(CASES) / 100)) --impl cuda_shuffled
+	$(FUZZ) --cases $$(($(CASES) / 100)) --impl triton
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc

@@ -130,6 +130,7 @@ LossOptions<T> loss_options(const PolicyLossInputs& inputs) {
       .ratio = inputs.ratio == "token"      ? Ratio::token
                : inputs.ratio == "location" ? Ratio::location
                                             : Ratio::sample,
+      .kl = inputs.reference_velocity.has_value(),
       .clip_low = T(inputs.clip_low),
       .clip_high = T(inputs.clip_high),
       .adv_clip = T(inputs.adv_clip),
@@ -161,6 +162,9 @@ template <typename F>
 auto with_types(const PolicyLossInputs& inputs, F use) {
   const ScalarType type = inputs.velocity.scalar_type();
   if (any_double(inputs.velocity, inputs.sample, inputs.prev_sample)) return use(Types<double, double, double>());
+  // A reference velocity in another type keeps its bits: both are read in the arithmetic's.
+  if (inputs.reference_velocity && inputs.reference_velocity->scalar_type() != type)
+    return use(Types<float, float, float>());
   const bool same = inputs.sample.scalar_type() == type && inputs.prev_sample.scalar_type() == type;
   if (type == ScalarType::BFloat16)
     return same ? use(Types<BFloat16, BFloat16, float>()) : use(Types<BFloat16, float, float>());

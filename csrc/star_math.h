@@ -76,6 +76,7 @@ struct LossOptions {
   int64_t batch, channels, locations;
   Form form;
   Ratio ratio;
+  bool kl;  // there is a reference velocity
   T clip_low, clip_high, adv_clip, kl_coef;
 };
 
@@ -193,13 +194,13 @@ STAR_HD void add_location(S* slot, const LimitedRatio<T>& ratio, T weight, T val
 }
 
 // What a sample adds to the batch's sums. log_ratio: the sample's, for other ratios than Ratio::location. up, down: its
-// advantage, or 1 and -1 where every location has its own.
+// advantage and 0, or 1 and -1 where every location has its own.
 template <typename T>
 STAR_HD BatchSums sample_sums(const LossOptions<T>& options, const LocationSums& sums, T log_ratio, T up, T down,
                               T kl_precision) {
   BatchSums out{};
   out.nonfinite = sums.slot[NONFINITE];
-  out.kl = sums.slot[KL] * double(kl_precision) / double(options.channels * options.locations);
+  if (options.kl) out.kl = sums.slot[KL] * double(kl_precision) / double(options.channels * options.locations);
   if (options.ratio == Ratio::location) {
     out.loss = sums.slot[LOSS], out.square = sums.slot[SQUARE], out.low = sums.slot[LOW], out.high = sums.slot[HIGH];
     out.excess = sums.slot[EXCESS], out.smallest = sums.smallest, out.largest = sums.largest;

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from star_kernels import autograd, native
+from star_kernels.checks import (
+    check_choice,
+    check_elements,
+    check_index,
+    check_latents,
+    check_tensor,
+    checked_adv_clip,
+    checked_clip_range,
+    checked_grid,
+    checked_number,
+    checked_patch,
+    is_dense,
+)
 from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS
 from star_kernels.reference import STATISTICS, compute_dtype
 from star_kernels.requirements import install_line
@@ -21,15 +35,17 @@ from star_kernels.transition import Transition, channel_dim
 Implementation = Literal["auto", "reference", "native", "triton"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NO_TRITON = f"Triton is not installed; {install_line('triton', 'triton')}"  # made once: torch.compile follows its use
+# Beyond these float32 has no room for what is made of them.
+SHARPEN, LEAST_CAP = (1e-6, 1e6), 1e-6
 TRANSITION_FIELDS = tuple(f"transition.{name}" for name in Transition._fields)
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Statistics:
     """What a policy loss saw, each a () float32 tensor. "Units" are what the clip acts on: samples, or locations.
 
     approx_kl: half the mean squared log-ratio. clip_fraction, clip_fraction_low, clip_fraction_high: share of units
-    with a ratio outside the clip range, below it, above it. ratio_mean, ratio_min, ratio_max: over the units.
+    with a ratio outside the clip range, below it, above it. ratio_mean, ratio_min, ratio_max: over the units. A unit
+    whose log-ratio is not finite makes these three and approx_kl NaN; the shares count it as inside.
     kl: the KL term to the reference velocity before its coefficient, 0 without one.
     nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
 
@@ -100,6 +116,8 @@ def implementations(operator: str, device: str | torch.device = "cpu") -> dict[s
 
 def resolve(operator: str, impl: str, device: torch.device) -> str:
     """The implementation to run. An explicit one, by argument or by STAR_IMPL, never falls back."""
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: got {type(impl).__name__}, expected 'auto' or the name of an implementation")
     if impl == "auto":
         impl = os.environ.get("STAR_IMPL", "auto")
     if torch.compiler.is_compiling():  # which looks once in any case, and would warn of a cache
@@ -141,35 +159,42 @@ def warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
-def _tensor(
-    name: str, value: object, shape: tuple[int | str, ...] | None = None, device: torch.device | None = None
-) -> None:
-    """Check that value is a floating tensor of the shape (names stand for any size) on the device."""
-    # What is right costs three comparisons: these checks are a good part of the time of a small call.
-    if (
-        isinstance(value, Tensor)
-        and value.dtype in FLOATS
-        and shape in (None, value.shape)
-        and device in (None, value.device)
-    ):
+def _run(run: Callable, device: torch.device, *arguments: Any) -> Any:
+    """run(*arguments) in the types that they have: autocast would choose others for the reference's products."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
+
+
+def _run_checked(run: Callable, chosen: str, check: Callable[[], None], device: torch.device, *arguments: Any) -> Any:
+    """`_run`, where the values of arguments have a range, for which check raises.
+
+    The compiled CPU kernel looks itself, while it reads them. Which error comes of it depends on torch's version, so
+    check says it again. To read values on a GPU, or of a traced tensor, would stop everything.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return _run(run, device, *arguments)
+    if chosen != "native":
+        check()
+    try:
+        return _run(run, device, *arguments)
+    except (RuntimeError, ValueError):
+        check()
+        raise
+
+
+def _check_columns(concept_index: Tensor, keys: int) -> None:
+    if concept_index.numel() == 0:
         return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point tensor")
-    if shape is not None and (
-        value.ndim != len(shape)
-        or any(isinstance(want, int) and have != want for have, want in zip(value.shape, shape, strict=True))
-    ):
-        expected = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: is on {value.device}, expected {device}")
+    low, high = concept_index.min().item(), concept_index.max().item()
+    if low < -1 or high >= keys:
+        raise ValueError(f"concept_index: values in [{low}, {high}], expected -1 or columns in [0, {keys})")
 
 
-def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name}: got {value!r}, expected one of {list(options)}")
+def _check_s(s: Tensor, dtype: torch.dtype) -> None:
+    if not s.to(dtype).min().item() > 0:
+        raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
 
 
 def _transition(transition: Transition, batch: int, device: torch.device) -> None:
@@ -177,7 +202,7 @@ def _transition(transition: Transition, batch: int, device: torch.device) -> Non
         raise TypeError(f"transition: got {type(transition).__name__}, expected a star_kernels.Transition")
     shape = (batch,)
     for name, field in zip(TRANSITION_FIELDS, transition, strict=True):
-        _tensor(name, field, shape, device)
+        check_tensor(name, field, shape, device)
 
 
 def attention_maps(
@@ -204,7 +229,7 @@ def attention_maps(
         concept_weight: (B, G, K), default 1 for every used slot.
         lse: (B, H, N) natural log-sum-exp over all S keys, scale included, as attention kernels return it; also with
             N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.
-        scale: default D ** -0.5.
+        scale: finite, default D ** -0.5.
         head_weight: (H,), default 1 / H.
         out: (B, G, N), filled and returned instead of a new tensor. The Triton kernels write straight into contiguous
             float32.
@@ -216,50 +241,42 @@ def attention_maps(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
     """
-    _tensor("query", query, ("B", "H", "N", "D"))
+    check_tensor("query", query, ("B", "H", "N", "D"))
     batch, heads, queries, width = query.shape
+    if width == 0:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected D >= 1")
     device = query.device
-    _tensor("key", key, (batch, heads, "S", width), device)
-    if not isinstance(concept_index, Tensor) or concept_index.dtype != torch.int64:
-        kind = getattr(concept_index, "dtype", type(concept_index).__name__)
-        raise TypeError(f"concept_index: got {kind}, expected an int64 tensor")
-    if concept_index.ndim != 3 or concept_index.shape[0] != batch:
-        raise ValueError(f"concept_index: got shape {tuple(concept_index.shape)}, expected ({batch}, G, K)")
-    if concept_index.device != device:
-        raise ValueError(f"concept_index: is on {concept_index.device}, expected {device}")
-    chosen = resolve("attention_maps", impl, device)
-    # The compiled kernel looks itself. To read values on a GPU, or of a traced tensor, would stop everything.
-    readable = device.type == "cpu" and not torch.compiler.is_compiling()
-    if chosen != "native" and readable and concept_index.numel():
-        low, high = concept_index.min().item(), concept_index.max().item()
-        if low < -1 or high >= key.shape[2]:
-            raise ValueError(f"concept_index: values in [{low}, {high}], expected -1 or columns in [0, {key.shape[2]})")
+    check_tensor("key", key, (batch, heads, "S", width), device)
+    check_index("concept_index", concept_index, (batch, "G", "K"), device)
+    groups, slots = concept_index.shape[1:]
+    check_elements("query, concept_index", (batch, groups, slots, queries))
     if concept_weight is not None:
-        _tensor("concept_weight", concept_weight, tuple(concept_index.shape), device)
+        check_tensor("concept_weight", concept_weight, tuple(concept_index.shape), device)
     if head_weight is not None:
-        _tensor("head_weight", head_weight, (heads,), device)
+        check_tensor("head_weight", head_weight, (heads,), device)
     if lse is not None:
-        if lse.ndim == 4 and lse.shape[-1] == 1:
+        if isinstance(lse, Tensor) and is_dense(lse) and lse.ndim == 4 and lse.shape[-1] == 1:
             lse = lse.squeeze(-1)
-        _tensor("lse", lse, (batch, heads, "N"), device)
+        check_tensor("lse", lse, (batch, heads, "N"), device)
         if lse.shape[2] < queries:
             raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected ({batch}, {heads}, {queries})")
         lse = lse[:, :, :queries]
-    scale = width**-0.5 if scale is None else float(scale)
+    if out is not None:
+        check_tensor("out", out, (batch, groups, queries), device)
+    scale = width**-0.5 if scale is None else checked_number("scale", scale)
+    chosen = resolve("attention_maps", impl, device)
     if chosen == "triton" and compute_dtype(query, key) == torch.float64:
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
+    run: Callable = ATTENTION_MAPS.run(chosen)
+    direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
+    if chosen == "triton" and direct and ATTENTION_MAPS.triton is not None and not torch.compiler.is_compiling():
+        run = functools.partial(ATTENTION_MAPS.triton, out=out)
     arguments = (query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
-    run = ATTENTION_MAPS.run(chosen)
     with torch.no_grad():
-        if out is None:
-            return run(*arguments)
-        _tensor("out", out, (batch, concept_index.shape[1], queries), device)
-        direct = out.dtype == torch.float32 and out.is_contiguous() and not torch.compiler.is_compiling()
-        if chosen == "triton" and direct and ATTENTION_MAPS.triton is not None:
-            return ATTENTION_MAPS.triton(*arguments, out=out)
-        return out.copy_(run(*arguments))
+        maps = _run_checked(run, chosen, lambda: _check_columns(concept_index, key.shape[2]), device, *arguments)
+        return maps if out is None or maps is out else out.copy_(maps)
 
 
 def allocate(
@@ -274,7 +291,7 @@ def allocate(
     patch: int = 2,
     impl: Implementation = "auto",
 ) -> Tensor:
-    """Turn concept maps into weights of mean 1 over the latent positions.
+    """Turn concept maps into weights of mean 1 over the latent locations.
 
     Each map is divided by its mean, concepts are combined, the field is smoothed, raised to a power, brought to mean 1
     and capped; then w = (1 - mix) + mix * field, brought to mean 1, and each token's weight repeated over its patch.
@@ -283,11 +300,12 @@ def allocate(
         maps: (B, G, N) attention mass, not negative. A map that is all zero (a missing concept) is left out.
         grid: (rows, columns) of the image tokens, N = rows * columns, row-major.
         combine: over concepts, "mean" or "max".
-        smooth: standard deviation of a Gaussian in tokens, 0 for none; renormalized at the borders.
-        sharpen: exponent > 0 of the field.
-        cap: largest value of the field, > 0, in units of its mean.
+        smooth: standard deviation of a Gaussian in tokens, 0 for none, infinite for a flat field; renormalized at the
+            borders.
+        sharpen: exponent of the field, between 1e-6 and 1e6.
+        cap: largest value of the field in units of its mean, at least 1e-6; infinite for none.
         mix: 0 (uniform) to 1 (the map alone).
-        patch: latent positions per token and side; 1 for packed latents.
+        patch: latent locations per token and side; 1 for packed latents. A sample has at most 2**30 locations.
         impl: "auto" or one of `implementations("allocate")`.
 
     Returns:
@@ -297,24 +315,20 @@ def allocate(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or range. RuntimeError: `impl` cannot run here.
     """
-    _tensor("maps", maps, ("B", "G", "N"))
-    rows, columns = grid
-    if rows * columns != maps.shape[2] or rows < 1 or columns < 1:
-        raise ValueError(f"grid: got {tuple(grid)}, expected rows * columns = {maps.shape[2]}")
-    _choice("combine", combine, ("mean", "max"))
-    for name, value, right in (
-        ("smooth", smooth, smooth >= 0),
-        ("sharpen", sharpen, sharpen > 0),
-        ("cap", cap, cap > 0),
-        ("mix", mix, 0 <= mix <= 1),
-        ("patch", patch, patch >= 1),
-    ):
-        if not right:
-            limits = {"smooth": ">= 0", "sharpen": "> 0", "cap": "> 0", "mix": "between 0 and 1", "patch": ">= 1"}
-            raise ValueError(f"{name}: got {value}, expected a number {limits[name]}")
+    check_tensor("maps", maps, ("B", "G", "N"))
+    rows, columns = checked_grid(grid, maps.shape[2])
+    check_choice("combine", combine, ("mean", "max"))
+    options = (
+        checked_number("smooth", smooth, 0.0, math.inf, "a number >= 0"),
+        checked_number("sharpen", sharpen, *SHARPEN, "a number between 1e-6 and 1e6"),
+        checked_number("cap", cap, LEAST_CAP, math.inf, "a number >= 1e-6"),
+        checked_number("mix", mix, 0.0, 1.0, "a number between 0 and 1"),
+    )
+    patch = checked_patch(patch, rows, columns)
+    check_elements("maps", (maps.shape[0], rows * patch, columns * patch))
     run = ALLOCATE.run(resolve("allocate", impl, maps.device))
     with torch.no_grad():
-        return run(maps.detach(), rows, columns, combine, float(smooth), float(sharpen), float(cap), float(mix), patch)
+        return _run(run, maps.device, maps.detach(), rows, columns, combine, *options, patch)
 
 
 def gaussian_step(
@@ -333,15 +347,17 @@ def gaussian_step(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
     """
-    _tensor("sample", sample)
+    check_tensor("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample: got shape {tuple(sample.shape)}, expected (B, ...)")
-    _tensor("velocity", velocity, tuple(sample.shape), sample.device)
-    _tensor("noise", noise, tuple(sample.shape), sample.device)
+    check_tensor("velocity", velocity, tuple(sample.shape), sample.device)
+    check_tensor("noise", noise, tuple(sample.shape), sample.device)
     _transition(transition, sample.shape[0], sample.device)
+    check_elements("sample", sample.shape)
     run = GAUSSIAN_STEP.run(resolve("gaussian_step", impl, sample.device))
+    arguments = (sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s)
     with torch.no_grad():
-        return run(sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s)
+        return _run(run, sample.device, *arguments)
 
 
 def policy_loss(
@@ -383,7 +399,7 @@ def policy_loss(
         step_weights: (B,) weight of this step for each sample, not negative.
         clip_range: e for [1 - e, 1 + e], or (low, high) for [1 - low, 1 + high].
         adv_clip: advantages are clamped to +-adv_clip before anything else.
-        kl_coef: coefficient of the KL term.
+        kl_coef: coefficient of the KL term, finite.
         guard: GRPO-Guard's normalized log-ratio (Wang et al. 2025), which needs old_mean.
         impl: "auto" or one of `implementations("policy_loss")`.
 
@@ -397,60 +413,50 @@ def policy_loss(
 
     Source: Flow-GRPO (Liu et al. 2025), scripts/train_sd3.py; the spatial form is this project's (docs/mathematics.md).
     """
-    _tensor("velocity", velocity)
-    if velocity.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"velocity: got shape {tuple(velocity.shape)}, expected (B, C, H, W), (B, C, T, H, W), (B, L, C)"
-        )
+    check_latents("velocity", velocity)
+    check_elements("velocity", velocity.shape)
     if velocity.numel() == 0:
         raise ValueError(f"velocity: got shape {tuple(velocity.shape)}, expected at least one element")
     shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
     channel = channel_dim(velocity)
     places = shape[:channel] + shape[channel + 1 :]
-    _tensor("sample", sample, shape, device)
-    _tensor("prev_sample", prev_sample, shape, device)
+    check_tensor("sample", sample, shape, device)
+    check_tensor("prev_sample", prev_sample, shape, device)
     _transition(transition, batch, device)
-    _tensor("advantages", advantages, None, device)
+    check_tensor("advantages", advantages, None, device)
     if tuple(advantages.shape) not in ((batch,), places):
         raise ValueError(f"advantages: got shape {tuple(advantages.shape)}, expected ({batch},) or {places}")
-    _choice("ratio", ratio, ("token", "location", "sample"))
+    check_choice("ratio", ratio, ("token", "location", "sample"))
     if ratio == "sample" and advantages.ndim > 1:
         raise ValueError(f"advantages: ratio='sample' takes one per sample, ({batch},), got {tuple(advantages.shape)}")
     if weights is not None:
-        _tensor("weights", weights, places, device)
+        check_tensor("weights", weights, places, device)
     if (old_mean is None) == (old_log_prob is None):
         raise ValueError("old_mean, old_log_prob: expected exactly one of them")
     if old_mean is not None:
-        _tensor("old_mean", old_mean, shape, device)
+        check_tensor("old_mean", old_mean, shape, device)
     elif old_log_prob is not None:
-        _tensor("old_log_prob", old_log_prob, None, device)
+        check_tensor("old_log_prob", old_log_prob, None, device)
         if tuple(old_log_prob.shape) not in ((batch,), places):
             raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {places}")
         if old_log_prob.ndim == 1 and (ratio == "location" or (ratio == "sample" and weights is not None)):
             raise ValueError(f"old_log_prob: ratio={ratio!r} needs one per location, {places}, or old_mean")
-        if guard:
+        if guard is True:
             raise ValueError("guard: needs old_mean, got old_log_prob")
+    kl_coef = checked_number("kl_coef", kl_coef)
     if reference_velocity is not None:
-        _tensor("reference_velocity", reference_velocity, shape, device)
+        check_tensor("reference_velocity", reference_velocity, shape, device)
     elif kl_coef != 0:
         raise ValueError(f"reference_velocity: needed for kl_coef={kl_coef}")
     if step_weights is not None:
-        _tensor("step_weights", step_weights, (batch,), device)
-    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-    if not (low >= 0 and high >= 0):
-        raise ValueError(f"clip_range: got {clip_range}, expected e >= 0 or (low, high), both >= 0")
-    if not adv_clip > 0:
-        raise ValueError(f"adv_clip: got {adv_clip}, expected a number > 0")
+        check_tensor("step_weights", step_weights, (batch,), device)
+    low, high = checked_clip_range(clip_range)
+    adv_clip = checked_adv_clip("adv_clip", adv_clip)
+    if not isinstance(guard, bool):
+        raise TypeError(f"guard: got {type(guard).__name__}, expected True or False")
     chosen = resolve("policy_loss", impl, device)
-    # The compiled kernel looks itself. To read values on a GPU, or of a traced tensor, would stop everything.
-    readable = device.type == "cpu" and not torch.compiler.is_compiling()
-    if chosen != "native" and readable and not transition.s.min().item() > 0:
-        raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
     rest = (sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity,
-            step_weights, ratio, float(low), float(high), float(adv_clip), float(kl_coef), guard)  # fmt: skip
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            loss, statistics, *_ = autograd.policy_loss(chosen, velocity, rest)
-    else:
-        loss, statistics, *_ = autograd.policy_loss(chosen, velocity, rest)
+            step_weights, ratio, low, high, adv_clip, kl_coef, guard)  # fmt: skip
+    check = lambda: _check_s(transition.s, compute_dtype(velocity, sample, prev_sample))
+    loss, statistics, *_ = _run_checked(autograd.policy_loss, chosen, check, device, chosen, velocity, rest)
     return PolicyLoss(loss, Statistics(statistics))

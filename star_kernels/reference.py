@@ -5,6 +5,7 @@ Float64 inputs are computed in float64, everything else in float32. Arguments ar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,20 +45,24 @@ def attention_maps(
     batch, heads, queries, width = query.shape
     groups, columns = concept_index.shape[1:]
     used = concept_index >= 0
-    weight = used.to(dtype) if concept_weight is None else concept_weight.to(dtype) * used
+    weight = used.to(dtype) if concept_weight is None else concept_weight.to(dtype).masked_fill(~used, 0.0)
     outside = (concept_index < -1) | (concept_index >= key.shape[2])
     weight = weight.masked_fill(outside, torch.nan)
+    there = (used & ~outside).view(batch, 1, groups * columns)
     index = concept_index.masked_fill(outside | ~used, 0).view(batch, groups * columns, 1).expand(-1, -1, width)
     total = torch.zeros(batch, queries, groups * columns, dtype=dtype, device=query.device)
-    for head in range(heads):  # one head at a time: all of them would hold the matrix that the operator avoids
+    # One head at a time: all of them would hold the matrix that the operator avoids. Without keys no slot is used.
+    for head in range(heads if key.shape[2] else 0):
         q, k = query[:, head].to(dtype), key[:, head].to(dtype)
         scores = q @ k.gather(1, index).transpose(1, 2) * scale  # (B, N, G*K)
         if lse is None:
             norm = torch.logsumexp(q @ k.transpose(1, 2) * scale, -1)
+            norm = norm.masked_fill(norm == torch.inf, torch.nan)  # an infinite score leaves no softmax
         else:
             norm = lse[:, head, :queries].reshape(batch, queries).to(dtype)
         probability = torch.where(norm[..., None] == -torch.inf, 0.0, torch.exp(scores - norm[..., None]))
         total += probability * (1 / heads if head_weight is None else head_weight[head].to(dtype))
+    total = total.where(there, 0.0)  # of an unused slot: it must not bring 0 * nan
     return (total.view(batch, queries, groups, columns) * weight[:, None]).sum(-1).transpose(1, 2).contiguous()
 
 
@@ -101,7 +106,7 @@ def smoothing(size: int, sigma: float) -> Tensor:
     """Matrix (size, size) of a Gaussian along one axis, radius ceil(3 sigma), each row renormalized to sum 1."""
     position = torch.arange(size, dtype=torch.float64)
     distance = position[:, None] - position
-    kernel = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= -(-3 * sigma // 1))
+    kernel = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= math.ceil(min(3 * sigma, size)))
     return kernel / kernel.sum(1, keepdim=True)
 
 
@@ -172,14 +177,16 @@ def policy_loss(
     unit, excess, _ = limited
     adv = _advantages(advantages, adv_clip, step_weights, precision, kl_precision, guard)
     value, _ = surrogate(limited, adv, clip_low, clip_high)
-    loss = (value if ratio == "sample" else w * value).expand(delta.shape).mean()
-    kl = torch.zeros((), dtype=dtype, device=x.device)
+    # Sums are taken in float64: those of float32 overflow long before their mean does.
+    loss = (value if ratio == "sample" else w * value).expand(delta.shape).mean(dtype=torch.float64)
+    kl = torch.zeros((), dtype=torch.float64, device=x.device)
     if reference_velocity is not None:
         difference = b[..., None] * (v - _pixels(reference_velocity, dtype))
-        kl = (difference.square().mean((1, 2)) * kl_precision[:, 0]).mean()
+        kl = (difference.square().mean((1, 2), dtype=torch.float64) * kl_precision[:, 0]).mean()
         loss = loss + kl_coef * kl
 
-    low, high = (excess < -clip_low).to(dtype).mean(), (excess > clip_high).to(dtype).mean()
+    unit, excess = unit.double(), excess.double()
+    low, high = (excess < -clip_low).double().mean(), (excess > clip_high).double().mean()
     statistics = torch.stack(
         [
             0.5 * unit.square().mean(),
@@ -190,7 +197,7 @@ def policy_loss(
             1 + excess.min(),
             1 + excess.max(),
             kl,
-            nonfinite.to(dtype),
+            nonfinite.double(),
         ]
     ).to(torch.float32)
     return loss.to(dtype), statistics, log_ratio

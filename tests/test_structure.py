@@ -55,7 +55,7 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("star_kernels.autograd",),
     ("star_kernels.native", "star_kernels.ops"),
     ("star_kernels.reference", "star_kernels.triton"),
-    ("star_kernels.transition", "star_kernels.requirements", "star_kernels._build"),
+    ("star_kernels.checks", "star_kernels.transition", "star_kernels.requirements", "star_kernels._build"),
 )
 IMPLEMENTATIONS = ("star_kernels.reference", "star_kernels.native", "star_kernels.triton")
 

@@ -72,7 +72,7 @@ PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
     for (int64_t tile = 0; tile < tiles(args); tile++) add(sample, sums[index * tiles(args) + tile]);
     if (!per_location) args.log_ratio[index] = T(sample.slot[DELTA] / double(args.locations));
     const T up = args.advantages_per_location ? T(1) : args.advantage(args.terms(index), index, index);
-    const T down = args.advantages_per_location ? T(-1) : up;
+    const T down = args.advantages_per_location ? T(-1) : T(0);
     const T log_ratio = per_location ? T(0) : args.log_ratio[index];
     samples[index] = sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]);
   };
@@ -128,7 +128,8 @@ PolicyLossWithGradientResult loss_with_gradient(const PolicyLossInputs& inputs) 
     Tensor gradient = new_empty(velocity, velocity.sizes(), scalar_type<V>);
     args.grad_loss = 1;
     args.gradient = gradient.mutable_data_ptr<V>();
-    return std::tuple_cat(loss_as(args, velocity), std::tuple(converted(gradient, velocity.scalar_type())));
+    const PolicyLossResult result = loss_as(args, velocity);  // which fills the gradient: a copy must come after it
+    return std::tuple_cat(result, std::tuple(converted(gradient, velocity.scalar_type())));
   });
 }
 

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(FINISH_WARPS* WARP) policy_loss_finish_kernel(
         const T log_ratio = T(sums.slot[DELTA] / double(args.locations));
         if (args.ratio != Ratio::location) args.log_ratio[index] = log_ratio;
         const T up = args.advantage_map ? T(1) : args.advantage(args.terms(index), index, 0);
-        const T down = args.advantage_map ? T(-1) : up;
+        const T down = args.advantage_map ? T(-1) : T(0);
         shared.sample[warp] =
             sample_sums<T>(args, sums, log_ratio, up, down, args.kl_precision.template at<T>(index));
       }

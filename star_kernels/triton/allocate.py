@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels.checks import check_reach
+
 MOST_TOKENS = 4096  # in registers at once
 SHIFT = tl.constexpr(2.0**64)  # keeps the inverse of a mean, near the limits of float32, from losing bits
 TOKENS_OF_WARP = 256  # every thread has tokens of its own, 8 of them
@@ -163,6 +165,7 @@ def launch(
 ) -> Tensor:
     """The operator star::allocate_triton; see api.allocate."""
     batch, concepts, tokens = maps.shape
+    check_reach("maps", (1, concepts, tokens), maps.stride())  # the samples are its grid's first axis
     kind = torch.float64 if maps.dtype == torch.float64 else torch.float32
     weights = maps.new_empty((batch, rows * patch, columns * patch), dtype=kind)
     if batch == 0:
@@ -180,7 +183,7 @@ def launch(
             columns,
             patch,
             math.ceil(min(3 * smooth, 2.0**30)),
-            smooth,
+            min(max(smooth, 2.0**-60), 2.0**60),  # float32 holds it, and no weight changes
             sharpen,
             cap,
             mix,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels.checks import check_reach
+
 LOG2_E = 1.4426950408889634
 CHUNKS = 8  # of heads, at most: what a row can be cut into
 PROGRAMS = 4  # per processor: with fewer, memory waits for the next request (docs/gpu-measured.md)
@@ -116,10 +118,11 @@ def maps_kernel(
         k += key_h
         norm += lse_h
         if (head % CHUNK == CHUNK - 1) | (head == HEADS - 1):
-            total = tl.where(used[None, :], total, 0.0)  # an unused slot must not bring 0 * inf
+            total = tl.where(used[None, :], total * weights[None, :], weights[None, :])  # no 0 * inf of an unused slot
             for concept in range(concepts):
-                share = tl.where(c // slots == concept, weights, 0.0)
-                part = tl.sum(tl.where((share != 0.0)[None, :], total * share[None, :], 0.0), 1)
+                first = concept * slots
+                own = (c >= first) & (c < first + slots)
+                part = tl.sum(tl.where(own[None, :], total, 0.0), 1)
                 if ALONE:
                     whole += tl.where((g == concept)[None, :], part[:, None], 0.0)
                 else:
@@ -298,6 +301,8 @@ def launch(
     and `tiling`."""
     dtype = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(dtype), key.to(dtype)
+    check_reach("query", query.shape, query.stride())
+    check_reach("key", key.shape, key.stride())
     batch, heads, queries, width = query.shape
     keys, device, size = key.shape[2], query.device, query.element_size()
     concepts, slots = concept_index.shape[1:]

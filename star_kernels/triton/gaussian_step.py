@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels.checks import check_reach
+
 BLOCK = 1024  # elements of a program
 WARPS = 4
 
@@ -61,6 +63,7 @@ def launch(sample: Tensor, velocity: Tensor, noise: Tensor, a: Tensor, b: Tensor
     if sample.numel() == 0:
         return prev_sample, mean
     batch, elements = sample.shape[0], sample.numel() // sample.shape[0]
+    check_reach("sample", (batch,), (elements,))  # within a sample it counts in 64 bits
     with torch.cuda.device_of(sample):
         step_kernel[triton.cdiv(elements, BLOCK), batch](
             sample.contiguous(),

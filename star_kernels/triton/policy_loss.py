@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels.checks import check_reach
 from star_kernels.triton.gaussian_step import transition_mean
 
 LOG_RATIO_LIMIT = tl.constexpr(30.0)
@@ -404,6 +405,7 @@ class Cut(NamedTuple):
 def cut(shape: tuple[int, ...]) -> Cut:
     """Of contiguous latents (B, C, H, W), (B, C, T, H, W) or packed (B, L, C)."""
     batch, size = shape[0], math.prod(shape[1:])
+    check_reach("velocity", (batch, size), (size, 1))
     channels = shape[2] if len(shape) == 3 else shape[1]
     locations = size // channels
     strides = (size, 1, channels) if len(shape) == 3 else (size, locations, 1)

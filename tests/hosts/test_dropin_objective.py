@@ -309,3 +309,75 @@ def test_loss_errors():
     for arguments, options, words in cases:
         with pytest.raises(ValueError, match=words):
             grpo_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+def test_a_log_ratio_is_limited_as_in_policy_loss(ratio):
+    """Far off the policy: the same loss as the kernel's, to the limit of 30, and no gradient beyond it."""
+    for far in (20.0, 29.0, 31.0, 100.0, 1e5):
+        new = torch.tensor([[far, far], [-far, -far]], dtype=torch.float64, requires_grad=True)
+        loss = grpo_loss(new, torch.zeros_like(new), torch.tensor([-1.0, 1.0]), ratio=ratio, clip_range=0.1).loss
+        (gradient,) = torch.autograd.grad(loss, new)
+        expected = (torch.tensor(min(far, 30.0)).double().exp() - torch.tensor(-min(far, 30.0)).double().exp()) / 2
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        assert gradient.isfinite().all() and (gradient[0] != 0).all() == (far < 30)
+        zero = grpo_loss(new, torch.zeros_like(new), torch.zeros(2), ratio=ratio)
+        assert zero.loss == 0 and torch.equal(torch.autograd.grad(zero.loss, new)[0], torch.zeros_like(new))
+
+
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_log_ratio_that_is_not_finite_makes_loss_and_gradient_nan(ratio, value):
+    new = torch.zeros(2, 3, dtype=torch.float64)
+    new[0, 1] = value
+    new.requires_grad_()
+    out = grpo_loss(new, torch.zeros(2, 3), torch.ones(2), ratio=ratio)
+    (gradient,) = torch.autograd.grad(out.loss, new)
+    assert out.loss.isnan() and out.approx_kl.isnan()
+    assert gradient[0, 1].isnan() and gradient[1].isfinite().all()
+
+
+LATENTS, PER_SAMPLE = torch.ones(2, 3, 4, 5), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: grpo_loss(3, PER_SAMPLE, PER_SAMPLE), TypeError, "log_prob: got int, expected a torch.Tensor"),
+        (lambda: grpo_loss(PER_SAMPLE[0], PER_SAMPLE, PER_SAMPLE), ValueError, r"log_prob: got shape \(\), expected"),
+        (
+            lambda: grpo_loss(PER_SAMPLE[:0], PER_SAMPLE, PER_SAMPLE),
+            ValueError,
+            r"log_prob: got shape \(0,\), expected",
+        ),
+        (lambda: grpo_loss(PER_SAMPLE, None, PER_SAMPLE), TypeError, "old_log_prob: got NoneType"),
+        (lambda: grpo_loss(PER_SAMPLE, PER_SAMPLE, [1, 2]), TypeError, "advantages: got list"),
+        (lambda: grpo_loss(PER_SAMPLE, PER_SAMPLE, PER_SAMPLE.long()), TypeError, "advantages: got torch.int64"),
+        (lambda: grpo_loss(*[PER_SAMPLE] * 3, clip_range=(1,)), ValueError, "clip_range: got 1 numbers, expected"),
+        (lambda: grpo_loss(*[PER_SAMPLE] * 3, clip_range=None), TypeError, "clip_range: got NoneType, expected"),
+        (
+            lambda: grpo_loss(*[PER_SAMPLE] * 3, adv_clip_max=0),
+            ValueError,
+            "adv_clip_max: got 0, expected a number > 0",
+        ),
+        (lambda: grpo_loss(*[PER_SAMPLE] * 3, adv_clip_max=None), TypeError, "adv_clip_max: got NoneType, expected"),
+        (lambda: reinforce_loss(None, PER_SAMPLE), TypeError, "log_prob: got NoneType"),
+        (lambda: reinforce_loss(PER_SAMPLE, PER_SAMPLE, adv_clip_max=-1), ValueError, "adv_clip_max: got -1"),
+        (lambda: weighted_gradient(None, PER_SAMPLE), TypeError, "x: got NoneType"),
+        (lambda: weighted_gradient(PER_SAMPLE, PER_SAMPLE), ValueError, r"x: got shape \(2,\), expected"),
+        (lambda: weighted_gradient(LATENTS, 3), TypeError, "weights: got int"),
+        (lambda: sde_step_with_logprob(scheduler(), None, 1.0, LATENTS), TypeError, "model_output: got NoneType"),
+        (lambda: sde_step_with_logprob(scheduler(), LATENTS, 1.0, 3), TypeError, "sample: got int"),
+        (lambda: fused_grpo_loss(scheduler(), None, 1.0, LATENTS, LATENTS, PER_SAMPLE), TypeError, "model_output: got"),
+        (
+            lambda: scheduler_transition(scheduler(), 1.0, -1.0),
+            ValueError,
+            "noise_level: got -1.0, expected a number >=",
+        ),
+        (lambda: scheduler_transition(scheduler(), 1.0, torch.nan), ValueError, "noise_level: got nan"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(call, error, words):
+    with pytest.raises(error, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)

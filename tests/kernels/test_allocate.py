@@ -173,6 +173,28 @@ def test_native_bits_depend_on_neither_threads_nor_batch(at_thread_counts):
 
 
 @each_implementation
+def test_autocast_changes_no_bit(impl):
+    maps = torch.rand(2, 3, 12)
+    expected = sk.allocate(maps, (3, 4), smooth=1.0, impl=impl)
+    with torch.autocast(maps.device.type, torch.bfloat16):
+        assert torch.equal(sk.allocate(maps, (3, 4), smooth=1.0, impl=impl), expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_options_at_the_ends_of_their_ranges(impl, dtype):
+    maps = torch.rand(2, 3, 12, dtype=dtype)
+    for smooth in (1e10, 1e308, math.inf):  # as flat as can be
+        got = sk.allocate(maps, (3, 4), smooth=smooth, impl=impl)
+        torch.testing.assert_close(got, torch.ones_like(got), rtol=0, atol=1e-6)
+    plain = sk.allocate(maps, (3, 4), impl=impl)
+    assert torch.equal(sk.allocate(maps, (3, 4), smooth=1e-300, impl=impl), plain)
+    for cap in (1e300, math.inf):
+        assert torch.equal(sk.allocate(maps, (3, 4), cap=cap, impl=impl), sk.allocate(maps, (3, 4), cap=1e6, impl=impl))
+    assert sk.allocate(maps, (3, 4), sharpen=1e6, cap=1e-6, mix=1, impl=impl).isfinite().all()
+
+
+@each_implementation
 def test_opcheck(impl):
     op = getattr(torch.ops.star, f"allocate_{impl}").default
     torch.library.opcheck(op, (torch.rand(2, 3, 12), 3, 4, "mean", 1.0, 1.0, 4.0, 0.5, 2))
@@ -187,10 +209,19 @@ def test_opcheck(impl):
         (dict(grid=(3, 5)), ValueError, r"grid: got \(3, 5\), expected .* = 12"),
         (dict(grid=(-3, -4)), ValueError, r"grid: got \(-3, -4\), expected .* = 12"),
         (dict(mix=2), ValueError, "mix: got 2, expected a number between"),
-        (dict(cap=0), ValueError, "cap: got 0, expected a number > 0"),
-        (dict(sharpen=0.0), ValueError, "sharpen: got 0.0, expected a number > 0"),
+        (dict(cap=0), ValueError, "cap: got 0, expected a number >= 1e-6"),
+        (dict(sharpen=0.0), ValueError, "sharpen: got 0.0, expected a number between 1e-6 and 1e6"),
         (dict(smooth=-1.0), ValueError, "smooth: got -1.0, expected a number >= 0"),
         (dict(patch=0), ValueError, "patch: got 0, expected a number >= 1"),
+        (dict(cap=1e-50), ValueError, "cap: got 1e-50, expected a number >= 1e-6"),
+        (dict(mix=float("nan")), ValueError, "mix: got nan, expected a number between 0 and 1"),
+        (dict(patch=2**62 + 1), ValueError, r"patch: got 4611686018427387905, expected at most 2\*\*30 locations"),
+        (dict(patch=2**20), ValueError, r"patch: got 1048576, expected at most 2\*\*30 locations of a grid of 3 x 4"),
+        (dict(patch=2.0), TypeError, "patch: got float, expected a number >= 1"),
+        (dict(grid=None), TypeError, r"grid: got None, expected \(rows, columns\)"),
+        (dict(grid=(1, 3, 4)), ValueError, r"grid: got \(1, 3, 4\), expected \(rows, columns\)"),
+        (dict(grid=(3.0, 4.0)), TypeError, r"grid: got float, expected \(rows, columns\)"),
+        (dict(smooth=None), TypeError, "smooth: got NoneType, expected a number >= 0"),
         (dict(combine="sum"), ValueError, "combine: got 'sum'"),
         (dict(impl="cuda"), ValueError, "impl: got 'cuda', expected 'auto' or one of"),
     ],

@@ -146,6 +146,59 @@ def test_what_is_not_finite_shows(impl):
 
 
 @each_implementation
+def test_an_unused_slot_brings_nothing_of_what_is_not_finite(impl):
+    query, key, index = example_input(batch=1, queries=3, keys=9)
+    index = torch.tensor([[[1, -1], [2, -1]]])
+    expected = sk.attention_maps(query, key, index, impl=impl)
+    weight = torch.ones(index.shape)
+    weight[:, :, 1] = torch.nan
+    assert torch.equal(sk.attention_maps(query, key, index, weight, impl=impl), expected)
+    key, lse = key.clone(), torch.zeros(query.shape[:3])
+    expected = sk.attention_maps(query, key, index, lse=lse, impl=impl)
+    key[:, :, 0] = torch.inf  # which no slot names
+    assert torch.equal(sk.attention_maps(query, key, index, lse=lse, impl=impl), expected)
+    none = torch.full_like(index, -1)
+    assert torch.equal(sk.attention_maps(query, key[:, :, :0], none, impl=impl), torch.zeros(1, 2, 3))
+
+
+@each_implementation
+def test_a_weight_of_0_does_not_hide_what_is_not_finite(impl):
+    query, key, _ = example_input(batch=1, queries=3, keys=9)
+    key = key.clone()
+    key[0, 0, 1, 0] = torch.nan
+    index, weight = torch.tensor([[[1, 2], [2, 3]]]), torch.tensor([[[0.0, 1.0], [1.0, 1.0]]])
+    maps = sk.attention_maps(query, key, index, weight, lse=torch.zeros(query.shape[:3]), impl=impl)
+    assert maps[:, 0].isnan().all() and maps[:, 1].isfinite().all()
+
+
+@each_implementation
+def test_an_infinite_score_leaves_no_softmax(impl):
+    query, key, _ = example_input(batch=1, queries=3, keys=9)
+    query, key = query.abs() + 0.1, key.clone()
+    key[0, 0, 4, 0] = torch.inf
+    assert sk.attention_maps(query, key, torch.tensor([[[1]]]), impl=impl).isnan().all()
+
+
+@each_implementation
+def test_autocast_changes_no_bit(impl):
+    query, key, index = example_input()
+    expected = sk.attention_maps(query, key, index, impl=impl)
+    with torch.autocast(query.device.type, torch.bfloat16):
+        assert torch.equal(sk.attention_maps(query, key, index, impl=impl), expected)
+
+
+def test_an_error_is_the_same_whatever_torch_makes_of_the_kernels(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("from C++, with\na stack")
+
+    monkeypatch.setattr("star_kernels.api._run", refuse)
+    with pytest.raises(ValueError, match=r"^concept_index: values in \[9, 9\], expected -1 or columns in \[0, 9\)$"):
+        sk.attention_maps(Q, K, INDEX + 9)
+    with pytest.raises(RuntimeError, match="from C"):  # an error of another kind stays
+        sk.attention_maps(Q, K, INDEX)
+
+
+@each_implementation
 @pytest.mark.parametrize("index", [9, -2, 2**40])
 def test_an_index_beyond_the_keys_raises_or_shows(impl, index):
     query, key, _ = example_input(batch=1, queries=3, keys=9)
@@ -261,6 +314,16 @@ INDEX = torch.zeros(2, 1, 1, dtype=torch.int64)
         (dict(concept_index=INDEX + 9), ValueError, r"concept_index: .*9.* \[0, 9\)"),
         (dict(concept_weight=torch.ones(2, 1, 2)), ValueError, "concept_weight: got shape"),
         (dict(lse=torch.ones(2, 2, 3)), ValueError, "lse: got shape"),
+        (dict(lse=3), TypeError, "lse: got int, expected a torch.Tensor"),
+        (dict(query=Q[..., :0], key=K[..., :0]), ValueError, r"query: got shape \(2, 2, 4, 0\), expected D >= 1"),
+        (dict(query=Q.to_sparse()), TypeError, "query: got layout torch.sparse_coo, expected a dense tensor"),
+        (dict(lse=torch.nested.nested_tensor([Q[0, 0], Q[0, 1]])), TypeError, "lse: got a nested tensor, expected"),
+        (dict(scale="x"), TypeError, "scale: got str, expected a finite number"),
+        (dict(scale=float("nan")), ValueError, "scale: got nan, expected a finite number"),
+        (dict(scale=10**5000), ValueError, "scale: got a number beyond float's range, expected a finite number"),
+        (dict(scale=torch.ones(2)), TypeError, "scale: got Tensor of several numbers, expected a finite number"),
+        (dict(query=Q[:, :, :1].expand(2, 2, 2**40, 8)), ValueError, "query, concept_index: sizes .* 2\\*\\*40"),
+        (dict(impl=["native"]), TypeError, "impl: got list, expected 'auto' or the name"),
         (dict(head_weight=torch.ones(3)), ValueError, "head_weight: got shape"),
         (dict(out=torch.ones(2, 1, 3)), ValueError, r"out: got shape \(2, 1, 3\), expected \(2, 1, 4\)"),
         (dict(impl="nonsense"), ValueError, "impl: got 'nonsense'"),

@@ -9,6 +9,7 @@ import torch
 
 import star_kernels
 from star_kernels import api
+from star_kernels.checks import check_reach
 from star_kernels.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,23 @@ def test_schema_and_reference_have_the_same_arguments(operator):
         assert arguments(one) == list(inspect.signature(one.reference).parameters)
     if operator.with_gradient is not None:
         assert arguments(operator.with_gradient) == arguments(operator)
+
+
+def test_triton_refuses_what_it_cannot_count():
+    check_reach("query", (65535, 24, 4096, 64), (24 * 4096 * 64, 64, 24 * 64, 1))
+    with pytest.raises(ValueError, match=r"sample: got a batch of 65536, expected at most 65535 for impl='triton'"):
+        check_reach("sample", (65536,), (1,))
+    with pytest.raises(ValueError, match=r"query: a sample of \(24, 2000000, 64\) spans more than 2\*\*31 elements"):
+        check_reach("query", (1, 24, 2000000, 64), (0, 64, 24 * 64, 1))
+    if api.HAS_TRITON:
+        many = torch.zeros(1).expand(70000, 1, 2, 2)
+        step = star_kernels.Transition(*torch.ones(6, 70000).unbind())
+        with pytest.raises(ValueError, match="velocity: got a batch of 70000"):
+            star_kernels.policy_loss(many, many, many, step, many[:, 0, 0, 0], old_mean=many, impl="triton")
+        with pytest.raises(ValueError, match="sample: got a batch of 70000"):
+            star_kernels.gaussian_step(many, many, many, step, impl="triton")
+        with pytest.raises(ValueError, match="query: got a batch of 70000"):
+            star_kernels.attention_maps(many, many, torch.zeros(70000, 1, 1, dtype=torch.int64), impl="triton")
 
 
 def test_changes_of_the_environment_are_seen(monkeypatch):

@@ -710,6 +710,95 @@ def test_explicit_implementation_never_falls_back(monkeypatch):
         sk.policy_loss(**arguments, impl="native")
 
 
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_reference_velocity_keeps_its_bits_beside_a_narrow_velocity(impl, dtype, wide):
+    """Rounded to the velocity's type it would be the velocity: KL and its gradient would be 0."""
+    arguments = make((2, 3, 4, 8), dtype)
+    arguments["reference_velocity"] = arguments["velocity"].to(wide) + 1e-4
+    _, statistics, gradient = run(arguments, kl_coef=1e3, advantages=torch.zeros(2), impl=impl)
+    expected = run(to_double(arguments), kl_coef=1e3, advantages=torch.zeros(2).double(), impl="reference")
+    # The difference of 1e-4 of two numbers of order 1 in float32, or of the velocity in float64's reference.
+    assert expected[1].kl > 0
+    torch.testing.assert_close(statistics.kl, expected[1].kl, rtol=0.02, atol=0)
+    torch.testing.assert_close(gradient.double(), expected[2], rtol=0.02, atol=expected[2].abs().max().item() * 0.02)
+
+
+@each_implementation
+def test_a_gradient_in_another_type_than_the_arithmetic(impl):
+    """Made in float64 and converted: a copy of it must not be taken before it is there."""
+    arguments = make((2, 3, 32, 32))
+    arguments["sample"] = arguments["sample"].double()
+    for _ in range(8):  # memory that is not written has other bits every time
+        got = run(arguments, clip_range=10.0, impl=impl)
+        expected = run(to_double(arguments), clip_range=10.0, impl="reference")
+        assert got[2].dtype == torch.float32
+        torch.testing.assert_close(got[2].double(), expected[2], rtol=1e-6, atol=1e-6 * expected[2].abs().max().item())
+
+
+@each_implementation
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_nan_shows_in_every_statistic_of_the_ratio(impl, ratio, row):
+    arguments = make((3, 2, 4, 8))
+    arguments["velocity"] = arguments["velocity"].clone()
+    arguments["velocity"][row, 0, 1, 2] = torch.nan
+    loss, statistics, _ = run(arguments, ratio=ratio, impl=impl)
+    assert loss.isnan() and statistics.nonfinite == 1
+    for name in ("approx_kl", "ratio_mean", "ratio_min", "ratio_max"):
+        assert getattr(statistics, name).isnan(), name
+    assert statistics.clip_fraction.isfinite()
+
+
+@each_implementation
+@pytest.mark.parametrize("ratio", ["token", "location", "sample"])
+def test_infinite_numbers_stay_where_they_are(impl, ratio):
+    arguments = make((2, 2, 4, 8))
+    step = arguments["transition"]
+    _, statistics, gradient = run(arguments, ratio=ratio, impl=impl)
+    # Nobody asks for the KL term.
+    kl_precision = torch.full_like(step.kl_precision, torch.inf)
+    changed = run(arguments, transition=step._replace(kl_precision=kl_precision), ratio=ratio, impl=impl)
+    assert torch.equal(changed[1].values, statistics.values) and torch.equal(changed[2], gradient)
+    # An advantage of infinity is a loss of infinity, not NaN: no part of it is 0 times infinity.
+    advantages = torch.tensor([-math.inf, 1.0])
+    loss, _, _ = run(arguments, advantages=advantages, adv_clip=math.inf, clip_range=10.0, ratio=ratio, impl=impl)
+    assert loss == math.inf
+
+
+@each_implementation
+def test_a_sum_beyond_float32_has_a_mean(impl):
+    arguments = make((2, 2, 4, 8))
+    advantages = torch.tensor([-3e37, -3e37])
+    loss, _, _ = run(arguments, advantages=advantages, adv_clip=math.inf, clip_range=10.0, weights=None, impl=impl)
+    assert loss.isfinite() and loss > 1e37
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_an_s_that_float32_rounds_to_0_is_refused(impl):
+    arguments = make((2, 2, 4, 8))
+    tiny = arguments["transition"]._replace(s=torch.full((2,), 1e-60, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"transition\.s: has values <= 0"):
+        sk.policy_loss(**{**arguments, "transition": tiny}, impl=impl)
+
+
+@each_implementation
+def test_autocast_changes_no_bit(impl):
+    arguments = make((2, 2, 4, 8))
+    expected = run(arguments, impl=impl)
+    with torch.autocast(arguments["velocity"].device.type, torch.bfloat16):
+        got = run(arguments, impl=impl)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
+
+
+def test_the_reference_runs_on_meta_tensors():
+    on_meta = {
+        n: v.to("meta") if isinstance(v, torch.Tensor | sk.Transition) else v for n, v in make((2, 2, 4, 8)).items()
+    }
+    assert sk.policy_loss(**on_meta).loss.device.type == "meta"
+
+
 BASE = make((2, 3, 4, 5))
 
 
@@ -743,6 +832,13 @@ BASE = make((2, 3, 4, 5))
         (dict(ratio="tokens"), ValueError, "ratio: got 'tokens'"),
         (dict(ratio="sample", advantages=torch.ones(2, 4, 5)), ValueError, "advantages: ratio='sample'"),
         (dict(clip_range=-1.0), ValueError, "clip_range: got -1.0"),
+        (dict(clip_range=(0.1,)), ValueError, r"clip_range: got 1 numbers, expected e >= 0 or \(low, high\)"),
+        (dict(clip_range=None), TypeError, "clip_range: got NoneType, expected e >= 0"),
+        (dict(clip_range=(0.1, math.nan)), ValueError, "clip_range: got nan, expected e >= 0"),
+        (dict(adv_clip="x"), TypeError, "adv_clip: got str, expected a number > 0"),
+        (dict(kl_coef=math.nan), ValueError, "kl_coef: got nan, expected a finite number"),
+        (dict(guard=1), TypeError, "guard: got int, expected True or False"),
+        (dict(velocity=torch.ones(1, 1, 1, 1).expand(2**20, 2**20, 4, 5)), ValueError, r"velocity: sizes .*2\*\*40"),
         (dict(adv_clip=0.0), ValueError, "adv_clip: got 0.0"),
         (dict(kl_coef=0.1), ValueError, "reference_velocity: needed for kl_coef=0.1"),
         (dict(step_weights=torch.ones(3)), ValueError, r"step_weights: got shape \(3,\), expected \(2\)"),

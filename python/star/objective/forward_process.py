@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star.objective.weighting import with_channel_axis
+from star_kernels.checks import check_latents, check_tensor, checked_number
+
+LEAST_BETA = 1e-30  # what is smaller is 0, or its inverse infinite, in float32
 
 
 def _check_same_shape(**tensors: Tensor) -> None:
-    first, *others = tensors.items()
+    (first, like), *others = tensors.items()
+    check_latents(first, like)
     for name, tensor in others:
-        if tensor.shape != first[1].shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(first[1].shape)} of {first[0]}")
+        check_tensor(name, tensor, tuple(like.shape), like.device)
 
 
 def _weighted_error(error: Tensor, weights: Tensor | None) -> Tensor:
@@ -56,10 +59,8 @@ def nft_loss(
     """
     _check_same_shape(forward_prediction=forward_prediction, old_prediction=old_prediction, x0=x0, xt=xt)
     for name, value in (("t", t), ("reward_prob", reward_prob)):
-        if value.shape != (len(x0),):
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({len(x0)},)")
-    if not beta > 0:
-        raise ValueError(f"beta: got {beta}, expected a number > 0")
+        check_tensor(name, value, (len(x0),), x0.device)
+    beta = checked_number("beta", beta, LEAST_BETA, expected="a number > 0")
     t = t.view(-1, *(1,) * (x0.ndim - 1))
     old = old_prediction.detach()
     positive = beta * forward_prediction + (1 - beta) * old

@@ -13,10 +13,19 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from star.objective.weighting import check_weights, weighted_gradient
+from star.objective.weighting import weighted_gradient
 from star.transition import cps, flow_sde
 from star_kernels import PolicyLoss, Transition, policy_loss
 from star_kernels.api import Implementation
+from star_kernels.checks import (
+    check_choice,
+    check_latents,
+    check_tensor,
+    checked_adv_clip,
+    checked_clip_range,
+    checked_number,
+)
+from star_kernels.reference import LOG_RATIO_LIMIT
 from star_kernels.transition import channel_dim
 
 SDE_TYPES = ("sde", "cps")
@@ -40,6 +49,10 @@ def _sigmas(scheduler: Scheduler, timestep: float | Tensor) -> tuple[Tensor, Ten
             f"timestep: got {timesteps.tolist()}, expected values of scheduler.timesteps (cast to another type?)"
         ) from None
     return scheduler.sigmas[index], scheduler.sigmas[[i + 1 for i in index]]
+
+
+def _noise_level(value: float) -> float:
+    return checked_number("noise_level", value, 0.0, expected="a number >= 0")
 
 
 def _draw_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
@@ -96,18 +109,17 @@ def sde_step_with_logprob(
     Source: Flow-GRPO (Liu et al. 2025), flow_grpo/diffusers_patch/sd3_sde_with_logprob.py. The same coefficients in
     float64 are in `star.transition`; here they are float32 in that file's order of operations.
     """
-    if sde_type not in SDE_TYPES:
-        raise ValueError(f"sde_type: got {sde_type!r}, expected one of {list(SDE_TYPES)}")
+    check_choice("sde_type", sde_type, SDE_TYPES)
+    check_latents("model_output", model_output)
+    check_tensor("sample", sample, tuple(model_output.shape), model_output.device)
+    if prev_sample is not None:
+        check_tensor("prev_sample", prev_sample, tuple(model_output.shape), model_output.device)
+    noise_level = _noise_level(noise_level)
     if weights is not None and per_location:
         raise ValueError("weights: not with per_location=True, whose log_prob `grpo_loss` weights")
     dtype = torch.promote_types(model_output.dtype, torch.float32)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    if sample.shape != model_output.shape:
-        raise ValueError(f"sample: got shape {tuple(sample.shape)}, expected {tuple(model_output.shape)}")
-    if prev_sample is not None:
-        if prev_sample.shape != model_output.shape:
-            raise ValueError(f"prev_sample: got shape {tuple(prev_sample.shape)}, expected {tuple(model_output.shape)}")
-        prev_sample = prev_sample.to(dtype)
+    prev_sample = None if prev_sample is None else prev_sample.to(dtype)
     shape = (-1, *(1,) * (sample.ndim - 1))
     sigma, sigma_next = (s.to(sample.device, dtype).view(shape) for s in _sigmas(scheduler, timestep))
     if len(sigma) not in (1, len(sample)):
@@ -152,8 +164,13 @@ class GRPOLoss(NamedTuple):
     clip_fraction_high: Tensor
 
 
-def _check_shapes(log_prob: Tensor, advantages: Tensor, weights: Tensor | None) -> None:
-    """Check that advantages and weights fit log_prob, (B,) or one per location."""
+def _check(log_prob: Tensor, advantages: Tensor, weights: Tensor | None, adv_clip_max: float) -> None:
+    """Check log_prob, (B,) or one per location, and that advantages and weights fit it."""
+    check_tensor("log_prob", log_prob)
+    if log_prob.ndim == 0 or log_prob.numel() == 0:
+        raise ValueError(f"log_prob: got shape {tuple(log_prob.shape)}, expected (B,), or one per location")
+    check_tensor("advantages", advantages, None, log_prob.device)
+    checked_adv_clip("adv_clip_max", adv_clip_max)
     if tuple(advantages.shape) not in ((len(log_prob),), tuple(log_prob.shape)):
         expected = f"({len(log_prob)},) or {tuple(log_prob.shape)}"
         raise ValueError(f"advantages: got shape {tuple(advantages.shape)}, expected {expected}")
@@ -163,7 +180,7 @@ def _check_shapes(log_prob: Tensor, advantages: Tensor, weights: Tensor | None) 
                 "weights: log_prob has one number per sample, nothing is left to weight; give log_prob per location, "
                 "or the weights to sde_step_with_logprob"
             )
-        check_weights(weights, tuple(log_prob.shape))
+        check_tensor("weights", weights, tuple(log_prob.shape), log_prob.device)
 
 
 def grpo_loss(
@@ -179,7 +196,8 @@ def grpo_loss(
     """The clipped loss of Flow-GRPO, DanceGRPO, MixGRPO and DDPO from log-probs, with weights.
 
     From one log_prob per sample it is their loss. From one per location it is `star_kernels.policy_loss` in plain
-    PyTorch, see there for the three ratios; its delta form is more exact, this one has what such trainers store.
+    PyTorch, see there for the three ratios; its delta form is more exact, this one has what such trainers store. A
+    log-ratio is limited to +-30 as it is there, and one that is not finite makes the loss and its gradient NaN.
 
     Args:
         log_prob: (B,), or one per location: (B, H, W), (B, T, H, W), (B, L), from per_location=True.
@@ -191,34 +209,33 @@ def grpo_loss(
         adv_clip_max: advantages are clamped to +-adv_clip_max first.
 
     Raises:
-        TypeError, ValueError: shapes that do not fit, unknown options.
+        TypeError, ValueError: an argument of wrong type, shape, range or device.
     """
-    if ratio not in ("token", "location", "sample"):
-        raise ValueError(f"ratio: got {ratio!r}, expected one of ['token', 'location', 'sample']")
-    _check_shapes(log_prob, advantages, weights)
+    check_choice("ratio", ratio, ("token", "location", "sample"))
+    _check(log_prob, advantages, weights, adv_clip_max)
     if ratio == "sample" and advantages.ndim > 1:
         raise ValueError(f"advantages: ratio='sample' takes one per sample, got shape {tuple(advantages.shape)}")
+    check_tensor("old_log_prob", old_log_prob, None, log_prob.device)
     per_sample = (len(log_prob),)
     if tuple(old_log_prob.shape) not in ((log_prob.shape, per_sample) if ratio == "token" else (log_prob.shape,)):
         raise ValueError(
             f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected {tuple(log_prob.shape)} for ratio={ratio!r}"
         )
-    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-    if not (low >= 0 and high >= 0):
-        raise ValueError(f"clip_range: got {clip_range}, expected e >= 0 or (low, high), both >= 0")
+    low, high = checked_clip_range(clip_range)
 
     rows, old = log_prob.reshape(len(log_prob), -1), old_log_prob.reshape(len(log_prob), -1)  # (B, P), or P = 1
-    w = 1.0 if weights is None else weights.detach().reshape(rows.shape)
+    w: Tensor | float = 1.0 if weights is None else weights.detach().reshape(rows.shape)
     if ratio == "token":
         # The sample's ratio at every location, each with the gradient of its own log_prob.
-        log_ratio = rows.mean(1, keepdim=True) - old.mean(1, keepdim=True)
-        r = torch.exp(log_ratio).detach() * torch.exp(rows - rows.detach())
+        log_ratio = (rows.mean(1, keepdim=True) - old.mean(1, keepdim=True)).detach() + (rows - rows.detach())
     elif ratio == "sample":
-        log_ratio = (w * (rows - old)).mean(1, keepdim=True)
-        r, w = torch.exp(log_ratio), 1.0
+        log_ratio, w = (w * (rows - old)).mean(1, keepdim=True), 1.0
     else:
         log_ratio = rows - old
-        r = torch.exp(log_ratio)
+    # The sum hands on the gradient, which is NaN where the ratio is.
+    limited = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio = torch.where(log_ratio.isfinite(), limited, log_ratio + torch.nan)
+    r = torch.exp(log_ratio)
     adv = advantages.reshape(len(log_prob), -1).clamp(-adv_clip_max, adv_clip_max)
     loss = (w * torch.maximum(-adv * r, -adv * torch.clamp(r, 1 - low, 1 + high))).mean()
     with torch.no_grad():
@@ -236,7 +253,7 @@ def reinforce_loss(
     Returns (). Raises TypeError or ValueError for shapes that do not fit.
     Source: DDPO (Black et al. 2023), its estimator DDPO-SF.
     """
-    _check_shapes(log_prob, advantages, weights)
+    _check(log_prob, advantages, weights, adv_clip_max)
     adv = advantages.reshape(len(log_prob), -1).clamp(-adv_clip_max, adv_clip_max)
     rows = log_prob.reshape(len(log_prob), -1)
     return -(adv * (rows if weights is None else rows * weights.detach().reshape(rows.shape))).mean()
@@ -247,10 +264,10 @@ def scheduler_transition(
 ) -> Transition:
     """The Gaussian step of `sde_step_with_logprob` for `star_kernels`: fields (B,) float32, one for each timestep.
 
-    Raises ValueError for an unknown sde_type or a timestep that the scheduler does not have.
+    Raises ValueError for an unknown sde_type, a noise_level below 0 or a timestep that the scheduler does not have.
     """
-    if sde_type not in SDE_TYPES:
-        raise ValueError(f"sde_type: got {sde_type!r}, expected one of {list(SDE_TYPES)}")
+    check_choice("sde_type", sde_type, SDE_TYPES)
+    noise_level = _noise_level(noise_level)
     sigma, sigma_next = (s.double() for s in _sigmas(scheduler, timestep))
     if sde_type == "sde":
         step = flow_sde(sigma, sigma_next, noise_level, scheduler.sigmas[1].item())
@@ -298,6 +315,7 @@ def fused_grpo_loss(
     Raises:
         TypeError, ValueError: as `star_kernels.policy_loss`. RuntimeError: `impl` cannot run here.
     """
+    check_latents("model_output", model_output)
     transition = scheduler_transition(scheduler, timestep, noise_level, sde_type).to(model_output.device)
     if len(transition.a) == 1:
         transition = transition.expand(len(model_output))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from star_kernels.checks import check_latents, check_tensor
 from star_kernels.transition import channel_dim
 
 
@@ -16,18 +17,10 @@ def location_shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape[:channel] + x.shape[channel + 1 :])
 
 
-def check_weights(weights: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise unless weights are a floating tensor of the expected shape: a shape that broadcasts is a mistake here."""
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        kind = getattr(weights, "dtype", type(weights).__name__)
-        raise TypeError(f"weights: got {kind}, expected a floating-point tensor")
-    if tuple(weights.shape) != tuple(expected):
-        raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(expected)}")
-
-
 def with_channel_axis(weights: Tensor, x: Tensor) -> Tensor:
     """Weights of x's locations with an axis for the channels, so that they multiply x."""
-    check_weights(weights, location_shape(x))
+    check_latents("x", x)
+    check_tensor("weights", weights, location_shape(x))  # a shape that broadcasts is a mistake here
     return weights.detach().to(x.device).unsqueeze(channel_dim(x))
 
 
