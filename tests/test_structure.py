@@ -43,6 +43,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "star.concepts": "prompts to concepts to tokens",
         "star.objective": "maps to weights, and losses that take them; torch alone",
         "star.files": "files that are whole or as before",
+        "star.messages": "texts of others on one line",
     },
     {"star.transition": "a sampler's step as a*x + b*v + s*noise"},
     {"star_kernels": "the operators; torch alone"},

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from star.messages import WHOLE, one_line
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -422,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
         # What a user can cause is raised as one of these with one clear line; STAR_DEBUG shows where.
         if os.environ.get("STAR_DEBUG"):
             raise
-        print(f"star: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"star: {one_line(error, WHOLE)}", file=sys.stderr)
         return 1
     return 0
 

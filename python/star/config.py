@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from star import files
+from star.messages import one_line
 from star.objective import Allocation
 
 log = logging.getLogger("star")
@@ -486,7 +487,7 @@ def read(path: str | Path) -> dict:
     except OSError as error:
         raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"config: {path} is not YAML ({one_line(error)})") from error
     if not isinstance(values or {}, dict):
         raise ConfigError(f"config: {path} has {values!r}, expected keys and values")
     return values or {}

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from star import config as configuration
 from star import files, rewards
 from star.config import Config
+from star.messages import one_line
 from star.objective import Allocation, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
@@ -258,9 +259,9 @@ def train(config: Config) -> dict:
     except RuntimeError as error:
         if trainer is None or trainer.accelerator.num_processes == 1 or not is_lost_process(error):
             raise
-        reason = str(error).splitlines()[0]
         raise LostProcess(
-            f"accelerate: another process of the run was lost ({reason}); --resume continues from the last checkpoint"
+            f"accelerate: another process of the run was lost ({one_line(error)}); "
+            "--resume continues from the last checkpoint"
         ) from error
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from star import rewards
-from star.rewards import RewardError, Scores, one_line
+from star.messages import one_line
+from star.rewards import RewardError, Scores
 from star.rewards.worker import RewardWorker, score
 
 PROMPTS = ["a", "bad", "b"]

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from star.messages import one_line
+
 # Names of rewards, and under which keys of run.reward_models each finds its weights.
 WEIGHTS = {
     "ocr": (),
@@ -57,14 +59,6 @@ Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[
 
 class RewardError(RuntimeError):
     """A reward failed for a whole batch, so that asking again image by image is no use. One line for the user."""
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """A text or an error's message on one line, cut at `limit` characters, without control characters; of an error
-    without a message, its kind."""
-    line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
-    line = " ".join(line.split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def without_nulls(value: Any) -> Any:

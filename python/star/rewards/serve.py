@@ -43,7 +43,8 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from star import rewards
-from star.rewards import Reward, RewardError, one_line
+from star.messages import one_line
+from star.rewards import Reward, RewardError
 from star.rewards.remote import TOKEN, check_token, is_loopback, pack_answer, read_json
 from star.rewards.worker import score
 

@@ -25,7 +25,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed, one_line
+from star.messages import one_line
+from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed
 
 log = logging.getLogger("star")
 HUNG = 3  # batches from which a reward does not return before the run ends

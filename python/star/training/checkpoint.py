@@ -21,6 +21,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 
 from star.files import sync
+from star.messages import one_line
 from star.training.distributed import full_tensor
 from star.training.pipeline import TRAINED, adapter_names
 
@@ -66,8 +67,7 @@ def save(run: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
         shutil.rmtree(writing, ignore_errors=True)
         kept = checkpoints(run)
         last = f"the last one is {kept[-1]}" if kept else "there is none before it"
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"checkpoint: {place} cannot be written ({reason}); {last}") from error
+        raise CheckpointError(f"checkpoint: {place} cannot be written ({one_line(error)}); {last}") from error
     shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
@@ -94,9 +94,7 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"checkpoint: {path} cannot be read ({' '.join(str(error).split())}); {EARLIER}"
-        ) from error
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({one_line(error)}); {EARLIER}") from error
 
 
 def random_state() -> dict[str, Any]:

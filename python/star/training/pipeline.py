@@ -9,9 +9,11 @@ import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 
 from star.config import Config, ConfigError
+from star.messages import WHOLE, one_line
 
 TRAINED = "default"  # the trained adapter's name, PEFT's own
 
@@ -39,9 +41,9 @@ def load_pipeline(
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             path, dtype={"default": dtype, "vae": torch.float32}, **dict.fromkeys(absent), **encoders
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # of a damaged file the libraries raise many kinds
         raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -62,13 +64,13 @@ def load_encoder(path: str, name: str, kind: str, dtype: torch.dtype) -> torch.n
 
 def reason(error: BaseException) -> str:
     """A library's message on one line, and what to do about the failures that users of gated models meet first."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    causes: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(f"{type(cause).__name__} {cause}".lower())
-        cause = cause.__cause__ or cause.__context__
-    everything = " ".join(causes)
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    # diffusers says of a model that the hub refuses that there is none; the hub's own words are behind that.
+    refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
+    text = one_line(refusal, WHOLE)
+    everything = " ".join(f"{type(cause).__name__} {cause}".lower() for cause in causes)
     if "gated" in everything or "401" in everything or "403" in everything:
         return f"{text}; the model is gated: ask for access on its page, then log in with `hf auth login`"
     if "offline" in everything or "local_files_only" in everything:

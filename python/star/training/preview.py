@@ -15,6 +15,7 @@ from torch import Tensor
 
 from star.concepts import parse
 from star.config import Config
+from star.messages import one_line
 from star.objective import Allocation, allocation_weights
 from star.reports import tracking
 from star.reports.evaluations import read_evaluations
@@ -130,4 +131,4 @@ def _attempt(path: Path, draw: Callable[[], None]) -> None:
     try:
         draw()
     except Exception as error:
-        log.warning("figures: %s could not be drawn (%s: %s)", path, type(error).__name__, " ".join(str(error).split()))
+        log.warning("figures: %s could not be drawn (%s: %s)", path, type(error).__name__, one_line(error))

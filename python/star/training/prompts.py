@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from star.config import ConfigError
+from star.messages import one_line
 from star.rewards import without_nulls
 
 
@@ -83,7 +84,7 @@ def _json(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"prompts: {place} is not JSON ({error})") from error
+        raise ConfigError(f"prompts: {place} is not JSON ({one_line(error)})") from error
 
 
 def _parse(place: str, line: str) -> Prompt:
