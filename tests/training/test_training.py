@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
         ({"optimization": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 images"),
         ({"optimization": {"adam_epsilon": 0.0}}, "optimization.adam_epsilon: got 0.0, expected a number above 0"),
         (
-            {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bf16"}},
+            {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bfloat16"}},
             "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",
         ),
         ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),

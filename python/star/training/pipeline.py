@@ -82,14 +82,14 @@ def reason(error: BaseException) -> str:
     return text
 
 
-def check_size(pipeline: StableDiffusion3Pipeline, config: Config) -> None:
-    """Raise ConfigError for images that the model cannot draw."""
-    model, transformer = config.model, pipeline.transformer.config
+def check_size(pipeline: StableDiffusion3Pipeline, height: int, width: int, section: str = "") -> None:
+    """Raise ConfigError for images, of so many pixels, that the model cannot draw. section: of the two settings."""
+    transformer = pipeline.transformer.config
     unit = pipeline.vae_scale_factor * transformer.patch_size
     largest = unit * transformer.pos_embed_max_size
-    for name, value in (("height", model.height), ("width", model.width)):
+    for name, value in (("height", height), ("width", width)):
         if value % unit or value > largest:
-            raise ConfigError(f"model.{name}: got {value}, expected a multiple of {unit}, at most {largest}")
+            raise ConfigError(f"{section}{name}: got {value}, expected a multiple of {unit}, at most {largest}")
 
 
 def latent_size(pipeline: StableDiffusion3Pipeline, height: int, width: int) -> tuple[int, int]:

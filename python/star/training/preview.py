@@ -121,9 +121,13 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
     evaluations = read_evaluations(out)
     if len(evaluations) > 1:
         first, last = evaluations[0].values["reward"], evaluations[-1].values["reward"]
-        before, after = read_images(out / "held_out/before"), read_images(out / "held_out/after")
-        shown = figures.BeforeAfter([p.text for p in prompts[: len(before)]], before, after, first, last)
-        _attempt(out / "before_after.png", lambda: figures.before_after(shown, out / "before_after.png"))
+
+        def draw() -> None:
+            before, after = read_images(out / "held_out/before"), read_images(out / "held_out/after")
+            shown = figures.BeforeAfter([p.text for p in prompts[: len(before)]], before, after, first, last)
+            figures.before_after(shown, out / "before_after.png")
+
+        _attempt(out / "before_after.png", draw)
     _attempt(out / "allocation.png", lambda: figures.allocation(traced, out / "allocation.png"))
 
 
