@@ -80,11 +80,13 @@ def check_images(images: Tensor, count: int) -> None:
         raise ValueError(f"images: got values from {low:g} to {high:g}, expected 0..1")
 
 
-def as_scores(result: object, count: int, size: Sequence[int] | None = None) -> Scores:
-    """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known.
+def as_scores(result: object, count: int, size: Sequence[int] | None = None, name: str | None = None) -> Scores:
+    """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known. name: of the reward, for
+    errors.
 
     Raises RewardError if it does not say one number an image, or if its masks and maps have another size.
     """
+    said = "reward: got" if name is None else f"reward: {name!r}: got"
     try:
         if not isinstance(result, Scores):
             result = Scores(_numbers(result))
@@ -96,17 +98,17 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None) -> 
         maps = {name: getattr(result, name) for name in ("masks", "reward_map")}
         fields |= {name: _real(value) for name, value in maps.items() if value is not None}
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise RewardError(f"reward: got {type(result).__name__}, expected Scores or {count} numbers") from error
-    for name, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
+        raise RewardError(f"{said} {type(result).__name__}, expected Scores or {count} numbers") from error
+    for column, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
         if value.shape != (count,):
-            raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count},)")
+            raise RewardError(f"{said} shape {tuple(value.shape)} of {column!r}, expected ({count},)")
     height, width = size or ("H", "W")
-    for name in maps.keys() & fields.keys():
-        shape = tuple(fields[name].shape)
-        if len(shape) != 3 or len(fields[name]) != count or (size and shape[1:] != tuple(size)):
-            raise RewardError(f"reward: got shape {shape} of {name!r}, expected ({count}, {height}, {width})")
+    for column in maps.keys() & fields.keys():
+        shape = tuple(fields[column].shape)
+        if len(shape) != 3 or shape[0] != count or (size and shape[1:] != tuple(size)):
+            raise RewardError(f"{said} shape {shape} of {column!r}, expected ({count}, {height}, {width})")
     if "masks" in fields and not ((fields["masks"] >= -ROUNDING) & (fields["masks"] <= 1 + ROUNDING)).all():
-        raise RewardError("reward: got values of 'masks' outside 0..1")
+        raise RewardError(f"{said} values of 'masks' outside 0..1")
     return Scores(**fields)
 
 
@@ -194,7 +196,10 @@ class Weighted:
         check_images(images, count)
         images, size = images.float(), images.shape[-2:]
         metadata = [{} for _ in prompts] if metadata is None else metadata
-        found = {n: as_scores(reward(images, prompts, metadata), count, size) for n, reward in self.rewards.items()}
+        found = {
+            name: as_scores(reward(images, prompts, metadata), count, size, name)
+            for name, reward in self.rewards.items()
+        }
         terms = {name: scores.reward for name, scores in found.items()}
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
             return replace(next(iter(found.values())), terms=terms)
