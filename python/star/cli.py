@@ -195,6 +195,7 @@ def evaluate(arguments: list[str]) -> None:
     from star.training.adapter import load_adapter
     from star.training.pipeline import check_size
     from star.training.prompts import read_prompts
+    from star.training.rollout import check_steps
     from star.training.task import load_task_reward
 
     options = read_options(Eval, arguments, "star eval")
@@ -218,6 +219,7 @@ def evaluate(arguments: list[str]) -> None:
                    "max_sequence_length", "seed")  # fmt: skip
     pipeline = task.pipeline(device, getattr(torch, options.dtype))
     check_size(pipeline, images.height, images.width)
+    check_steps(pipeline.scheduler, images.steps)
     if options.lora:
         load_adapter(pipeline, options.lora)
     observe = None if options.out is None else scoring.ResultsWriter(options.out, prompts, options.save_images)
@@ -272,7 +274,7 @@ def maps(arguments: list[str]) -> None:
     from star.reports import figures
     from star.training import preview
     from star.training.pipeline import check_size, latent_size
-    from star.training.rollout import SamplerOptions, decode, encode, trace
+    from star.training.rollout import SamplerOptions, check_steps, decode, encode, trace
 
     options = read_options(Maps, arguments, "star maps")
     names = [concept.text for concept in parse(options.prompt)]
@@ -286,6 +288,7 @@ def maps(arguments: list[str]) -> None:
     pipeline = task.pipeline("cpu", torch.float32)
     conditions = encode(pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale)
     check_size(pipeline, images.height, images.width)
+    check_steps(pipeline.scheduler, options.steps)
     layers = range(len(pipeline.transformer.transformer_blocks)) if options.layers is None else options.layers
     sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
     rollouts = {

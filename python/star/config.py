@@ -530,7 +530,15 @@ def load(path: str | Path, base: Config | None = None) -> Config:
     _, renamed = modernize(values)
     if renamed:
         log.warning("config: %s: %s", path, ", ".join(f"{old} is now {new}" for old, new in renamed.items()))
-    return update(base or Config(), values)
+    return update_from(base or Config(), values, path)
+
+
+def update_from(config: Settings, values: dict, path: str | Path) -> Settings:
+    """`update` with the values of a file, which errors name."""
+    try:
+        return update(config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from error
 
 
 def save(config: Config, path: Path) -> None:

@@ -32,7 +32,16 @@ from star.training.distributed import LostProcess, Share, Termination, is_lost_p
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
 from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
-from star.training.rollout import PromptEncoder, Rollout, SamplerOptions, decode, draw_window, make_steps, sample
+from star.training.rollout import (
+    PromptEncoder,
+    Rollout,
+    SamplerOptions,
+    check_steps,
+    decode,
+    draw_window,
+    make_steps,
+    sample,
+)
 from star.training.scoring import HeldOut
 from star.training.task import configured_task, draw_prompts, load_task_reward
 from star_kernels import PolicyLoss, policy_loss
@@ -66,6 +75,9 @@ class Trainer:
             self.judge = RewardWorker(reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
         check_size(self.pipeline, config.model.height, config.model.width, "model.")
+        check_steps(self.pipeline.scheduler, config.sampling.steps, "sampling.steps")
+        if self.held_out.prompts:
+            check_steps(self.pipeline.scheduler, self.held_out.options.steps, "scoring.steps")
         self.encode = PromptEncoder(
             self.pipeline, config.model.max_sequence_length, sampling.text_cache, config.model.offload_encoders
         )

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from star.config import Config, ConfigError
 from star.training.distributed import share_rows
-from star.training.pipeline import make_trainable, reason
+from star.training.pipeline import check_files, make_trainable, reason
 from star.training.rollout import DECODED_AT_ONCE, group_members
 from star.training.task import Task, configured_task
 
@@ -108,6 +108,7 @@ def architecture(path: str) -> Architecture:
             raise ConfigError(
                 f"model.path: {path!r} is no pipeline's folder, and of public models {sorted(KNOWN)} are known"
             )
+        check_files(folder, weights=False)
         try:
             return _folder_architecture(folder)
         except Exception as error:  # of a damaged file the libraries raise many kinds
