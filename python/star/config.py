@@ -360,7 +360,8 @@ def check_ranges(section: Any, prefix: str) -> None:
 def _ranges(hint: Any) -> list[Range]:
     """The ranges in an annotation, also within a union or a tuple."""
     if typing.get_origin(hint) is Annotated:
-        return [item for item in hint.__metadata__ if isinstance(item, Range)]
+        own = [item for item in hint.__metadata__ if isinstance(item, Range)]
+        return own or _ranges(hint.__origin__)
     return [limits for argument in typing.get_args(hint) for limits in _ranges(argument)]
 
 
