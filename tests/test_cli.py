@@ -1,7 +1,5 @@
 """The command line as a user meets it."""
 
-import inspect
-import re
 import subprocess
 import sys
 
@@ -10,7 +8,6 @@ import pytest
 import star_kernels
 from star import cli
 from star.cli import main
-from star.training.task import NO_TASK
 from star_kernels.ops import OPERATORS
 
 TINY = [
@@ -107,15 +104,6 @@ def test_usage():
     for arguments, code in (([], 0), (["--help"], 0), (["fly"], 2)):
         result = subprocess.run([sys.executable, "-m", "star.cli", *arguments], capture_output=True, text=True)
         assert result.returncode == code and "usage: star COMMAND" in result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("options", [cli.Eval, cli.Maps], ids=["eval", "maps"])
-def test_the_numbers_in_help_are_those_that_apply_without_a_task(options):
-    """They stand in words where the default is None."""
-    said = re.findall(r'(\w+): [\w |]+ = None\n +"""[^"]*?([\d.]+) without a task', inspect.getsource(options))
-    assert {"height", "max_sequence_length"} <= {name for name, _ in said}
-    for name, number in said:
-        assert float(number) == getattr(NO_TASK.images, name), name
 
 
 def test_info_has_help(capsys):

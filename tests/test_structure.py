@@ -24,6 +24,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"star.cli": "the commands"},
     {"star.study": "star compare: arms and seeds, their statistics and why"},
     {
+        "star.options": "what star eval and star maps take",
         "star.train": "the loop: rollout, reward, advantage, allocation, update",
         "star.shapes": "the embedded world, a guest: a model, its prompts and its reward",
     },
@@ -44,7 +45,10 @@ FLOORS: tuple[dict[str, str], ...] = (
         "star.objective": "maps to weights, and losses that take them; torch alone",
         "star.files": "files that are whole or as before",
     },
-    {"star.transition": "a sampler's step as a*x + b*v + s*noise"},
+    {
+        "star.transition": "a sampler's step as a*x + b*v + s*noise",
+        "star.messages": "texts of others on one line",
+    },
     {"star_kernels": "the operators; torch alone"},
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -169,6 +169,17 @@ class Maps:
         # The tokens' columns in a joint sequence that has the image first.
         self.after_image = torch.where(index < 0, index, index + image_tokens)
 
+    def move(self, device: torch.device) -> None:
+        """Have everything on the device of the block that runs: under offload, and with a model over several devices,
+        only the pass shows it."""
+        if self.slots.device == device:
+            return
+        self.tokens = ConceptTokens(*(x.to(device) for x in self.tokens))
+        self.slots, self.after_image = self.slots.to(device), self.after_image.to(device)
+        assert self.layer_weights is not None  # since __post_init__
+        self.layer_weights = self.layer_weights.to(device)
+        self.head_weight = None if self.head_weight is None else self.head_weight.to(device)
+
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured block, normalized; NaN for one that did not run.
 
@@ -209,12 +220,15 @@ def captured_attention(
             "find them with the max_sequence_length of the embeddings"
         )
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # F.scaled_dot_product_attention casts under autocast; the kernels below it do not.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     joint, lse = attention_with_lse(query, key, value)
 
+    maps.move(query.device)
     index, rows = maps.tokens.index if text_first else maps.after_image, slice(None) if maps.rows is None else maps.rows
+    if isinstance(rows, Tensor):
+        rows = rows.to(query.device)
     first = text_tokens if text_first else 0
     image = slice(first, first + image_tokens)
     query, key = query.detach()[rows, :, image], key.detach()[rows]
@@ -541,8 +555,8 @@ def capture(
 
     Args:
         transformer: an SD3Transformer2DModel or FluxTransformer2DModel, with adapters or without, compiled or not,
-            also inside DistributedDataParallel. Only `.attn` of the chosen blocks is touched, and put back whatever
-            happens.
+            also inside DistributedDataParallel, offloaded or over several devices (the maps are then on the device of
+            the last captured block). Only `.attn` of the chosen blocks is touched, and put back whatever happens.
         tokens: concepts of the captured rows, one row for each image, from `star.concept_tokens`.
         grid: (rows, columns) of the image tokens: latent height and width over the patch size. None: what the pass
             shows. Needed for packed latents whose img_ids are not diffusers', and for a FLUX compiled as a whole.
@@ -570,9 +584,11 @@ def capture(
     blocks = _chosen_blocks(family, model, layers)
     if layer_weights is not None and len(layer_weights) != len(blocks):
         raise ValueError(f"layer_weights: got {len(layer_weights)}, expected one for each of {len(blocks)} layers")
-    device = next(model.parameters()).device
     if normalize == "content":
         tokens = _with_content_concept(tokens)
+    device = next(model.parameters()).device
+    if device.type == "meta":  # offloaded; the pass shows where it runs
+        device = tokens.index.device
     maps = Maps(
         tokens=ConceptTokens(tokens.index.to(device), tokens.weight.to(device)),
         blocks=tuple(blocks),
@@ -704,7 +720,7 @@ def record(
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
         def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
-            values = maps.read()
+            values = maps.read().to(output[0].device)
             assert maps.grid is not None  # the pass has shown it
             result.add(values, maps.grid, tuple(output[0].shape))
 
@@ -779,7 +795,7 @@ def allocated(
                 return None
             assert maps.grid is not None and maps.rows is not None  # the pass has shown them
             if weights is None or not first_pass:
-                weights = _velocity_weights(allocation, maps.read(), maps.grid, velocity.shape)
+                weights = _velocity_weights(allocation, maps.read().to(velocity.device), maps.grid, velocity.shape)
             velocity = weighted_gradient(velocity, _repeat_for_rows(weights, maps.rows, len(velocity)))
             return (velocity, *output[1:]) if isinstance(output, tuple) else type(output)(sample=velocity)
 

@@ -9,9 +9,10 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+from star.messages import WHOLE, one_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from star.training.task import Task
 
 log = logging.getLogger("star")
+FAULT = "a fault of star itself"
 Values = TypeVar("Values", bound="DataclassInstance")
 
 USAGE = """usage: star COMMAND [--help]
@@ -32,82 +34,6 @@ USAGE = """usage: star COMMAND [--help]
   report   write one HTML page of runs: curves, images, settings that differ: star report RUN [RUN...] [--out FILE]
   info     print versions, what was built, and which implementation each operator uses
 """
-
-
-@dataclass
-class Eval:
-    """Score a model by a reward: on a task's held-out prompts or on a prompt file."""
-
-    task: str | None = None
-    """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded world,
-    unless there is a model."""
-    model: str | None = None
-    """A pipeline's folder or hub id. None: the task's."""
-    lora: str | None = None
-    """An adapter: a folder in diffusers' or PEFT's format, or a hub id."""
-    prompts: Path | None = None
-    """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
-    reward: str | None = None
-    """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
-    models: dict[str, str] = field(default_factory=dict)
-    """Where rewards find their weights, by name."""
-    n: int | None = None
-    """Only the first n prompts of a file; of a task n held-out prompts. None: all of a file, 512 of a task."""
-    images_per_prompt: int | None = None
-    """Images of each prompt. None: the task's number; 4 without a task."""
-    steps: int | None = None
-    """Denoising steps. None: the task's; 40 without a task."""
-    guidance_scale: float | None = None
-    """Scale of classifier-free guidance, 1 for none. None: the task's; 4.5 without a task."""
-    height: int | None = None
-    """Pixels. None: the task's; 512 without a task."""
-    width: int | None = None
-    """Pixels. None: as for the height."""
-    max_sequence_length: int | None = None
-    """Tokens of the T5 part, if there is one. None: the task's; 128 without a task."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; the autoencoder stays in float32."""
-    batch: int | None = None
-    """Images per forward pass. None: the task's; 8 without a task."""
-    seed: int = 2026
-    """Seed of noise and of a task's prompts."""
-    out: Path | None = None
-    """A new folder for evaluations.jsonl, as a run has it, and results.jsonl, a line for each image."""
-    save_images: bool = False
-    """Keep the images in `out` too, in GenEval's layout."""
-    timeout: float = 600.0
-    """Seconds for a batch of images, after which their reward counts as failed."""
-
-
-@dataclass
-class Maps:
-    """Draw the concept maps of a prompt."""
-
-    prompt: str = "a red circle left of a blue square"
-    """The prompt."""
-    task: str | None = None
-    """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded world,
-    unless there is a model."""
-    model: str | None = None
-    """A pipeline's folder or hub id. None: the task's."""
-    out: Path = Path("maps.png")
-    """File of the figure."""
-    concepts: str = "rules"
-    """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
-    steps: int = 8
-    """Denoising steps."""
-    guidance_scale: float = 1.0
-    """Scale of classifier-free guidance; 1 for none."""
-    max_sequence_length: int | None = None
-    """Tokens of the T5 part. None: the task's; 128 without a task."""
-    height: int | None = None
-    """Pixels. None: the task's; 512 without a task."""
-    width: int | None = None
-    """Pixels. None: as for the height."""
-    layers: tuple[int, ...] | None = None
-    """Blocks to show. None: all."""
-    seed: int = 0
-    """Seed of the noise."""
 
 
 def quiet_third_parties() -> None:
@@ -149,7 +75,7 @@ def read_config(arguments: list[str], prog: str) -> Config:
     import tyro
 
     from star import config as configuration
-    from star.config import Config
+    from star.config import Config, expand_paths
     from star.presets import preset
 
     parser = argparse.ArgumentParser(add_help=False)
@@ -165,12 +91,23 @@ def read_config(arguments: list[str], prog: str) -> Config:
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
-    return tyro.cli(Config, default=base, args=rest, prog=prog)
+    return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog))
+
+
+def read_options(kind: type[Values], arguments: list[str], prog: str) -> Values:
+    """The options of a command, with their numbers checked and their paths without a ~."""
+    import tyro
+
+    from star.config import check_ranges, expand_paths
+
+    options = expand_paths(tyro.cli(kind, args=arguments, prog=prog))
+    check_ranges(options, "")
+    return options
 
 
 def renamed_options(arguments: list[str]) -> list[str]:
-    """Options of version 0.1 under their names of now; one line tells which."""
-    from star.config import OLD_KEYS, OLD_SECTIONS
+    """Options of version 0.1 under their names of now, and values as they are spelled now; one line tells which."""
+    from star.config import OLD_KEYS, OLD_SECTIONS, OLD_VALUES
 
     def dashed(name: str) -> str:
         return name.replace("_", "-")
@@ -178,7 +115,9 @@ def renamed_options(arguments: list[str]) -> list[str]:
     names = {dashed(old): dashed(new) for old, new in OLD_KEYS.items()}
     names |= {f"{section}.no-{key}": f"{place}.no-{entry}" for section, key, place, entry in (
         (*old.split("."), *new.split(".")) for old, new in names.items())}  # fmt: skip
-    found, told = [], {}
+    spellings = {f"--{dashed(name)}": values for name, values in OLD_VALUES.items()}
+    found: list[str] = []
+    told = {}
     for argument in arguments:
         option, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--"):
@@ -188,6 +127,11 @@ def renamed_options(arguments: list[str]) -> list[str]:
             if new != option:
                 told[f"--{option}"] = f"--{new}"
                 argument = f"--{new}{equals}{value}"
+        name, equals, value = argument.rpartition("=")
+        values = spellings.get(name if equals else found[-1] if found else "", {})
+        if value in values:
+            told[value] = values[value]
+            argument = f"{name}{equals}{values[value]}"
         found.append(argument)
     if told:
         log.warning("options: %s", ", ".join(f"{old} is now {new}" for old, new in told.items()))
@@ -259,29 +203,32 @@ def plan(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     import torch
-    import tyro
     from rich.console import Console
 
+    from star import files
+    from star.options import HELD_OUT, Eval
     from star.reports import evaluations
     from star.reports.tables import evaluation_table
     from star.rewards import check_models
     from star.rewards.worker import RewardWorker
     from star.training import scoring
     from star.training.adapter import load_adapter
+    from star.training.pipeline import check_size
     from star.training.prompts import read_prompts
+    from star.training.rollout import check_steps
     from star.training.task import load_task_reward
 
-    options = tyro.cli(Eval, args=arguments, prog="star eval")
+    options = read_options(Eval, arguments, "star eval")
     if options.save_images and options.out is None:
         raise ValueError("save_images: needs a folder, --out")
-    if options.out is not None and options.out.exists() and any(options.out.iterdir()):
-        raise ValueError(f"out: {options.out} is not empty")
+    if options.out is not None and not files.is_empty(options.out):
+        raise ValueError(f"out: {options.out} is not empty; choose a new folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = chosen_task(options.task, options.model)
     if options.prompts is not None:
         prompts = read_prompts(options.prompts)[: options.n]
     else:
-        prompts = task.prompts("held_out", 512 if options.n is None else options.n, str(options.seed))
+        prompts = task.prompts("held_out", HELD_OUT if options.n is None else options.n, str(options.seed))
     if not prompts:
         raise ValueError(f"prompts: {options.prompts or options.task} has none")
     if options.reward:
@@ -291,6 +238,8 @@ def evaluate(arguments: list[str]) -> None:
     images = given(task.images, options, "images_per_prompt", "steps", "guidance_scale", "height", "width", "batch",
                    "max_sequence_length", "seed")  # fmt: skip
     pipeline = task.pipeline(device, getattr(torch, options.dtype))
+    check_size(pipeline, images.height, images.width)
+    check_steps(pipeline.scheduler, images.steps)
     if options.lora:
         load_adapter(pipeline, options.lora)
     observe = None if options.out is None else scoring.ResultsWriter(options.out, prompts, options.save_images)
@@ -320,16 +269,13 @@ def given(defaults: Values, options: object, *names: str) -> Values:
 
 
 def compare(arguments: list[str]) -> None:
-    import tyro
-
     from star.study import command as study
 
-    options = tyro.cli(study.Compare, args=arguments, prog="star compare")
-    if options.jobs is not None and options.jobs < 1:
-        raise ValueError(f"jobs: got {options.jobs}, expected at least 1")
-    text = study.compare(options)
-    if text is None:
-        print(f"stopped by SIGTERM; the same command continues {options.out}")
+    options = read_options(study.Compare, arguments, "star compare")
+    try:
+        text = study.compare(options)
+    except study.Stopped as signal:
+        print(f"stopped by {signal}; the same command continues {options.out}")
         return
     from rich.console import Console
     from rich.markdown import Markdown
@@ -341,26 +287,31 @@ def compare(arguments: list[str]) -> None:
 
 def maps(arguments: list[str]) -> None:
     import torch
-    import tyro
 
     from star.concepts import parse
     from star.objective import Allocation
+    from star.options import Maps
     from star.reports import figures
     from star.training import preview
-    from star.training.pipeline import latent_size
-    from star.training.rollout import SamplerOptions, decode, encode, trace
+    from star.training.pipeline import check_size, latent_size
+    from star.training.rollout import SamplerOptions, check_steps, decode, encode, trace
 
-    options = tyro.cli(Maps, args=arguments, prog="star maps")
+    options = read_options(Maps, arguments, "star maps")
     names = [concept.text for concept in parse(options.prompt, options.concepts)]
     if not names:
         raise ValueError(f"prompt: no concept found in {options.prompt!r}")
+    if options.layers == ():
+        raise ValueError("layers: got none, expected at least one block")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     task = chosen_task(options.task, options.model)
     images = given(task.images, options, "height", "width", "max_sequence_length")
     pipeline = task.pipeline("cpu", torch.float32)
     conditions = encode(
         pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale, options.concepts
     )
-    layers = options.layers or range(len(pipeline.transformer.transformer_blocks))
+    check_size(pipeline, images.height, images.width)
+    check_steps(pipeline.scheduler, options.steps)
+    layers = range(len(pipeline.transformer.transformer_blocks)) if options.layers is None else options.layers
     sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
     rollouts = {
         layer: trace(pipeline, conditions, options.steps, dataclasses.replace(sampler, layers=(layer,)), options.seed)
@@ -388,12 +339,13 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or going")
     parser.add_argument("--out", type=Path, help="the page; report.html in the folder of a single run")
     options = parser.parse_args(arguments)
+    options.runs = [path.expanduser() for path in options.runs]
 
     from star.reports import page
 
     if options.out is None and len(options.runs) > 1:
         raise ValueError("out: needed for several runs")
-    out = options.out or options.runs[0] / "report.html"
+    out = options.runs[0] / "report.html" if options.out is None else options.out.expanduser()
     page.write(options.runs, out)
     print(f"{out}: {len(options.runs)} run{'s'[: len(options.runs) > 1]}, {out.stat().st_size / 2**20:.1f} MiB")
 
@@ -461,11 +413,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("star: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        # What a user can cause is raised as one of these with one clear line; STAR_DEBUG shows where.
+    except Exception as error:
         if os.environ.get("STAR_DEBUG"):
             raise
-        print(f"star: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        # What a user can cause is raised as one of these with one clear line; anything else is a fault of ours.
+        if not isinstance(error, ValueError | OSError | RuntimeError | ImportError):
+            error = RuntimeError(f"{FAULT} ({type(error).__name__}: {one_line(error)}); STAR_DEBUG=1 shows where")
+        print(f"star: {one_line(error, WHOLE)}", file=sys.stderr)
         return 1
     return 0
 

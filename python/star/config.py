@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import torch
 import yaml
 
 from star import files
-from star.objective import Allocation
+from star.messages import one_line
+from star.objective import Allocation, allocation_weights
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 log = logging.getLogger("star")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,8 @@ class Optimization:
     update_norm: NotNegative | None = None
     """Euclidean norm to which every update of the weights is rescaled, so that runs differ in its direction alone.
     0: the norm is only measured. None: neither; both need a copy of the trained weights."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the matrix products, as in accelerate."""
+    mixed_precision: Literal["no", "float16", "bfloat16"] = "no"
+    """Precision of the matrix products."""
     ema_decay: Decay = 0.0
     """Decay of a moving average of the weights; the average is then scored and exported. 0: no average."""
     ema_every: Positive = 8
@@ -205,7 +212,7 @@ class Scoring:
     guidance_scale: Finite | None = None
     """Scale of classifier-free guidance. None: that of sampling.guidance_scale."""
     batch: Positive | None = None
-    """Images per forward pass. None: the task's, else 8."""
+    """Images per forward pass. None: the task's; without a task that of `star eval`."""
     seed: Count = 2026
     """Seed of noise and prompts; runs with equal seeds can be compared image by image."""
 
@@ -266,6 +273,7 @@ class Config:
         for field_ in dataclasses.fields(self):
             if dataclasses.is_dataclass(section := getattr(self, field_.name)):
                 check_ranges(section, f"{field_.name}.")
+        self._check_allocation()
         self._check_task()
         sampling, optimization = self.sampling, self.optimization
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
@@ -303,11 +311,10 @@ class Config:
             )
         if self.model.adapter and not self.model.lora_rank:
             raise ConfigError("model.adapter: needs model.lora_rank, the adapter's rank")
-        half = {"float16": "fp16", "bfloat16": "bf16"}
-        if self.model.frozen_dtype in half and optimization.mixed_precision != half[self.model.frozen_dtype]:
+        if self.model.frozen_dtype not in ("float32", optimization.mixed_precision):
             raise ConfigError(
-                f"model.frozen_dtype: {self.model.frozen_dtype} needs optimization.mixed_precision "
-                f"{half[self.model.frozen_dtype]}, got {optimization.mixed_precision}"
+                f"model.frozen_dtype: {self.model.frozen_dtype} needs the same optimization.mixed_precision, "
+                f"got {optimization.mixed_precision}"
             )
         if sampling.merge_adapter and self.model.frozen_dtype != "float32":
             raise ConfigError(
@@ -330,6 +337,13 @@ class Config:
         except (ValueError, ImportError) as error:
             raise ConfigError(f"sampling.concepts: {str(error).removeprefix('source: ')}") from error
 
+    def _check_allocation(self) -> None:
+        """By the operator that takes these numbers, which knows their ranges."""
+        try:
+            allocation_weights(dataclasses.replace(self.allocation, strategy="attention"), torch.ones(1, 1, 1), (1, 1))
+        except ValueError as error:
+            raise ConfigError(f"allocation.{error}") from error
+
     def _check_task(self) -> None:
         given = {
             "model.path": self.model.path,
@@ -351,7 +365,7 @@ def check_ranges(section: Any, prefix: str) -> None:
     for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
         value = getattr(section, name)
         for number in value if isinstance(value, tuple) else (value,):
-            for limits in _ranges(hint):
+            for limits in _ranges(hint) or [Range()]:
                 if isinstance(number, int | float) and not limits.holds(number):
                     raise ConfigError(f"{prefix}{name}: got {value}, expected {_noun(value)} {limits}")
 
@@ -359,12 +373,27 @@ def check_ranges(section: Any, prefix: str) -> None:
 def _ranges(hint: Any) -> list[Range]:
     """The ranges in an annotation, also within a union or a tuple."""
     if typing.get_origin(hint) is Annotated:
-        return [item for item in hint.__metadata__ if isinstance(item, Range)]
+        own = [item for item in hint.__metadata__ if isinstance(item, Range)]
+        return own or _ranges(hint.__origin__)
     return [limits for argument in typing.get_args(hint) for limits in _ranges(argument)]
 
 
 def _noun(value: Any) -> str:
     return "numbers" if isinstance(value, tuple) else "a number"
+
+
+def expand_paths(options: Settings) -> Settings:
+    """A copy of a dataclass whose paths begin with no ~, which a shell leaves in --out=~/run."""
+
+    def expand(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return expand_paths(value)
+        if isinstance(value, dict):
+            return {key: expand(item) for key, item in value.items()}
+        return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+
+    values = {f.name: expand(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    return dataclasses.replace(options, **values)
 
 
 def to_dict(config: Any) -> Any:
@@ -395,6 +424,7 @@ OLD_KEYS = {
     "run.evaluate_every": "scoring.every",
     "run.pictures": "run.figures",
 }
+OLD_VALUES = {"optimization.mixed_precision": {"fp16": "float16", "bf16": "bfloat16"}}
 OLD_SECTIONS = {"optimisation": "optimization"}
 TASK_KEYS = ("model.path", "sampling.prompts", "scoring.prompts", "run.reward")
 EMBEDDED = "shapes"
@@ -421,6 +451,9 @@ def modernize(values: dict) -> tuple[dict, dict[str, str]]:
             if name in TASK_KEYS and value == EMBEDDED:
                 renamed[f"the value {value}"] = f"task: {value}"
                 new["task"], value = value, None
+            if isinstance(value, str) and value in OLD_VALUES.get(name, {}):
+                renamed[value] = OLD_VALUES[name][value]
+                value = renamed[value]
             if name == "run.reward" and isinstance(value, str) and value in OLD_REWARDS:
                 renamed[value] = OLD_REWARDS[value]
                 value = OLD_REWARDS[value]
@@ -477,8 +510,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: got {value!r}, expected keys and values")
         return {str(key): _convert(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
-    if kind is Path and isinstance(value, str):
-        return Path(value).expanduser()
+    if kind in (Path, str) and isinstance(value, str):
+        return kind(os.path.expanduser(value))
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a string.
         try:
@@ -495,11 +528,11 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
 def read(path: str | Path) -> dict:
     """The keys and values of a YAML file. Raises ConfigError if it cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
+        values = yaml.safe_load(files.read_text(Path(path)))
+    except files.Unreadable as error:
+        raise ConfigError(f"config: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise ConfigError(f"config: {path} is not YAML ({one_line(error)})") from error
     if not isinstance(values or {}, dict):
         raise ConfigError(f"config: {path} has {values!r}, expected keys and values")
     return values or {}
@@ -511,7 +544,15 @@ def load(path: str | Path, base: Config | None = None) -> Config:
     _, renamed = modernize(values)
     if renamed:
         log.warning("config: %s: %s", path, ", ".join(f"{old} is now {new}" for old, new in renamed.items()))
-    return update(base or Config(), values)
+    return update_from(base or Config(), values, path)
+
+
+def update_from(config: Settings, values: dict, path: str | Path) -> Settings:
+    """`update` with the values of a file, which errors name."""
+    try:
+        return update(config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from error
 
 
 def save(config: Config, path: Path) -> None:

@@ -14,7 +14,14 @@ def surroundings(document: Path, name: str) -> tuple[str, str]:
 
     Raises ConfigError if it has no such marks.
     """
-    return _split(document.read_text(), document, name)
+    return _split(_read(document), document, name)
+
+
+def _read(document: Path) -> str:
+    try:
+        return files.read_text(document)
+    except files.Unreadable as error:
+        raise ConfigError(f"document: {error}") from error
 
 
 def _split(content: str, document: Path, name: str) -> tuple[str, str]:
@@ -33,7 +40,7 @@ def insert(document: Path, name: str, text: str) -> None:
 
 def fill(document: Path, texts: Mapping[str, str]) -> None:
     """Put each text between the marks of its name; see `surroundings`. Nothing is written where a mark is missing."""
-    content = document.read_text()
+    content = _read(document)
     for name, text in texts.items():
         before, after = _split(content, document, name)
         content = f"{before}\n\n{text.strip()}\n\n{after}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from star.messages import one_line
 
 
 def sync(path: Path) -> None:
@@ -38,9 +41,52 @@ class FolderLock:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder is not there, or has nothing in it but a lock and files that were never finished."""
+    """Whether a folder is not there, or has nothing in it but a lock and files that were never finished. Raises
+    NotADirectoryError for a file."""
     unfinished = lambda name: name.startswith(".") and name.endswith(".writing")
     return not folder.exists() or all(path.name == LOCK or unfinished(path.name) for path in folder.iterdir())
+
+
+class Unreadable(ValueError):
+    """A file that cannot be read as text, or holds something else; the message is one line that names it."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without the byte order mark that Notepad and Excel begin files with. Raises
+    Unreadable."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path} cannot be read (not UTF-8)") from error
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file with one a line; none if there is no file. A last line that was cut short, by a crash or
+    because it is being written, is left out. Raises Unreadable."""
+    if not path.exists():
+        return []
+    *lines, cut = read_text(path).split("\n")
+    if cut.rstrip().endswith("}"):
+        lines.append(cut)
+    return [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parse_json(text: str, source: object) -> Any:
+    """Raises Unreadable, naming the source, for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{source} is not JSON ({one_line(error)})") from error
+
+
+def parse_object(text: str, source: object) -> dict[str, Any]:
+    """The object of a JSON text. Raises Unreadable, naming the source, for anything else."""
+    value = parse_json(text, source)
+    if not isinstance(value, dict):
+        raise Unreadable(f"{source} holds a {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

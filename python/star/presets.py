@@ -77,7 +77,7 @@ def sd35m(task: str, fast: bool = False) -> Config:
             iterations=5000,
             # train_batch_size; 48 x 24 images in 2 updates: up to 64 processes with whole micro batches.
             micro_batch=9,
-            mixed_precision="fp16",
+            mixed_precision="float16",
             ema_decay=0.9,  # both in scripts/train_sd3.py
             ema_every=8,
         ),

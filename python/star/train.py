@@ -19,6 +19,7 @@ from tqdm import tqdm
 from star import config as configuration
 from star import files, rewards
 from star.config import Config
+from star.messages import one_line
 from star.objective import Allocation, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
@@ -31,7 +32,16 @@ from star.training.distributed import LostProcess, Share, Termination, is_lost_p
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
 from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
-from star.training.rollout import PromptEncoder, Rollout, SamplerOptions, decode, draw_window, make_steps, sample
+from star.training.rollout import (
+    PromptEncoder,
+    Rollout,
+    SamplerOptions,
+    check_steps,
+    decode,
+    draw_window,
+    make_steps,
+    sample,
+)
 from star.training.scoring import HeldOut
 from star.training.task import configured_task, draw_prompts, load_task_reward
 from star_kernels import PolicyLoss, policy_loss
@@ -46,6 +56,7 @@ class Trainer:
     """A run: the policy, its optimizer and the iteration it has reached."""
 
     def __init__(self, config: Config) -> None:
+        self.begin, self.seconds_before = time.perf_counter(), 0.0
         config.check()
         self.config = config
         self.task = configured_task(config)
@@ -63,7 +74,10 @@ class Trainer:
             reward = load_task_reward(judged, config.run.reward_models, device)
             self.judge = RewardWorker(reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
-        check_size(self.pipeline, config)
+        check_size(self.pipeline, config.model.height, config.model.width, "model.")
+        check_steps(self.pipeline.scheduler, config.sampling.steps, "sampling.steps")
+        if self.held_out.prompts:
+            check_steps(self.pipeline.scheduler, self.held_out.options.steps, "scoring.steps")
         self.encode = PromptEncoder(
             self.pipeline,
             config.model.max_sequence_length,
@@ -232,7 +246,14 @@ class Trainer:
         run = self.config.run
         state = {"iteration": self.iteration, "random": gather_object([checkpoint.random_state()])}
         state |= self.policy.state_dict()
-        on_main(self.accelerator, lambda: checkpoint.save(run.out, self.iteration, state, run.keep_checkpoints))
+        seconds = self.seconds()
+        on_main(
+            self.accelerator, lambda: checkpoint.save(run.out, self.iteration, state, run.keep_checkpoints, seconds)
+        )
+
+    def seconds(self) -> float:
+        """Of the run so far, with what it took before it was resumed."""
+        return self.seconds_before + time.perf_counter() - self.begin
 
     def resume(self) -> None:
         """Go on from the run's last checkpoint, or from its beginning if it was stopped before the first one."""
@@ -242,12 +263,19 @@ class Trainer:
             self.held_out.check_resumed()
             compare_with_saved(self.config)
             state = checkpoint.load(found[-1])
-            if not self.policy.fits(state):
-                raise checkpoint.CheckpointError(f"checkpoint: {found[-1]} is of another model or adapter")
-            self.policy.load_state_dict(state)
-            if self.accelerator.process_index < len(state["random"]):
-                checkpoint.set_random_state(state["random"][self.accelerator.process_index])
-            self.iteration = state["iteration"]
+            try:
+                if not self.policy.fits(state):
+                    raise checkpoint.CheckpointError(f"checkpoint: {found[-1]} is of another model or adapter")
+                self.policy.load_state_dict(state)
+                if self.accelerator.process_index < len(state["random"]):
+                    checkpoint.set_random_state(state["random"][self.accelerator.process_index])
+                self.iteration = int(state["iteration"])
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint: {found[-1]} holds no state of a run ({type(error).__name__}: {one_line(error)}); "
+                    f"{checkpoint.EARLIER}"
+                ) from error
+            self.seconds_before = checkpoint.elapsed(found[-1])
         on_main(self.accelerator, lambda: configuration.save(self.config, run.out / "config.yaml"))
 
 
@@ -262,15 +290,15 @@ def train(config: Config) -> dict:
     except RuntimeError as error:
         if trainer is None or trainer.accelerator.num_processes == 1 or not is_lost_process(error):
             raise
-        reason = str(error).splitlines()[0]
         raise LostProcess(
-            f"accelerate: another process of the run was lost ({reason}); --resume continues from the last checkpoint"
+            f"accelerate: another process of the run was lost ({one_line(error)}); "
+            "--resume continues from the last checkpoint"
         ) from error
 
 
 def run(trainer: Trainer, termination: Termination) -> dict:
     """Iterate, score and save until the end, then export and show what was reached."""
-    config, accelerator, begin = trainer.config, trainer.accelerator, time.perf_counter()
+    config, accelerator = trainer.config, trainer.accelerator
     main, out, total = accelerator.is_main_process, config.run.out, config.optimization.iterations
     tracker = Tracker(config, trainer.iteration) if main else None
     if trainer.iteration == 0:
@@ -304,7 +332,7 @@ def run(trainer: Trainer, termination: Termination) -> dict:
         if config.run.figures:
             preview.draw_run(trainer.pipeline, config, prompts, write=main)
     summary = {"iterations": trainer.iteration, "held_out": evaluations.compare_run(out)}
-    summary["seconds"] = round(time.perf_counter() - begin, 1)
+    summary["seconds"] = round(trainer.seconds(), 1)
     if main:
         files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         card.write(out / ("lora" if config.model.lora_rank else "model"), config, summary, prompts[0].text)

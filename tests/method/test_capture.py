@@ -4,6 +4,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from peft import LoraConfig, get_peft_model
@@ -154,6 +155,51 @@ def test_projections_are_not_held_over_the_attention(build, make, monkeypatch):
     with torch.no_grad(), capture(model, TOKENS, grid=GRID):
         model(**inputs)
     assert seen == [[True] * len(projections)] * len(model.transformer_blocks)
+
+
+def offloaded(model, how, folder):
+    """A model as diffusers' offloading and a device map leave it: weights elsewhere until a pass needs them."""
+    if how == "sequential":
+        return cpu_offload(model, execution_device="cpu")
+    if how == "disk":
+        return disk_offload(model, folder, execution_device="cpu")
+    if how == "model":
+        return cpu_offload_with_hook(model, execution_device="cpu")[0]
+    places = {name: "disk" if "context" in name or "blocks" in name else "cpu" for name, _ in model.named_children()}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+@pytest.mark.parametrize("how", ["sequential", "disk", "model", "device map"])
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_an_offloaded_model_has_the_same_maps_weights_and_gradients(build, make, how, tmp_path):
+    inputs, found = make(4), []
+    inputs["hidden_states"].requires_grad_()
+    for model in (build(), offloaded(build(), how, tmp_path)):
+        for normalize in ("raw", "content"):
+            weights = {"layer_weights": [1.0] * len(model.transformer_blocks), "head_weight": torch.tensor([0.3, 0.7])}
+            with torch.no_grad(), capture(model, TOKENS, rows=[3, 2], normalize=normalize, **weights) as maps:
+                found.append((model(**inputs)[0], maps.read()))
+        with torch.no_grad(), record(model, TOKENS, rows=slice(2, 4)) as recorded:
+            model(**inputs)
+        with allocated(model, TOKENS, rows=slice(2, 4)):
+            output = model(**inputs)[0]
+        found.append((recorded.weights(), *torch.autograd.grad(output.square().sum(), inputs["hidden_states"])))
+    for expected, got in zip(found[:3], found[3:], strict=True):
+        for a, b in zip(expected, got, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_maps_follow_a_model_that_is_moved_for_its_pass():
+    """As diffusers' model offload does; the meta device stands for the accelerator."""
+    model, _ = cpu_offload_with_hook(small_transformer(), execution_device="meta")
+    weights = {"layer_weights": [1.0] * 3, "head_weight": torch.ones(HEADS)}
+    with torch.no_grad(), capture(model, TOKENS, rows=[1, 0], **weights) as maps:
+        output = model(**small_inputs())[0]
+    assert output.is_meta and maps.read().is_meta and maps.layers().shape == (3, 2, 2, N)
+    inputs = small_inputs()
+    inputs["hidden_states"].requires_grad_()
+    with allocated(model, TOKENS):
+        assert model(**inputs)[0].requires_grad
 
 
 def test_rows_and_columns_of_a_grid_that_is_not_square():

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,24 @@ from star.config import ConfigError
 from star.presets import preset
 from star.reports import page, tracking
 from star.reports.metrics import MEANING, category_means, gradient_share, meaning, weight_metrics
+
+
+def test_images_come_before_curves_and_links_are_not_followed(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "star", run)
+    page.write([run], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert 0 < text.index("Images of") < text.index("<h2>Curves")
+    secret = tmp_path / "secret.png"
+    shutil.copy(run / "reward_curve.png", secret)
+    data = base64.b64encode(secret.read_bytes()).decode()
+    assert data in text
+    (run / "reward_curve.png").unlink()
+    (run / "reward_curve.png").symlink_to(secret)
+    (run / "before_after.png").write_text("root:x:0:0")
+    page.write([run], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert data not in text and base64.b64encode(b"root:x:0:0").decode() not in text
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Rewards: each against its formula written anew, and what happens when one fails."""
 
 import io
+import math
+import re
 import sys
 import threading
 import time
@@ -266,7 +268,7 @@ def test_one_bad_prompt_costs_one_picture_and_is_named():
     assert scores.reward_map.isnan().all((1, 2)).tolist() == [False, True, True, False]
     assert lines == [
         "reward: RuntimeError (out of paint and more) for the prompt 'raise'",
-        "reward: got nan for the prompt 'nan'",
+        "reward: got nan for the prompt 'nan'; the image does not count, return a number if it should",
     ]
 
 
@@ -284,6 +286,20 @@ def test_a_reward_that_returns_something_else_is_one_clear_line(result, words):
         rewards.as_scores(result, 2)
     scores, lines = score(lambda *_: result, torch.ones(2, 3, 2, 2), ["a", "b"], [{}, {}])
     assert scores.reward.isnan().all() and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [[None, 1.0], [math.nan, 1.0], torch.tensor([math.inf, 1.0]), Scores(torch.tensor([math.nan, 1.0]))]
+)
+def test_an_image_without_a_number_is_named_with_its_reward(wrong):
+    """Of several rewards the one that gave none, and what to do."""
+    both = rewards.Weighted({"good": lambda *_: [0.0, 1.0], "picky": lambda *_: wrong}, {"good": 1.0, "picky": 0.5})
+    scores, (line,) = score(both, torch.ones(2, 3, 2, 2), ["a", "b"], [{}, {}])
+    assert scores.reward[0].isnan() and scores.reward[1] == 1.5
+    assert re.match(r"reward: got (nan|inf) from 'picky' for the prompt 'a' \(image 1 of 2\); .* return a number", line)
+    nothing = rewards.Weighted({"good": lambda *_: [0.0, 1.0], "none": lambda *_: None}, {"good": 1.0, "none": 0.5})
+    _, lines = score(nothing, torch.ones(2, 3, 2, 2), ["a", "b"], [{}, {}])
+    assert lines[0].startswith("reward: 'none': got NoneType, expected Scores or 2 numbers")
 
 
 def test_scores_come_in_order_from_one_other_thread_while_work_goes_on():

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -315,9 +315,20 @@ def test_gray_palette_opaque_and_16_bit_images_are_what_they_show():
 def test_transparent_images_are_refused():
     array = np.zeros((8, 8, 4), np.uint8)
     array[2:, :, 3] = 255
-    for data in (png(array), png(array[..., 2:]), png(np.zeros((8, 8, 3), np.uint8), transparency=(0, 0, 0))):
+    clear = {"transparency": (0, 0, 0)}, {"transparency": 7}
+    colors, deep = np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 7, np.uint16)
+    for data in (png(array), png(array[..., 2:]), png(colors, **clear[0]), png(deep, **clear[1])):
         with pytest.raises(serve.Refused, match="expected opaque 'images'"):
             serve.unpack_request(json.dumps({"images": [data], "prompts": ["a"]}).encode(), Limits())
+
+
+def test_images_that_are_to_be_turned_are_refused():
+    turned, upright = Image.Exif(), Image.Exif()
+    turned[274], upright[274] = 6, 1
+    for exif, refused in ((turned, True), (upright, False)):
+        body = json.dumps({"images": [png(np.zeros((8, 8, 3), np.uint8), exif=exif)], "prompts": ["a"]}).encode()
+        with pytest.raises(serve.Refused, match="upright") if refused else nullcontext():
+            serve.unpack_request(body, Limits())
 
 
 def test_limits_on_images_and_pixels():

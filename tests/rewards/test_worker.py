@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from star import rewards
-from star.rewards import RewardError, Scores, one_line
+from star.messages import one_line
+from star.rewards import RewardError, Scores
 from star.rewards.worker import RewardWorker, score
 
 PROMPTS = ["a", "bad", "b"]
@@ -117,7 +118,8 @@ def test_a_reward_may_do_with_its_arguments_what_it_wants(capfd):
         return [None, 1.0]
 
     scores, lines = score(greedy, torch.rand(2, 3, 4, 4), prompts, metadata)
-    assert scores.reward.isnan().tolist() == [True, False] and lines == ["reward: got nan for the prompt 'a'"]
+    assert scores.reward.isnan().tolist() == [True, False] and len(lines) == 1
+    assert lines[0].startswith("reward: got nan for the prompt 'a' (image 1 of 2); the image does not count")
     assert prompts == ["a", "b"] and metadata == [{"tag": "x"}, {}]
     assert capfd.readouterr().out == "scoring 2\n"
 

@@ -159,6 +159,12 @@ def test_a_stopped_study_says_so_and_goes_on(stopped_and_continued):
             assert [one.iteration for one in read_evaluations(out / f"runs/{arm}-{seed}")] == [0, 1, 2]
 
 
+def test_the_signal_that_stopped_a_study_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "execute", lambda configs, parallel: "SIGHUP")
+    assert main(["compare", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == f"stopped by SIGHUP; the same command continues {tmp_path / 'out'}"
+
+
 def test_arms_of_a_seed_share_prompts_noise_and_budget(stopped_and_continued):
     out = stopped_and_continued["out"]
     scored = {

@@ -1,5 +1,8 @@
 """Adapters from files: applied whole or refused, and what training starts from."""
 
+import shutil
+
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -57,6 +60,31 @@ def test_eval_takes_pefts_format(adapters, tmp_path, capsys):
         assert main(["eval", "--n", "8", "--out", str(tmp_path / name), *lora]) == 0
     (base,), (adapted,) = read_evaluations(tmp_path / "base"), read_evaluations(tmp_path / "adapted")
     assert base.mean("reward").mean != adapted.mean("reward").mean
+
+
+def in_hub_cache(folder, repository, cache):
+    """Put an adapter where the hub's client keeps what it has fetched."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("0" * 40)
+
+
+@pytest.mark.parametrize("name", ["peft", "diffusers"])
+def test_a_hub_id_of_either_format_is_the_folder_that_was_fetched(adapters, name, tmp_path, monkeypatch, capsys):
+    folder, _ = adapters
+    in_hub_cache(folder / name, "owner/adapter", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = {}
+    for lora in ("owner/adapter", str(folder / name)):
+        out = tmp_path / str(len(found))
+        assert main(["eval", "--n", "4", "--out", str(out), "--lora", lora]) == 0
+        found[lora] = (out / "evaluations.jsonl").read_text()
+    assert len(set(found.values())) == 1
+    capsys.readouterr()
+    assert main(["eval", "--n", "4", "--lora", "owner/other"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("star: adapter: 'owner/other' cannot be loaded (") and "unset it, or name a folder" in line
 
 
 @pytest.mark.parametrize("damage", ["renamed", "cut", "foreign", "none", "nowhere"])

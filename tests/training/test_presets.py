@@ -60,7 +60,7 @@ def scaled(folder, out, name, **changes):
         "model": {"path": str(folder / "pipeline"), "height": 64, "width": 64, "frozen_dtype": "bfloat16"},
         "sampling": {"prompts_per_iteration": 2, "images_per_prompt": 2, "prompts": str(folder / "prompts.txt")},
         # float16 needs a GPU. With so few images one update averages.
-        "optimization": {"iterations": 1, "micro_batch": 2, "mixed_precision": "bf16", "ema_every": 1},
+        "optimization": {"iterations": 1, "micro_batch": 2, "mixed_precision": "bfloat16", "ema_every": 1},
         "scoring": {"count": 0, "prompts": None, "every": 0},
         "run": {"out": str(out), "reward": "test_presets:brightness", "figures": False},
     }

@@ -201,7 +201,7 @@ def test_a_prompt_file_is_scored_by_category_and_kept_in_genevals_layout(tmp_pat
         other = np.asarray(Image.open(tmp_path / "other" / name)).astype(int)
         assert abs(other - image).max() <= 2
     code, _, error = run(capsys, *arguments, "--out", out)
-    assert code == 1 and error == [f"star: out: {out} is not empty"]
+    assert code == 1 and error == [f"star: out: {out} is not empty; choose a new folder"]
 
 
 def test_an_adapter_changes_the_scores_and_text_files_have_one_category(tmp_path, capsys):
@@ -231,7 +231,7 @@ def test_the_real_reader_scores_a_prompt_file(tmp_path, capsys):
         (["--prompts", __file__, "--reward", "beauty"], "star: reward: unknown 'beauty'"),
         (["--prompts", __file__, "--save-images"], "star: save_images: needs a folder, --out"),
         (["--prompts", __file__, "--lora", "/nowhere"], "star: adapter: ./nowhere. is no adapter"),
-        (["--prompts", __file__, "--n", "0"], "star: prompts: .* has none"),
+        (["--prompts", __file__, "--n", "0"], "star: n: got 0, expected a number at least 1"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, words):

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import signal
 import threading
+import types
 import typing
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 from builders import plain_images, small_run
 from star import config as configuration
@@ -26,6 +28,7 @@ from star.train import Trainer
 from star.training import checkpoint
 from star.training.distributed import Termination
 from star.training.pipeline import load_pipeline as load_from
+from star.training.pipeline import reason
 
 
 def losses(trainer, iterations):
@@ -241,8 +244,10 @@ def test_a_reward_that_fails_costs_its_image_and_not_the_run(tmp_path, caplog):
     assert metrics["reward_failed"] == 2 and np.isfinite(metrics["reward"]) and metrics["updates_skipped"] == 0
     assert metrics["grad_norm"] > 0 and metrics["advantage_zero"] >= 2 / 6
     first = training.draw_prompts(trainer.task, trainer.config, 0)[1].text  # neighbors are of different prompts
-    assert caplog.records[0].message == f"reward: got nan for the prompt {first!r}"
-    with pytest.raises(RewardError, match=f"reward: got nan for the prompt '{first}'"):
+    assert caplog.records[0].message.startswith(
+        f"reward: got nan from 'test_training:nan_reward' for the prompt {first!r}"
+    )
+    with pytest.raises(RewardError, match=f"reward: got nan from .* for the prompt '{first}'"):
         Trainer(small_run(tmp_path / "b", run={**run, "reward_strict": True})).step()
 
 
@@ -348,7 +353,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
         ({"optimization": {"updates_per_iteration": 4}}, "updates_per_iteration: 4 does not divide 6 images"),
         ({"optimization": {"adam_epsilon": 0.0}}, "optimization.adam_epsilon: got 0.0, expected a number above 0"),
         (
-            {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bf16"}},
+            {"model": {"frozen_dtype": "bfloat16"}, "optimization": {"mixed_precision": "bfloat16"}},
             "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",
         ),
         ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),
@@ -458,6 +463,30 @@ def test_a_resumed_run_uses_what_it_records_and_names_it(tmp_path, caplog):
     assert "iterations" not in message
     with pytest.raises(ConfigError, match=r"model.lora_alpha: got 5, the run was started"):
         training.train(small_run(tmp_path, model={"lora_alpha": 5}, run={"resume": True}))
+
+
+def test_the_seconds_of_a_run_count_those_before_it_was_resumed(tmp_path, monkeypatch):
+    training.train(small_run(tmp_path, optimization={"iterations": 1}))
+    (place,) = checkpoint.checkpoints(tmp_path)
+    meta = json.loads((place / "meta.json").read_text())
+    assert 0 < meta["seconds"] < 600 and checkpoint.elapsed(place) == meta["seconds"]
+    (place / "meta.json").write_text(json.dumps({**meta, "seconds": 1000.0}))
+    summary = training.train(small_run(tmp_path, optimization={"iterations": 2}, run={"resume": True}))
+    assert 1000 < summary["seconds"] < 1600
+    del meta["seconds"]  # as version 0.1 wrote it
+    (place / "meta.json").write_text(json.dumps(meta))
+    assert checkpoint.elapsed(place) == 0 and checkpoint.load(place)["iteration"] == 1
+
+
+def test_a_refused_model_is_told_in_the_hubs_words():
+    """diffusers says that there is no such model; what the hub said stands behind it."""
+    answer = types.SimpleNamespace(headers={}, request=None, status_code=401)
+    gated = GatedRepoError("Access to this model is restricted.\nPlease log in.", response=answer)
+    shown = OSError("owner/model is not a valid model identifier\nIf this is a private repository, ...")
+    shown.__cause__ = gated
+    text = reason(shown)
+    assert text.startswith("Access to this model is restricted. Please log in.") and "hf auth login" in text
+    assert reason(OSError()) == "OSError" and "disk is full" in reason(OSError(28, "No space left on device"))
 
 
 def test_a_run_in_use_is_refused_and_touched_by_nobody(tmp_path):

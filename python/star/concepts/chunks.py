@@ -12,6 +12,7 @@ from star.concepts import lexicon
 from star.concepts.languages import MODELS
 from star.concepts.reading import QUOTED
 from star.concepts.rules import Phrase, is_size
+from star.messages import one_line
 from star_kernels.requirements import install_line
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load(model: str) -> Language:
     try:
         return spacy.load(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"source: spaCy cannot load {model!r} ({' '.join(str(error).split())})") from error
+        raise ValueError(f"source: spaCy cannot load {model!r} ({one_line(error)})") from error
 
 
 def noun_spans(text: str, model: str) -> list[tuple[int, int]]:

@@ -100,32 +100,41 @@ def _rounded(value: float) -> float | int | None:
 
 
 def parse_line(line: dict) -> Evaluation:
-    """An Evaluation from its line, also from a line of version 0.1, whose columns were `soft` and `strict`."""
+    """An Evaluation from its line, also from a line of version 0.1, whose columns were `soft` and `strict`. Raises
+    KeyError, TypeError, ValueError or AttributeError for something else."""
     if "values" in line:
         columns = line["values"]
         images, failed = line["images"], line["failed"]
     else:
         columns = {"reward": line["soft"], "strict": line["strict"]}
         images, failed = len(line["soft"]), 0
-    values = {name: np.array([math.nan if v is None else v for v in column]) for name, column in columns.items()}
-    return Evaluation(line["iteration"], tuple(line["categories"]), values, images, failed)
+    categories, iteration = tuple(line["categories"]), line["iteration"]
+    values = {name: np.array([math.nan if v is None else v for v in c], dtype=float) for name, c in columns.items()}
+    if "reward" not in values or any(len(column) != len(categories) for column in values.values()):
+        raise ValueError("not a value of each prompt")
+    if not all(isinstance(number, int) for number in (images, failed, 0 if iteration is None else iteration)):
+        raise TypeError("counts that are none")
+    return Evaluation(iteration, categories, values, images, failed)
 
 
 def read_evaluations(run: Path) -> list[Evaluation]:
-    """The scorings of a run, in order; none if there are none yet."""
+    """The scorings of a run, in order; none if there are none yet. Raises files.Unreadable for anything else."""
     path = run / FILE
-    return [parse_line(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    found = []
+    for number, line in enumerate(files.read_json_lines(path), 1):
+        try:
+            found.append(parse_line(line))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise files.Unreadable(f"{path}: its entry {number} is no scoring; delete that line") from error
+    return found
 
 
 def write_evaluation(run: Path, evaluation: Evaluation) -> None:
     """Add a scoring to a run's file. Lines of this and later iterations go: they are of a run that was killed before
     its checkpoint."""
-    kept = [
-        line
-        for line in ((run / FILE).read_text().splitlines(keepends=True) if (run / FILE).exists() else [])
-        if evaluation.iteration is not None and json.loads(line)["iteration"] < evaluation.iteration
-    ]
-    files.replace_text(run / FILE, "".join([*kept, json.dumps(evaluation.line()) + "\n"]))
+    earlier = files.read_json_lines(run / FILE) if evaluation.iteration is not None else []
+    kept = [line for line in earlier if line["iteration"] < evaluation.iteration]
+    files.replace_text(run / FILE, "".join(json.dumps(line) + "\n" for line in [*kept, evaluation.line()]))
 
 
 def compare(before: Evaluation, after: Evaluation, category: str | None = None) -> dict[str, dict[str, float | None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import jinja2
 import matplotlib
 import numpy as np
-import yaml
 from matplotlib.colors import to_hex
 
+from star import config as configuration
 from star import files
 from star.config import flatten
 from star.reports import tracking
@@ -83,25 +82,33 @@ def data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def read_figure(file: Path) -> bytes | None:
+    """The PNG that a run drew; None where there is none. Whoever sends a run's folder must not choose what of the
+    reader's files is in the page: links are left out, and so is what is no PNG."""
+    if file.is_symlink() or not file.is_file():
+        return None
+    data = file.read_bytes()
+    return data if data.startswith(b"\x89PNG\r\n\x1a\n") else None
+
+
 def read(path: Path, name: str, color: str) -> Run:
-    """Read a run's folder. Raises ValueError if it is none."""
+    """Read a run's folder. Raises ValueError if it is none, or holds what no run writes."""
     if not (path / "config.yaml").is_file():
         raise ValueError(f"runs: {path} is no run (it has no config.yaml)")
-    summary = path / "summary.json"
 
     def images(found: Sequence[tuple[Path, str]]) -> list[tuple[str, str]]:
-        return [(caption, data_url(file.read_bytes(), "png")) for file, caption in found if file.is_file()]
+        return [(caption, data_url(data, "png")) for file, caption in found if (data := read_figure(file))]
 
     grids = sorted((path / "grids").glob("*.png"))
     return Run(
         name=name,
         color=color,
-        config=flatten(yaml.safe_load((path / "config.yaml").read_text())),
+        config=flatten(configuration.read(path / "config.yaml")),
         metrics=tracking.read(path),
         evaluations=read_evaluations(path),
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        summary=tracking.read_summary(path),
         images=images([(path / file, caption) for file, caption in FIGURES.items()]),
-        grids=images([(file, f"after {int(file.stem)} iterations") for file in grids if file.stem.isdigit()]),
+        grids=images([(file, f"after {int(file.stem)} iterations") for file in grids if file.stem.isdecimal()]),
     )
 
 

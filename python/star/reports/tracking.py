@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
@@ -78,11 +79,22 @@ class Tracker:
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run, one dict per iteration; a line cut short by a crash is left out."""
-    path, lines = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """The metrics of a run, one dict per iteration; a last line cut short by a crash is left out. Raises
+    files.Unreadable for a file that holds anything else."""
+    path = run / "metrics.jsonl"
+    lines = files.read_json_lines(path)
+    for number, line in enumerate(lines, 1):
+        if "iteration" not in line or not all(isinstance(value, int | float) for value in line.values()):
+            raise files.Unreadable(f"{path}: its entry {number} has no metrics of an iteration; delete that line")
     return lines
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What a finished run has reached; empty while it is going. Raises files.Unreadable for something else."""
+    path = run / "summary.json"
+    if not path.exists():
+        return {}
+    summary = files.parse_object(files.read_text(path), path)
+    if not all(isinstance(summary.get(name), int | float) for name in ("iterations", "seconds")):
+        raise files.Unreadable(f"{path} has no numbers under 'iterations' and 'seconds'; --resume writes it again")
+    return summary

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from star.messages import one_line
 from star_kernels.requirements import install_line
 
 # Names of rewards, and under which keys of run.reward_models each finds its weights.
@@ -61,14 +62,6 @@ class RewardError(RuntimeError):
     """A reward failed for a whole batch, so that asking again image by image is no use. One line for the user."""
 
 
-def one_line(text: object, limit: int = 300) -> str:
-    """A text or an error's message on one line, cut at `limit` characters, without control characters; of an error
-    without a message, its kind."""
-    line = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit])
-    line = " ".join(line.split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
-
-
 def without_nulls(value: Any) -> Any:
     """JSON without its nulls: a table of records has them for what an entry does not say."""
     if isinstance(value, dict):
@@ -88,11 +81,13 @@ def check_images(images: Tensor, count: int) -> None:
         raise ValueError(f"images: got values from {low:g} to {high:g}, expected 0..1")
 
 
-def as_scores(result: object, count: int, size: Sequence[int] | None = None) -> Scores:
-    """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known.
+def as_scores(result: object, count: int, size: Sequence[int] | None = None, name: str | None = None) -> Scores:
+    """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known. name: of the reward, for
+    errors.
 
     Raises RewardError if it does not say one number an image, or if its masks and maps have another size.
     """
+    said = "reward: got" if name is None else f"reward: {name!r}: got"
     try:
         if not isinstance(result, Scores):
             result = Scores(_numbers(result))
@@ -104,17 +99,17 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None) -> 
         maps = {name: getattr(result, name) for name in ("masks", "reward_map")}
         fields |= {name: _real(value) for name, value in maps.items() if value is not None}
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise RewardError(f"reward: got {type(result).__name__}, expected Scores or {count} numbers") from error
-    for name, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
+        raise RewardError(f"{said} {type(result).__name__}, expected Scores or {count} numbers") from error
+    for column, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
         if value.shape != (count,):
-            raise RewardError(f"reward: got shape {tuple(value.shape)} of {name!r}, expected ({count},)")
+            raise RewardError(f"{said} shape {tuple(value.shape)} of {column!r}, expected ({count},)")
     height, width = size or ("H", "W")
-    for name in maps.keys() & fields.keys():
-        shape = tuple(fields[name].shape)
-        if len(shape) != 3 or len(fields[name]) != count or (size and shape[1:] != tuple(size)):
-            raise RewardError(f"reward: got shape {shape} of {name!r}, expected ({count}, {height}, {width})")
+    for column in maps.keys() & fields.keys():
+        shape = tuple(fields[column].shape)
+        if len(shape) != 3 or shape[0] != count or (size and shape[1:] != tuple(size)):
+            raise RewardError(f"{said} shape {shape} of {column!r}, expected ({count}, {height}, {width})")
     if "masks" in fields and not ((fields["masks"] >= -ROUNDING) & (fields["masks"] <= 1 + ROUNDING)).all():
-        raise RewardError("reward: got values of 'masks' outside 0..1")
+        raise RewardError(f"{said} values of 'masks' outside 0..1")
     return Scores(**fields)
 
 
@@ -203,7 +198,10 @@ class Weighted:
         check_images(images, count)
         images, size = images.float(), images.shape[-2:]
         metadata = [{} for _ in prompts] if metadata is None else metadata
-        found = {n: as_scores(reward(images, prompts, metadata), count, size) for n, reward in self.rewards.items()}
+        found = {
+            name: as_scores(reward(images, prompts, metadata), count, size, name)
+            for name, reward in self.rewards.items()
+        }
         terms = {name: scores.reward for name, scores in found.items()}
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
             return replace(next(iter(found.values())), terms=terms)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from star.rewards import RewardError, one_line
+from star.messages import one_line
+from star.rewards import RewardError
 
 SHOWN = 3  # names of weights that a message tells
 # Tables of indices that older files hold and that networks compute for themselves: they were never learned.

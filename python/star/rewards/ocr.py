@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from star.rewards import Metadata, RewardError, Scores, one_line, pixels
+from star.messages import one_line
+from star.rewards import Metadata, RewardError, Scores, pixels
 
 # Of several languages; a text may be left unclosed. A straight quote after a digit is an inch.
 QUOTED = re.compile(

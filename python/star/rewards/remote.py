@@ -29,7 +29,8 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from star.rewards import Metadata, RewardError, Scores, as_scores, concatenate, one_line, pixels
+from star.messages import one_line
+from star.rewards import Metadata, RewardError, Scores, as_scores, concatenate, pixels
 
 log = logging.getLogger("star")
 TOKEN = "STAR_REWARD_TOKEN"  # environment variable

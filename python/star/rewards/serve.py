@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import tyro
 import uvicorn
-from PIL import Image
+from PIL import ExifTags, Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -43,7 +43,8 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from star import rewards
-from star.rewards import Reward, RewardError, one_line
+from star.messages import one_line
+from star.rewards import Reward, RewardError
 from star.rewards.remote import TOKEN, check_token, is_loopback, pack_answer, read_json
 from star.rewards.worker import score
 
@@ -140,16 +141,24 @@ def _size(file: bytes) -> tuple[int, int]:
     return size
 
 
+TRANSPARENT = "expected opaque 'images', got one that is transparent in part"
+
+
 def _pixels(file: bytes) -> np.ndarray:
     """(H, W, 3) float32 in 0..1. Gray is red, green and blue alike; 16 bits of gray keep their precision, of colors
-    Pillow reads the upper 8; a channel of opacity says nothing if it is opaque, and is refused if it is not."""
+    Pillow reads the upper 8; a channel of opacity says nothing if it is opaque, and is refused if it is not. So is a
+    note that the image is to be turned: whether a reader heeds it is the reader's choice."""
     try:
         with _open(file) as image:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                raise Refused(400, "expected upright 'images', got one whose EXIF data turn it")
             if image.mode.startswith("I"):  # 16 bits
+                if (np.asarray(image) == image.info.get("transparency", -1)).any():
+                    raise Refused(400, TRANSPARENT)
                 gray = np.asarray(image, np.float32) / 65535
                 return np.repeat(gray[..., None], 3, 2)
             if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                raise Refused(400, "expected opaque 'images', got one that is transparent in part")
+                raise Refused(400, TRANSPARENT)
             return np.asarray(image.convert("RGB"), np.float32) / 255
     except Refused:
         raise

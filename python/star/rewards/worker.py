@@ -25,7 +25,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed, one_line
+from star.messages import one_line
+from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed
 
 log = logging.getLogger("star")
 HUNG = 3  # batches from which a reward does not return before the run ends
@@ -59,12 +60,23 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
         return concatenate([part for part, _ in parts]), [line for _, lines in parts for line in lines]
     finite = torch.isfinite(scores.reward)
     bad = (~finite).nonzero().flatten().tolist()
-    lines = [f"reward: got {scores.reward[i].item()} for the prompt {_quoted(prompts[i])}" for i in bad]
+    lines = [_missing_number(scores, i, prompts) for i in bad]
     known = torch.where(finite, scores.reward, torch.nan)
     field = scores.reward_map
     if field is not None:
         field = torch.where(finite.view(-1, 1, 1), field, torch.nan)
     return replace(scores, reward=known, reward_map=field), lines
+
+
+def _missing_number(scores: Scores, row: int, prompts: Sequence[str]) -> str:
+    """The line for an image of which a reward said None, NaN or an infinity."""
+    names = [repr(name) for name, value in scores.terms.items() if not value[row].isfinite()]
+    source = f" from {', '.join(names)}" if names else ""
+    place = f" (image {row + 1} of {len(prompts)})" if len(prompts) > 1 else ""
+    return (
+        f"reward: got {scores.reward[row].item()}{source} for the prompt {_quoted(prompts[row])}{place}; "
+        "the image does not count, return a number if it should"
+    )
 
 
 def _failed_prompt(error: BaseException, prompts: Sequence[str]) -> Outcome:

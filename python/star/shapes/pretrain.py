@@ -8,12 +8,13 @@ goes on from there. At the end the pipeline is written in half precision and wha
 from __future__ import annotations
 
 import copy
+import functools
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+from star import files
+from star.config import AboveZero, Count, Decay, NotNegative, Positive, Range, check_ranges
 from star.reports.tables import evaluation_table
 from star.rewards.worker import RewardWorker
 from star.shapes import measure
@@ -33,6 +36,8 @@ from star.shapes.scenes import parse_scene, prompts, render
 from star.shapes.task import TASK
 from star.training.scoring import evaluate
 
+Share = Annotated[float, Range(least=0, most=1)]
+
 
 @dataclass
 class Config:
@@ -40,39 +45,34 @@ class Config:
 
     out: Path = Path("runs/pretrain")
     """Where states, the pipeline and the report go."""
-    seed: int = 0
-    vae_steps: int = 1800
-    vae_batch: int = 32
-    vae_learning_rate: float = 3e-3
-    kl_weight: float = 1e-4
-    scenes: int = 100_000
+    seed: Count = 0
+    vae_steps: Positive = 1800
+    vae_batch: Positive = 32
+    vae_learning_rate: AboveZero = 3e-3
+    kl_weight: NotNegative = 1e-4
+    scenes: Positive = 100_000
     """Training scenes; all from the training split of the prompts."""
-    steps: int = 4000
-    batch: int = 64
-    learning_rate: float = 2e-3
+    steps: Positive = 4000
+    batch: Positive = 64
+    learning_rate: NotNegative = 2e-3
     """For AdamW and, matched in update size, for Muon."""
-    warmup: int = 100
-    decay_share: float = 0.3
+    warmup: Count = 100
+    decay_share: Share = 0.3
     """The last share of the steps lowers the learning rate linearly to zero. Raising `steps` and running again
     continues from the saved state, before or in the middle of the decay."""
-    drop_prompt: float = 0.1
+    drop_prompt: Share = 0.1
     """Share of empty prompts, for classifier-free guidance."""
     timestep_mean: float = 0.3
     """Mean of the logit-normal distribution of t (Esser et al. 2024); above 0 trains noisier steps more."""
-    ema_decay: float = 0.999
-    save_every: int = 250
-    threads: int = 2
+    ema_decay: Decay = 0.999
+    save_every: Positive = 250
+    threads: Positive = 2
 
 
 def draw(prompt_list: list[str], seed: int) -> torch.Tensor:
     """Images of the prompts' scenes. Returns (B, 3, S, S) float32 in -1..1."""
     images = [render(parse_scene(p), random.Random(f"{seed}/{i}"))[0] for i, p in enumerate(prompt_list)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) * 2 - 1
-
-
-def save_atomically(state: object, path: Path) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def train_vae(config: Config) -> AutoencoderKL:
@@ -121,7 +121,7 @@ def make_latents(
         codes = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(50)])
         latents.append(((codes - vae.config.shift_factor) * vae.config.scaling_factor).half())
     ids = tokenize(tokenizer, texts)
-    save_atomically((torch.cat(latents), ids), path)
+    files.replace(path, lambda file: torch.save((torch.cat(latents), ids), file))
     return torch.cat(latents), ids
 
 
@@ -136,8 +136,11 @@ def encode(encoders: list[CLIPTextModelWithProjection], ids: torch.Tensor) -> tu
 
 
 def learning_rate(step: int, config: Config) -> float:
-    decay = min(1.0, (config.steps - step) / (config.decay_share * config.steps))
-    return config.learning_rate * min(1.0, (step + 1) / config.warmup) * decay
+    """Of a step: it rises over `warmup` steps and falls over the last share of all."""
+    falling = config.decay_share * config.steps
+    decay = min(1.0, (config.steps - step) / falling) if falling else 1.0
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    return config.learning_rate * rise * decay
 
 
 def train_transformer(config: Config, pipeline: StableDiffusion3Pipeline) -> None:
@@ -191,16 +194,14 @@ def train_transformer(config: Config, pipeline: StableDiffusion3Pipeline) -> Non
         losses.append(loss.item())
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             bar.write(f"step {step + 1} loss {np.mean(losses[-config.save_every :]):.4f} {time.strftime('%H:%M:%S')}")
-            save_atomically(
-                dict(
-                    models=models.state_dict(),
-                    average=average.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                    generator=generator.get_state(),
-                    step=step + 1,
-                ),
-                state_path,
+            state = dict(
+                models=models.state_dict(),
+                average=average.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                generator=generator.get_state(),
+                step=step + 1,
             )
+            files.replace(state_path, functools.partial(torch.save, state))
     models.load_state_dict(average.state_dict())
     models.eval()
 
@@ -214,6 +215,7 @@ def report(pipeline: StableDiffusion3Pipeline) -> None:
 
 
 def main(config: Config) -> None:
+    check_ranges(config, "")
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(config)

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from star import document
-from star.config import EMBEDDED, ConfigError
+from star import document, files
+from star.config import EMBEDDED, ConfigError, Count, NotNegative, Positive
 from star.study import runs
 from star.study import spec as specification
 from star.study.spec import Study
@@ -23,15 +23,16 @@ class Compare:
     spec: Path | None = None
     """A YAML file whose values replace the preset's; `arms` and `changes` are replaced as a whole."""
     out: Path = Path("runs/study")
+    """The study's folder."""
     arms: tuple[str, ...] | None = None
     """The arms to train now. None: all. The report has every run that is finished."""
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[Count, ...] | None = None
     """The seeds to train now. None: the study's."""
-    iterations: int | None = None
+    iterations: Positive | None = None
     """The length of every run; it may grow from call to call. None: the study's."""
-    update_norm: float | None = None
+    update_norm: NotNegative | None = None
     """The norm to which every update of every run is rescaled: the equal-norm control. It needs a folder of its own."""
-    jobs: int | None = None
+    jobs: Positive | None = None
     """The number of runs at a time, each on one thread. None: the number of cores."""
     train: bool = True
     """--no-train: write the report of the finished runs, and train nothing."""
@@ -39,6 +40,10 @@ class Compare:
     """Also measure where the gradient's signal is; see docs/evidence.md."""
     document: Path | None = None
     """A Markdown file that takes the tables at its mark `<!-- results of NAME -->`; NAME is the last part of `out`."""
+
+
+class Stopped(Exception):
+    """A signal ended a study before its runs; the message is the signal's name."""
 
 
 def requested_study(options: Compare) -> Study:
@@ -70,7 +75,7 @@ def prepare(study: Study, out: Path) -> None:
     if path.is_file():
         # Seeds of an earlier call stay in the report.
         study.seeds = tuple(dict.fromkeys([*specification.load_study(path).seeds, *study.seeds]))
-    elif out.exists() and any(out.iterdir()):
+    elif not files.is_empty(out):
         raise ConfigError(f"out: {out} is not empty and no study (it has no study.yaml)")
     for arm in study.arms:
         for seed in study.seeds:
@@ -81,8 +86,8 @@ def prepare(study: Study, out: Path) -> None:
     specification.save_study(study, path)
 
 
-def compare(options: Compare) -> str | None:
-    """Run a study and write its report. Returns the report's Markdown, or None after a SIGTERM."""
+def compare(options: Compare) -> str:
+    """Run a study and write its report. Returns the report's Markdown. Raises Stopped after a signal."""
     study, out = requested_study(options), options.out
     if options.document is not None:
         for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
@@ -92,8 +97,9 @@ def compare(options: Compare) -> str | None:
         prepare(study, out)
         # Seed by seed, so that a study that is stopped can already be compared.
         wanted = [study.config(arm, seed, out) for seed in seeds for arm in options.arms or study.arms]
-        if not runs.execute(wanted, options.jobs or len(os.sched_getaffinity(0))):
-            return None
+        jobs = len(os.sched_getaffinity(0)) if options.jobs is None else options.jobs
+        if stopped := runs.execute(wanted, jobs):
+            raise Stopped(stopped)
     from star.study import diagnose, page, results  # matplotlib, scipy and diffusers are slow to import
 
     scores = results.load(study, out)

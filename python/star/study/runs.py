@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from star import config as configuration
 from star.config import Config, ConfigError
+from star.reports import tracking
 from star.training.distributed import Termination
 
 POLL = 0.1  # seconds
@@ -23,8 +23,7 @@ POLL = 0.1  # seconds
 
 def is_finished(config: Config) -> bool:
     """Whether a run has reached its end."""
-    path = config.run.out / "summary.json"
-    return path.exists() and json.loads(path.read_text())["iterations"] >= config.optimization.iterations
+    return tracking.read_summary(config.run.out).get("iterations", 0) >= config.optimization.iterations
 
 
 def check_unchanged(config: Config) -> None:
@@ -81,8 +80,8 @@ def last_line(config: Config) -> str:
     return lines[-1] if lines else "no output"
 
 
-def execute(configs: Sequence[Config], parallel: int) -> bool:
-    """Bring runs to their end, in their order. Returns whether it was left to; False after a SIGTERM.
+def execute(configs: Sequence[Config], parallel: int) -> str | None:
+    """Bring runs to their end, in their order. Returns None, or the name of the signal that stopped it.
 
     Raises RuntimeError, after all others have ended, if a run failed.
     """
@@ -112,4 +111,4 @@ def execute(configs: Sequence[Config], parallel: int) -> bool:
                 process.wait()
     if failures:
         raise RuntimeError(f"runs: {len(failures)} of {len(configs)} failed: {', '.join(failures)}")
-    return not termination.received
+    return termination.received

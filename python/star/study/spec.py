@@ -60,7 +60,7 @@ class Study:
 
 def load_study(path: Path, base: Study | None = None) -> Study:
     """Read a YAML file over a base (default: plain defaults)."""
-    return configuration.update(base or Study(), configuration.read(path))
+    return configuration.update_from(base or Study(), configuration.read(path), path)
 
 
 def save_study(study: Study, path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from star.config import ConfigError, Model
@@ -20,17 +20,15 @@ REFERENCE = "reference"  # the name of the copy that stays what it is
 def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAINED) -> None:
     """Add an adapter to a pipeline under a name, and see to it that every weight of the file is in use.
 
-    path: a folder in diffusers' format (pytorch_lora_weights.safetensors) or in PEFT's (adapter_config.json,
-    adapter_model.safetensors), or a hub id of the former.
+    path: a folder or hub id in diffusers' format (pytorch_lora_weights.safetensors) or in PEFT's (adapter_config.json,
+    adapter_model.safetensors).
 
     Raises:
         ConfigError: there is none, or it does not fit the transformer.
     """
-    folder, transformer = Path(path).expanduser(), pipeline.transformer
-    if path.startswith(("/", ".", "~")) and not folder.exists():
-        raise ConfigError(f"adapter: {path!r} is no adapter (there is no such folder)")
-    source = str(folder) if folder.exists() else path
+    transformer = pipeline.transformer
     try:
+        folder = _local_folder(path)
         if (folder / "adapter_config.json").is_file():
             state = {
                 key.removeprefix("base_model.model."): value
@@ -40,10 +38,14 @@ def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAI
             set_peft_model_state_dict(transformer, state, adapter_name=name)
             given = set(state)
         else:
-            keys = StableDiffusion3Pipeline.lora_state_dict(source)
+            # Without it a damaged file is followed by the search for a pickle.
+            options = {"use_safetensors": True} if any(folder.glob("*.safetensors")) else {}
+            keys = StableDiffusion3Pipeline.lora_state_dict(str(folder), **options)
             given = {key.removeprefix("transformer.") for key in keys if key.startswith("transformer.")}
-            pipeline.load_lora_weights(source, adapter_name=name)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            pipeline.load_lora_weights(str(folder), adapter_name=name, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # of a damaged file the libraries raise many kinds
         raise ConfigError(f"adapter: {path!r} cannot be loaded ({reason(error)})") from error
     used = (
         set(get_peft_model_state_dict(transformer, adapter_name=name)) if name in adapter_names(transformer) else set()
@@ -53,6 +55,17 @@ def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAI
             raise ConfigError(f"adapter: {path!r} does not fit the transformer: {_some(left)} {words}")
     if not given:
         raise ConfigError(f"adapter: {path!r} has no weights of a transformer")
+
+
+def _local_folder(path: str) -> Path:
+    """The folder of an adapter; a hub id is fetched, or found where it was fetched before."""
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    if path.startswith(("/", ".", "~")):
+        raise ConfigError(f"adapter: {path!r} is no adapter (there is no such folder)")
+    # Whole models, which a slip may name, have their weights in folders of their own.
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns="*/*"))
 
 
 def start_from(pipeline: StableDiffusion3Pipeline, model: Model) -> None:

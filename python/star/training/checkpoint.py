@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import math
 import random
 import shutil
 from pathlib import Path
@@ -21,6 +21,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 
 from star.files import sync
+from star.messages import one_line
 from star.training.distributed import full_tensor
 from star.training.pipeline import TRAINED, adapter_names
 
@@ -37,8 +38,9 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(run: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state after `iteration` iterations, then delete all but the last `keep` checkpoints.
+def save(run: Path, iteration: int, state: dict[str, Any], keep: int, seconds: float = 0.0) -> Path:
+    """Write the state after `iteration` iterations, which took so many seconds, then delete all but the last `keep`
+    checkpoints.
 
     Raises CheckpointError if it cannot be written, on a full disk for one; what was there before is then untouched.
     """
@@ -51,7 +53,8 @@ def save(run: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
             shutil.rmtree(left_over)
         writing.mkdir()
         torch.save(state, writing / "state.pt")
-        meta = {"format": FORMAT, "iteration": iteration, "sha256": _checksum(writing / "state.pt")}
+        checksum = _checksum(writing / "state.pt")
+        meta = {"format": FORMAT, "iteration": iteration, "sha256": checksum, "seconds": seconds}
         (writing / "meta.json").write_text(json.dumps(meta))
         for file in writing.iterdir():
             sync(file)
@@ -66,8 +69,7 @@ def save(run: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
         shutil.rmtree(writing, ignore_errors=True)
         kept = checkpoints(run)
         last = f"the last one is {kept[-1]}" if kept else "there is none before it"
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"checkpoint: {place} cannot be written ({reason}); {last}") from error
+        raise CheckpointError(f"checkpoint: {place} cannot be written ({one_line(error)}); {last}") from error
     shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
@@ -82,6 +84,13 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("iteration-")))
 
 
+def elapsed(path: Path) -> float:
+    """Seconds that the run of a checkpoint that was loaded had taken; not part of its state, which has the same bits
+    however long it took. 0 where an older version wrote it."""
+    seconds = json.loads((path / "meta.json").read_text()).get("seconds", 0.0)
+    return seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read and verify a checkpoint. Raises CheckpointError if it is damaged or something else."""
     try:
@@ -91,12 +100,10 @@ def load(path: Path) -> dict[str, Any]:
         if _checksum(path / "state.pt") != meta["sha256"]:
             raise CheckpointError(f"checkpoint: {path} is damaged (its checksum differs); {EARLIER}")
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"checkpoint: {path} cannot be read ({' '.join(str(error).split())}); {EARLIER}"
-        ) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch, pickle and zip raise many kinds
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({one_line(error)}); {EARLIER}") from error
 
 
 def random_state() -> dict[str, Any]:

@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from star.config import Config, ConfigError
 from star.rewards import Scores
 
+# accelerate's words.
+PRECISIONS = {"no": "no", "float16": "fp16", "bfloat16": "bf16"}
 # How a metric of every process becomes one; the mean where nothing is said.
 REDUCTIONS: dict[str, Any] = {
     "ratio_min": Tensor.amin,
@@ -44,7 +46,7 @@ def make_accelerator(config: Config) -> Accelerator:
         if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
             raise ConfigError(f"accelerate: {name} is set, but runs go on one process, DDP or FSDP2; unset it")
     return Accelerator(
-        mixed_precision=config.optimization.mixed_precision,
+        mixed_precision=PRECISIONS[config.optimization.mixed_precision],
         # Given as a number it would be overruled by the launcher's environment, which divides the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[

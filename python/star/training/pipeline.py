@@ -9,9 +9,13 @@ import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 
+from star import files
 from star.config import Config, ConfigError
+from star.messages import WHOLE, one_line
 
 TRAINED = "default"  # the trained adapter's name, PEFT's own
 
@@ -25,6 +29,8 @@ def load_pipeline(
     if path.startswith(("/", ".")) and not Path(path).is_dir():
         raise ConfigError(f"model.path: {path!r} is no pipeline (there is no such folder)")
     try:
+        if Path(path).is_dir():
+            check_files(Path(path))
         index = StableDiffusion3Pipeline.load_config(path)
         kind = index.get("_class_name", "StableDiffusion3Pipeline")
         if kind != "StableDiffusion3Pipeline":
@@ -39,12 +45,53 @@ def load_pipeline(
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             path, dtype={"default": dtype, "vae": torch.float32}, **dict.fromkeys(absent), **encoders
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # of a damaged file the libraries raise many kinds
         raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
+    check_tokenizers(pipeline, path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def check_files(folder: Path, weights: bool = True) -> None:
+    """Raise ConfigError for a file of a pipeline's folder that is missing or damaged, by its name: the libraries make
+    up what a configuration lacks, and name no file. weights: look at those too."""
+    try:
+        index = files.parse_object(files.read_text(folder / "model_index.json"), folder / "model_index.json")
+        for name, kind in index.items():
+            if isinstance(kind, list) and kind[:1] not in ([None], []):
+                parts = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+                path = folder / name / parts.get(name.partition("_")[0], "config.json")
+                if not files.parse_object(files.read_text(path), path):
+                    raise files.Unreadable(f"{path} is empty")
+        for path in folder.glob("*/*.json"):
+            if not files.parse_object(files.read_text(path), path) and path.name == "tokenizer.json":
+                raise files.Unreadable(f"{path} is empty")
+    except files.Unreadable as error:
+        raise ConfigError(f"model.path: {error}; download it again") from error
+    for path in folder.glob("*/*.safetensors") if weights else ():
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"model.path: {path} is damaged ({one_line(error)}); download it again") from error
+
+
+def check_tokenizers(pipeline: StableDiffusion3Pipeline, path: str) -> None:
+    """Raise ConfigError for a tokenizer that does not go with its text encoder: of files that are missing
+    transformers makes one without words."""
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer, encoder = getattr(pipeline, name), getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+        if tokenizer is None or encoder is None:
+            continue
+        words, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+        named = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        if tokenizer.pad_token is None or words > rows or not named:
+            raise ConfigError(
+                f"model.path: the {name} of {path!r} has {words} words and the padding {tokenizer.pad_token!r}, its "
+                f"encoder {rows} words; files of it are missing, download it again"
+            )
 
 
 def load_encoder(path: str, name: str, kind: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -62,13 +109,15 @@ def load_encoder(path: str, name: str, kind: str, dtype: torch.dtype) -> torch.n
 
 def reason(error: BaseException) -> str:
     """A library's message on one line, and what to do about the failures that users of gated models meet first."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    causes: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(f"{type(cause).__name__} {cause}".lower())
-        cause = cause.__cause__ or cause.__context__
-    everything = " ".join(causes)
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    # diffusers says of a model that the hub refuses that there is none; the hub's own words are behind that.
+    refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
+    text = one_line(refusal, WHOLE)
+    if isinstance(refusal, LookupError | TypeError | AttributeError):  # their message alone is a name
+        text = f"{type(refusal).__name__}: {text}; a file of it is damaged or of something else"
+    everything = " ".join(f"{type(cause).__name__} {cause}".lower() for cause in causes)
     if "gated" in everything or "401" in everything or "403" in everything:
         return f"{text}; the model is gated: ask for access on its page, then log in with `hf auth login`"
     if "offline" in everything or "local_files_only" in everything:
@@ -80,14 +129,14 @@ def reason(error: BaseException) -> str:
     return text
 
 
-def check_size(pipeline: StableDiffusion3Pipeline, config: Config) -> None:
-    """Raise ConfigError for images that the model cannot draw."""
-    model, transformer = config.model, pipeline.transformer.config
+def check_size(pipeline: StableDiffusion3Pipeline, height: int, width: int, section: str = "") -> None:
+    """Raise ConfigError for images, of so many pixels, that the model cannot draw. section: of the two settings."""
+    transformer = pipeline.transformer.config
     unit = pipeline.vae_scale_factor * transformer.patch_size
     largest = unit * transformer.pos_embed_max_size
-    for name, value in (("height", model.height), ("width", model.width)):
+    for name, value in (("height", height), ("width", width)):
         if value % unit or value > largest:
-            raise ConfigError(f"model.{name}: got {value}, expected a multiple of {unit}, at most {largest}")
+            raise ConfigError(f"{section}{name}: got {value}, expected a multiple of {unit}, at most {largest}")
 
 
 def latent_size(pipeline: StableDiffusion3Pipeline, height: int, width: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from star.config import Config, ConfigError
 from star.training.distributed import share_rows
-from star.training.pipeline import make_trainable
+from star.training.pipeline import check_files, make_trainable, reason
 from star.training.rollout import DECODED_AT_ONCE, group_members
 from star.training.task import Task, configured_task
 
@@ -103,21 +103,27 @@ def architecture(path: str) -> Architecture:
                           feed_forward_proj="gated-gelu")  # fmt: skip
             known = (_clip(768, 12), _clip(1280, 32), T5EncoderModel(t5))
             return Architecture(SD3Transformer2DModel(**_SD35, **KNOWN[path]), vae, known)
-        folder = Path(path)
+        folder = Path(path).expanduser()
         if not (folder / "model_index.json").is_file():
             raise ConfigError(
                 f"model.path: {path!r} is no pipeline's folder, and of public models {sorted(KNOWN)} are known"
             )
-        transformer = SD3Transformer2DModel.from_config(
-            SD3Transformer2DModel.load_config(folder, subfolder="transformer")
-        )
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-        encoders = [
-            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / name))
-            for name in ("text_encoder", "text_encoder_2")
-        ]
-        if (folder / "text_encoder_3").is_dir():
-            encoders.append(T5EncoderModel(T5Config.from_pretrained(folder / "text_encoder_3")))
+        check_files(folder, weights=False)
+        try:
+            return _folder_architecture(folder)
+        except Exception as error:  # of a damaged file the libraries raise many kinds
+            raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
+
+
+def _folder_architecture(folder: Path) -> Architecture:
+    transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder, subfolder="transformer"))
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    encoders: list[nn.Module] = [
+        CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / name))
+        for name in ("text_encoder", "text_encoder_2")
+    ]
+    if (folder / "text_encoder_3").is_dir():
+        encoders.append(T5EncoderModel(T5Config.from_pretrained(folder / "text_encoder_3")))
     return Architecture(transformer, vae, tuple(encoders))
 
 
@@ -300,7 +306,8 @@ class _Parts:
 
 def predict(transformer: nn.Module, rows: int, size: tuple[int, ...], text: int, config: Config) -> Tensor:
     """One forward pass, in the run's precision."""
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.optimization.mixed_precision)
+    mixed = config.optimization.mixed_precision
+    precision = None if mixed == "no" else getattr(torch, mixed)
     dtype = getattr(torch, config.model.frozen_dtype)
     shapes: Any = transformer.config
     with torch.autocast("cpu", precision) if precision else nullcontext():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from star.concepts import parse_all
 from star.config import Config
+from star.messages import one_line
 from star.objective import Allocation, allocation_weights
 from star.reports import tracking
 from star.reports.evaluations import read_evaluations
@@ -123,9 +124,13 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
     evaluations = read_evaluations(out)
     if len(evaluations) > 1:
         first, last = evaluations[0].values["reward"], evaluations[-1].values["reward"]
-        before, after = read_images(out / "held_out/before"), read_images(out / "held_out/after")
-        shown = figures.BeforeAfter([p.text for p in prompts[: len(before)]], before, after, first, last)
-        _attempt(out / "before_after.png", lambda: figures.before_after(shown, out / "before_after.png"))
+
+        def draw() -> None:
+            before, after = read_images(out / "held_out/before"), read_images(out / "held_out/after")
+            shown = figures.BeforeAfter([p.text for p in prompts[: len(before)]], before, after, first, last)
+            figures.before_after(shown, out / "before_after.png")
+
+        _attempt(out / "before_after.png", draw)
     _attempt(out / "allocation.png", lambda: figures.allocation(traced, out / "allocation.png"))
 
 
@@ -133,4 +138,4 @@ def _attempt(path: Path, draw: Callable[[], None]) -> None:
     try:
         draw()
     except Exception as error:
-        log.warning("figures: %s could not be drawn (%s: %s)", path, type(error).__name__, " ".join(str(error).split()))
+        log.warning("figures: %s could not be drawn (%s: %s)", path, type(error).__name__, one_line(error))

@@ -7,7 +7,6 @@ Flow-GRPO's dataset/geneval/*_metadata.jsonl.
 
 from __future__ import annotations
 
-import json
 import random
 import unicodedata
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from star import files
 from star.config import ConfigError
 from star.rewards import without_nulls
 
@@ -59,10 +59,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Notepad and Excel begin files with a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"prompts: {path} cannot be read ({reason})") from error
+        text = files.read_text(path)
+    except files.Unreadable as error:
+        raise ConfigError(f"prompts: {error}") from error
     # Not splitlines(), which also breaks at characters that JSON allows within a string.
     lines = [(number, _stripped(line)) for number, line in enumerate(text.split("\n"), 1)]
     suffix = path.suffix.lower()
@@ -82,9 +81,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def _json(place: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"prompts: {place} is not JSON ({error})") from error
+        return files.parse_json(text, place)
+    except files.Unreadable as error:
+        raise ConfigError(f"prompts: {error}") from error
 
 
 def _parse(place: str, line: str) -> Prompt:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from star.capture import capture, unwrapped
 from star.concepts import ConceptTokens, concept_tokens
+from star.config import ConfigError
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
@@ -164,6 +165,14 @@ def make_steps(
     sigmas = scheduler.sigmas.double().cpu()
     transitions = schedule(sigmas, sampler, noise_level, trained)
     return Steps(sigmas, scheduler.timesteps.float().cpu(), transitions, tuple(trained))
+
+
+def check_steps(scheduler: FlowMatchEulerDiscreteScheduler, count: int, name: str = "steps") -> None:
+    """Raise ConfigError for a number of steps that a scheduler cannot make; of some, 1. name: of the setting."""
+    try:
+        make_steps(scheduler, count, (), "ode", 0.0)
+    except ValueError as error:
+        raise ConfigError(f"{name}: got {count}, which the model's scheduler cannot make; expected more") from error
 
 
 def draw_window(steps: Sequence[int], size: int, seed: str) -> tuple[int, ...]:

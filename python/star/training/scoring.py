@@ -184,7 +184,7 @@ class FirstImages:
 
 def read_images(folder: Path) -> np.ndarray:
     """(n, H, W, 3) uint8: what FirstImages wrote."""
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))])
 
 
 # --- a run's own held-out prompts -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from star.config import EMBEDDED, Config, ConfigError
+from star.messages import one_line
 from star.rewards import Reward, Weighted, models_for
 from star.rewards import load as load_reward
 from star.training.pipeline import load_pipeline
@@ -84,7 +85,7 @@ def find_task(name: str) -> Task:
     try:
         task = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"task: {name!r} could not be loaded ({error})") from error
+        raise ConfigError(f"task: {name!r} could not be loaded ({one_line(error)})") from error
     if not isinstance(task, Task):
         raise ConfigError(f"task: {name!r} is a {type(task).__name__}, expected a star.training.task.Task")
     return task

@@ -1,0 +1,95 @@
+"""What `star eval` and `star maps` take. Their help tells the defaults that stand in code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from star.config import AboveZero, Count, Finite, NotNegative, Positive
+from star.training.task import NO_TASK
+
+HELD_OUT = 512  # prompts of a task
+TASK_HELP = """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded
+world, unless there is a model."""
+
+
+def _images(what: str, name: str) -> object:
+    """The help of an option of the images."""
+    return tyro.conf.arg(help=f"{what} None: the task's; {getattr(NO_TASK.images, name)} without a task.")
+
+
+Height = Annotated[Positive | None, _images("Pixels.", "height")]
+Width = Annotated[Positive | None, _images("Pixels.", "width")]
+Length = Annotated[Count | None, _images("Tokens of the T5 part, if there is one.", "max_sequence_length")]
+
+
+@dataclass
+class Eval:
+    """Score a model by a reward: on a task's held-out prompts or on a prompt file."""
+
+    task: Annotated[str | None, tyro.conf.arg(help=TASK_HELP)] = None
+    model: str | None = None
+    """A pipeline's folder or hub id. None: the task's."""
+    lora: str | None = None
+    """An adapter: a folder or a hub id, in diffusers' or PEFT's format."""
+    prompts: Path | None = None
+    """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
+    reward: str | None = None
+    """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Where rewards find their weights, by name."""
+    n: Annotated[
+        Positive | None,
+        tyro.conf.arg(
+            help="Only the first n prompts of a file; of a task n held-out prompts. "
+            f"None: all of a file, {HELD_OUT} of a task."
+        ),
+    ] = None
+    images_per_prompt: Annotated[Positive | None, _images("Images of each prompt.", "images_per_prompt")] = None
+    steps: Annotated[Positive | None, _images("Denoising steps.", "steps")] = None
+    guidance_scale: Annotated[
+        Finite | None, _images("Scale of classifier-free guidance, 1 for none.", "guidance_scale")
+    ] = None
+    height: Height = None
+    width: Width = None
+    max_sequence_length: Length = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights; the autoencoder stays in float32."""
+    batch: Annotated[Positive | None, _images("Images per forward pass.", "batch")] = None
+    seed: Count = NO_TASK.images.seed
+    """Seed of noise and of a task's prompts."""
+    out: Path | None = None
+    """A new folder for evaluations.jsonl, as a run has it, and results.jsonl, a line for each image."""
+    save_images: bool = False
+    """Keep the images in `out` too, in GenEval's layout."""
+    timeout: AboveZero = 600.0
+    """Seconds for a batch of images, after which their reward counts as failed."""
+
+
+@dataclass
+class Maps:
+    """Draw the concept maps of a prompt."""
+
+    prompt: str = "a red circle left of a blue square"
+    """The prompt."""
+    task: Annotated[str | None, tyro.conf.arg(help=TASK_HELP)] = None
+    model: str | None = None
+    """A pipeline's folder or hub id. None: the task's."""
+    out: Path = Path("maps.png")
+    """File of the figure."""
+    concepts: str = "rules"
+    """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
+    steps: Positive = 8
+    """Denoising steps."""
+    guidance_scale: NotNegative = 1.0
+    """Scale of classifier-free guidance; 1 or less for none."""
+    max_sequence_length: Length = None
+    height: Height = None
+    width: Width = None
+    layers: tuple[Count, ...] | None = None
+    """Blocks to show. None: all."""
+    seed: Count = 0
+    """Seed of the noise."""
