@@ -10,8 +10,8 @@ import math
 import numpy as np
 import torch
 
-from star.training.prompts import draw_prompts
 from star.training.rollout import decode
+from star.training.task import draw_prompts
 
 
 def sde_step_with_logprob(velocity, sample, sigma, sigma_next, sigma_max, noise_level, noise=None, prev_sample=None):
@@ -32,7 +32,7 @@ class EagerLoop:
 
     def __init__(self, trainer) -> None:
         config = trainer.config
-        self.config, self.pipeline, self.reward = config, trainer.pipeline, trainer.reward
+        self.config, self.task, self.pipeline, self.reward = config, trainer.task, trainer.pipeline, trainer.reward
         self.groups, self.size = trainer.groups, trainer.size
         self.parameters = [p for p in self.pipeline.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -47,7 +47,7 @@ class EagerLoop:
         """One iteration. Returns final latents, rewards and the gradient's mean norm over the updates."""
         config, groups = self.config, self.groups
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
-        prompts = [draw_prompts(config, self.iteration)[group].text for group in groups.tolist()]
+        prompts = [draw_prompts(self.task, config, self.iteration)[group].text for group in groups.tolist()]
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(config.sampling.steps)
         sigmas, timesteps = scheduler.sigmas.tolist(), scheduler.timesteps

@@ -96,7 +96,7 @@ def medium_trainer(
             "allocation": {"strategy": strategy},
             "optimization": {
                 "updates_per_iteration": 1,
-                "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[dtype],
+                "mixed_precision": {"float32": "no", "bfloat16": "bfloat16"}[dtype],
             },
             "run": {"out": str(out / "run"), "reward": "iterations:brightness", "figures": False},
         },

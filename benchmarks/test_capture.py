@@ -1,6 +1,7 @@
 """What reading maps costs: one layer's attention at SD3.5-medium's shape, a stack of blocks, and peak memory."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from diffusers import SD3Transformer2DModel
 from medium import HEADS, WIDTH, medium_transformer
 from pairs import alternate
 from peaks import in_a_process, linux
-from star.capture import Maps, capture, captured_attention
+from star.capture import Maps, Observer, capture
 from star.concepts import ConceptTokens
+from star.layouts import Pass
+from star.tap import Tapped
 
 SIZES = {512: (205, (32, 32)), 1024: (333, (64, 64))}  # pixels: text tokens (Flow-GRPO's, diffusers'), image tokens
 BLOCKS = 4
@@ -45,6 +48,19 @@ def materialized_attention(query, key, value, maps: Maps) -> torch.Tensor:
     return probability @ value
 
 
+def tapped_attention(maps: Maps, text: int) -> list[Callable[..., torch.Tensor]]:
+    """Of each layer: F.scaled_dot_product_attention of a sequence of image and text, with capture into the maps."""
+    batch, image = len(maps.tokens.index), maps.slots.shape[-1]
+    maps.begin(Pass(torch.empty(batch, 0), torch.empty(batch, text, 0), image, maps.grid, image=0, text=image))
+    calls = []
+    for number in range(len(maps.blocks)):
+        call = Tapped()
+        call.star_observer = Observer(maps)
+        call.star_observer.begin(number)
+        calls.append(call.star_scaled_dot_product_attention)
+    return calls
+
+
 @pytest.mark.parametrize(
     ("name", "pixels", "columns", "limit"),
     [
@@ -63,9 +79,11 @@ def test_capture_of_a_layer(name, pixels, columns, limit, benchmark, row):
     def attention():
         return F.scaled_dot_product_attention(*qkv)
 
+    (attend,) = tapped_attention(maps, text)
+
     @torch.no_grad()
     def captured():
-        return captured_attention(maps, 0, *qkv, text, text_first=False)
+        return attend(*qkv)
 
     assert torch.equal(attention(), captured())
     materialized_attention(*qkv, truth)
@@ -86,11 +104,13 @@ def test_own_log_sum_exp(benchmark, row):
     def attention():
         return F.scaled_dot_product_attention(*qkv)
 
-    @torch.no_grad()
-    def captured(maps=maps):
-        return captured_attention(maps, 0, *qkv, text, text_first=False)
+    (attend,), (attend_truth,) = tapped_attention(maps, text), tapped_attention(truth, text)
 
-    assert torch.equal(captured(), captured(truth))
+    @torch.no_grad()
+    def captured(attend=attend):
+        return attend(*qkv)
+
+    assert torch.equal(captured(), captured(attend_truth))
     torch.testing.assert_close(maps.slots, truth.slots, rtol=1e-4, atol=1e-7)
     pair = alternate(attention, captured, rounds=31)
     benchmark.pedantic(captured, rounds=1)
@@ -103,9 +123,11 @@ def test_against_materializing(benchmark, row):
     qkv = attention_inputs(512)
     maps, truth = (empty_maps(concepts(1), grid) for _ in range(2))
 
+    (attend,) = tapped_attention(maps, text)
+
     @torch.no_grad()
     def captured():
-        return captured_attention(maps, 0, *qkv, text, text_first=False)
+        return attend(*qkv)
 
     @torch.no_grad()
     def materialized():
@@ -161,8 +183,8 @@ def layer_peaks(peak, batch: int) -> tuple[int, int, int]:
 
     def attend(maps, qkv, text):
         # Layer after layer into its slot, as in a model: what one needs must not stay behind for the next.
-        for layer in range(2):
-            captured_attention(maps, layer, *qkv, text, text_first=False)
+        for call in tapped_attention(maps, text)[:2]:
+            call(*qkv)
 
     with torch.no_grad():
         # Loads what is loaded once.

@@ -37,14 +37,14 @@ struct AttentionMapsInputs {
   Tensor query, key, concept_index;
   OptionalTensor concept_weight, lse;
   double scale;
-  OptionalTensor head_weight;
+  OptionalTensor head_weight, key_bias;
 };
 
 template <Tensor (*run)(const AttentionMapsInputs&)>
 Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& concept_index,
                       const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
-                      const OptionalTensor& head_weight) {
-  return run({query, key, concept_index, concept_weight, lse, scale, head_weight});
+                      const OptionalTensor& head_weight, const OptionalTensor& key_bias) {
+  return run({query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias});
 }
 
 struct AllocateInputs {

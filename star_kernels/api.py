@@ -214,23 +214,28 @@ def attention_maps(
     lse: Tensor | None = None,
     scale: float | None = None,
     head_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
     out: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> Tensor:
     """Attention mass that each image token puts on each concept, without the attention matrix.
 
-    m[b,g,i] = sum_h head_weight[h] sum_k concept_weight[b,g,k] exp(scale q_i . k_j - lse_i), j = concept_index[b,g,k].
+    m[b,g,i] = sum_h head_weight[h] sum_k concept_weight[b,g,k] exp(scale q_i . k_j + key_bias[b,j] - lse_i), with
+    j = concept_index[b,g,k].
 
     Args:
         query: (B, H, N, D) queries of the image tokens, any strides, any floating type.
-        key: (B, H, S, D) all keys of the joint sequence, any strides.
+        key: (B, H', S, D) all keys that the queries attend to, any strides. H' divides H; as in grouped-query attention
+            H / H' neighboring heads share a key head.
         concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot. Any other number outside [0, S)
             raises on the CPU; on a GPU, where looking would wait, and in a compiled graph its concept's map is NaN.
         concept_weight: (B, G, K), default 1 for every used slot.
-        lse: (B, H, N) natural log-sum-exp over all S keys, scale included, as attention kernels return it; also with
-            N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the keys.
+        lse: (B, H, N) natural log-sum-exp over all S keys, scale and bias included, as attention kernels return it;
+            also with N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the
+            keys.
         scale: finite, default D ** -0.5.
         head_weight: (H,), default 1 / H.
+        key_bias: (B, S), added to the scaled scores: -inf for a key that is masked. Default none.
         out: (B, G, N), filled and returned instead of a new tensor. The Triton kernels write straight into contiguous
             float32.
         impl: "auto" or one of `implementations("attention_maps")`.
@@ -246,7 +251,9 @@ def attention_maps(
     if width == 0:
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected D >= 1")
     device = query.device
-    check_tensor("key", key, (batch, heads, "S", width), device)
+    check_tensor("key", key, (batch, "H'", "S", width), device)
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of query's {heads}")
     check_index("concept_index", concept_index, (batch, "G", "K"), device)
     groups, slots = concept_index.shape[1:]
     check_elements("query, concept_index", (batch, groups, slots, queries))
@@ -254,6 +261,8 @@ def attention_maps(
         check_tensor("concept_weight", concept_weight, tuple(concept_index.shape), device)
     if head_weight is not None:
         check_tensor("head_weight", head_weight, (heads,), device)
+    if key_bias is not None:
+        check_tensor("key_bias", key_bias, (batch, key.shape[2]), device)
     if lse is not None:
         if isinstance(lse, Tensor) and is_dense(lse) and lse.ndim == 4 and lse.shape[-1] == 1:
             lse = lse.squeeze(-1)
@@ -273,7 +282,7 @@ def attention_maps(
     direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
     if chosen == "triton" and direct and ATTENTION_MAPS.triton is not None and not torch.compiler.is_compiling():
         run = functools.partial(ATTENTION_MAPS.triton, out=out)
-    arguments = (query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight)
+    arguments = (query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight, key_bias)
     with torch.no_grad():
         maps = _run_checked(run, chosen, lambda: _check_columns(concept_index, key.shape[2]), device, *arguments)
         return maps if out is None or maps is out else out.copy_(maps)

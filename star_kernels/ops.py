@@ -26,6 +26,7 @@ def fake_attention_maps(
     lse: Tensor | None,
     scale: float,
     head_weight: Tensor | None,
+    key_bias: Tensor | None,
 ) -> Tensor:
     shape = (query.shape[0], concept_index.shape[1], query.shape[2])
     return query.new_empty(shape, dtype=reference.compute_dtype(query, key))
@@ -127,7 +128,7 @@ ATTENTION_MAPS = Operator(
     name="attention_maps",
     schema=(
         "(Tensor query, Tensor key, Tensor concept_index, Tensor? concept_weight, Tensor? lse, float scale, "
-        "Tensor? head_weight) -> Tensor"
+        "Tensor? head_weight, Tensor? key_bias) -> Tensor"
     ),
     fake=fake_attention_maps,
     reference=reference.attention_maps,

@@ -39,8 +39,10 @@ def attention_maps(
     lse: Tensor | None,
     scale: float,
     head_weight: Tensor | None,
+    key_bias: Tensor | None,
 ) -> Tensor:
-    """m[b,g,i] = sum_h head_weight[h] sum_k weight[b,g,k] exp(scale q_i . k_index - lse_i); see api.attention_maps."""
+    """m[b,g,i] = sum_h head_weight[h] sum_k weight[b,g,k] exp(scale q_i . k_j + bias_j - lse_i), j = index[b,g,k]; see
+    api.attention_maps."""
     dtype = compute_dtype(query, key)
     batch, heads, queries, width = query.shape
     groups, columns = concept_index.shape[1:]
@@ -50,13 +52,18 @@ def attention_maps(
     weight = weight.masked_fill(outside, torch.nan)
     there = (used & ~outside).view(batch, 1, groups * columns)
     index = concept_index.masked_fill(outside | ~used, 0).view(batch, groups * columns, 1).expand(-1, -1, width)
+    bias = None if key_bias is None else key_bias.to(dtype)[:, None]  # (B, 1, S)
+    shared = heads // max(key.shape[1], 1)  # neighboring heads have one key head
     total = torch.zeros(batch, queries, groups * columns, dtype=dtype, device=query.device)
     # One head at a time: all of them would hold the matrix that the operator avoids. Without keys no slot is used.
     for head in range(heads if key.shape[2] else 0):
-        q, k = query[:, head].to(dtype), key[:, head].to(dtype)
+        q, k = query[:, head].to(dtype), key[:, head // shared].to(dtype)
         scores = q @ k.gather(1, index).transpose(1, 2) * scale  # (B, N, G*K)
+        if bias is not None:
+            scores = scores + bias.gather(2, index[..., 0][:, None])
         if lse is None:
-            norm = torch.logsumexp(q @ k.transpose(1, 2) * scale, -1)
+            every = q @ k.transpose(1, 2) * scale
+            norm = torch.logsumexp(every if bias is None else every + bias, -1)
             norm = norm.masked_fill(norm == torch.inf, torch.nan)  # an infinite score leaves no softmax
         else:
             norm = lse[:, head, :queries].reshape(batch, queries).to(dtype)

@@ -93,12 +93,12 @@ def small_flux() -> FluxTransformer2DModel:
     return model.eval()
 
 
-def flux_inputs(batch=2) -> dict[str, torch.Tensor]:
+def flux_inputs(batch=2, grid=GRID) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
     return dict(
-        hidden_states=torch.randn(batch, GRID[0] * GRID[1], 8, generator=generator),
+        hidden_states=torch.randn(batch, grid[0] * grid[1], 8, generator=generator),
         encoder_hidden_states=torch.randn(batch, TEXT, 24, generator=generator),
         pooled_projections=torch.randn(batch, 20, generator=generator),
         timestep=torch.full((batch,), 0.5),

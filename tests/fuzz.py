@@ -151,10 +151,13 @@ def draw_attention_maps(draw: Draw) -> Arguments:
         index.view(-1)[draw.randrange(index.numel())] = draw.choice((keys, -2, 2**31, 2**62, -(2**63)))
     if draw.chance(0.2) and index.numel():
         index = index[:, :1, :1].expand(index.shape)
+    # Now and then heads share key heads, or their numbers do not fit.
+    key_heads = draw.choice([n for n in range(1, heads + 1) if heads % n == 0] or [0]) if draw.chance(0.3) else heads
+    key_heads += draw.chance(0.03)
     arguments: Arguments = {
         "query": draw.tensor(draw.normal((batch, heads, queries, width), spread), kind),
         "key": draw.tensor(
-            draw.normal((batch, heads, keys, width), spread), kind if draw.chance(0.8) else draw.choice(kinds)
+            draw.normal((batch, key_heads, keys, width), spread), kind if draw.chance(0.8) else draw.choice(kinds)
         ),
         "concept_index": index,
     }
@@ -168,6 +171,9 @@ def draw_attention_maps(draw: Draw) -> Arguments:
         arguments["scale"] = draw.choice((0.1, 1, 0.0, -0.3, 1e-3, np.float32(0.5)))
     if draw.chance(0.4):
         arguments["head_weight"] = draw.tensor(draw.normal((heads,)))
+    if draw.chance(0.3):
+        bias = draw.normal((batch, keys), 3)
+        arguments["key_bias"] = draw.tensor(bias.masked_fill(bias > 4, -torch.inf))
     if draw.chance(0.25):
         arguments["out"] = draw.tensor(torch.zeros(batch, groups, queries)).detach().clone()
     return arguments
@@ -370,8 +376,10 @@ def exponent_size(operator: str, arguments: Arguments) -> float:
     if operator == "attention_maps" and arguments["key"].numel() and arguments["query"].numel():
         scale = arguments.get("scale")
         scale = arguments["query"].shape[-1] ** -0.5 if scale is None else float(scale)
-        sizes.append(abs(scale) * (finite("query") @ finite("key").transpose(-1, -2)).max().item())
-    given = [name for name in ("lse", "old_log_prob") if isinstance(arguments.get(name), Tensor)]
+        shared = arguments["query"].shape[1] // arguments["key"].shape[1]
+        keys = finite("key").repeat_interleave(shared, 1)
+        sizes.append(abs(scale) * (finite("query") @ keys.transpose(-1, -2)).max().item())
+    given = [name for name in ("lse", "key_bias", "old_log_prob") if isinstance(arguments.get(name), Tensor)]
     sizes += [finite(name).max().item() for name in given if arguments[name].numel()]
     return max(sizes)
 

@@ -41,6 +41,10 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"star.capture": "maps of a transformer's attention"},
     {
+        "star.layouts": "where image and text lie in each kind of transformer",
+        "star.tap": "the attention call of a processor, seen",
+    },
+    {
         "star.concepts": "prompts to concepts to tokens",
         "star.objective": "maps to weights, and losses that take them; torch alone",
         "star.files": "files that are whole or as before",

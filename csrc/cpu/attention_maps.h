@@ -11,12 +11,13 @@ constexpr int64_t MAP_TILE = 32;  // queries that one call works on: the same fo
 // Q: type of query and key, T: of the arithmetic. Strides are in elements.
 template <typename Q, typename T>
 struct AttentionMapsArgs {
-  int64_t heads, queries, keys, width, groups, slots;
+  int64_t heads, key_heads, queries, keys, width, groups, slots;  // heads / key_heads neighbors share a key head
   const Q *query, *key;
-  int64_t query_strides[4], key_strides[4];  // (B, H, N, D), (B, H, S, D)
+  int64_t query_strides[4], key_strides[4];  // (B, H, N, D), (B, key heads, S, D)
   const T* lse;                              // null: the kernel makes its own
   int64_t lse_strides[3];                    // (B, H, N)
   T scale;
+  const T* key_bias;      // (B, S) contiguous, added to the scaled scores; null for none
   const T* head_weight;   // (H,)
   const int64_t* column;  // distinct key columns of all rows, those of row b in [column_start[b], column_start[b + 1])
   const int64_t* column_start;

@@ -121,10 +121,17 @@ STAR_INLINE void key_rows(const AttentionMapsArgs<Q, T>& args, const Q* key, Col
   for (int64_t j = count; j < BLOCK_PADDED; j++) rows[j] = rows[count - 1];
 }
 
-// scores[j][i] = scale * q_i . k_j for `count` keys, rounded up to whole KEYS.
+// bias[j] of `count` keys, zeros up to whole KEYS.
+template <typename Q, typename T, typename Column>
+STAR_INLINE void key_biases(const AttentionMapsArgs<Q, T>& args, int64_t row, Column column, int64_t count, T* bias) {
+  for (int64_t j = 0; j < BLOCK_PADDED; j++)
+    bias[j] = args.key_bias && j < count ? args.key_bias[row * args.keys + column(j)] : T(0);
+}
+
+// scores[j][i] = scale * q_i . k_j + bias[j] for `count` keys, rounded up to whole KEYS.
 template <typename T>
-STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count, int64_t width, T scale, T* scores,
-                            Ahead& ahead) {
+STAR_INLINE void all_scores(const T* query, const T* const* keys, const T* bias, int64_t count, int64_t width, T scale,
+                            T* scores, Ahead& ahead) {
   const Vector<T> factor = broadcast(scale);
   for (int64_t j = 0; j < count; j += KEYS) {
     const T* const* next = keys + (j + KEYS < count ? j + KEYS : j);
@@ -145,8 +152,9 @@ STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count,
       }
 #pragma GCC unroll 8
       for (int k = 0; k < KEYS; k++) {
-        store(scores + (j + k) * TILE + first, sum[k][0] * factor);
-        store(scores + (j + k) * TILE + first + LANES<T>, sum[k][1] * factor);
+        const Vector<T> more = broadcast(bias[j + k]);
+        store(scores + (j + k) * TILE + first, sum[k][0] * factor + more);
+        store(scores + (j + k) * TILE + first + LANES<T>, sum[k][1] * factor + more);
       }
     }
   }
@@ -154,8 +162,10 @@ STAR_INLINE void all_scores(const T* query, const T* const* keys, int64_t count,
 
 // Natural log-sum-exp of the tile's queries over all keys of one head, in one pass with a running maximum.
 template <typename Q, typename T>
-STAR_INLINE void own_lse(const AttentionMapsArgs<Q, T>& args, const Q* key, const Scratch<T>& scratch, Ahead& ahead) {
+STAR_INLINE void own_lse(const AttentionMapsArgs<Q, T>& args, int64_t row, const Q* key, const Scratch<T>& scratch,
+                         Ahead& ahead) {
   const T* rows[BLOCK_PADDED];
+  T bias[BLOCK_PADDED];
   constexpr int vectors = TILE / LANES<T>;
   Vector<T> largest[vectors], sum[vectors];
   for (int v = 0; v < vectors; v++) {
@@ -165,8 +175,10 @@ STAR_INLINE void own_lse(const AttentionMapsArgs<Q, T>& args, const Q* key, cons
   }
   for (int64_t begin = 0; begin < args.keys; begin += BLOCK) {
     const int64_t count = args.keys - begin < BLOCK ? args.keys - begin : BLOCK;
-    key_rows(args, key, [&](int64_t j) { return begin + j; }, count, scratch.keys, rows);
-    all_scores(scratch.query, rows, count, args.width, args.scale, scratch.scores, ahead);
+    const auto column = [&](int64_t j) { return begin + j; };
+    key_rows(args, key, column, count, scratch.keys, rows);
+    key_biases(args, row, column, count, bias);
+    all_scores(scratch.query, rows, bias, count, args.width, args.scale, scratch.scores, ahead);
     for (int v = 0; v < vectors; v++) {
       const T* scores = scratch.scores + v * LANES<T>;
       Vector<T> most = largest[v];
@@ -200,11 +212,13 @@ void attention_maps_tile(const AttentionMapsArgs<Q, T>& args, int64_t row, int64
   const int64_t* column = args.column + args.column_start[row];
   const int64_t columns = args.column_start[row + 1] - args.column_start[row];
   const T* rows[BLOCK_PADDED];
+  T bias[BLOCK_PADDED];
   std::memset(scratch.maps, 0, columns * TILE * sizeof(T));
 
   for (int64_t head = 0; columns > 0 && head < args.heads; head++) {
     const Q* query = args.query + row * args.query_strides[0] + head * args.query_strides[1] + begin * args.query_strides[2];
-    const Q* key = args.key + row * args.key_strides[0] + head * args.key_strides[1];
+    const int64_t key_head = head / (args.heads / args.key_heads);
+    const Q* key = args.key + row * args.key_strides[0] + key_head * args.key_strides[1];
     pack_queries(args, query, count, scratch.query);
     const int64_t after = begin + TILE < args.queries ? count : 0;  // the next tile is most likely this thread's too
     Ahead ahead = head + 1 < args.heads
@@ -219,13 +233,15 @@ void attention_maps_tile(const AttentionMapsArgs<Q, T>& args, int64_t row, int64
         if (i % LANES<T> == 0) __builtin_prefetch(one + next);
       }
     } else {
-      own_lse(args, key, scratch, ahead);
+      own_lse(args, row, key, scratch, ahead);
     }
     const Vector<T> share = broadcast(args.head_weight[head]), empty = broadcast(-std::numeric_limits<T>::infinity());
     for (int64_t first = 0; first < columns; first += BLOCK) {
       const int64_t some = columns - first < BLOCK ? columns - first : BLOCK;
-      key_rows(args, key, [&](int64_t j) { return column[first + j]; }, some, scratch.keys, rows);
-      all_scores(scratch.query, rows, some, args.width, args.scale, scratch.scores, ahead);
+      const auto chosen = [&](int64_t j) { return column[first + j]; };
+      key_rows(args, key, chosen, some, scratch.keys, rows);
+      key_biases(args, row, chosen, some, bias);
+      all_scores(scratch.query, rows, bias, some, args.width, args.scale, scratch.scores, ahead);
       for (int v = 0; v < vectors; v++) {
         const Vector<T> lse = load(scratch.lse + v * LANES<T>);
         const T* scores = scratch.scores + v * LANES<T>;

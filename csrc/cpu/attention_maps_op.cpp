@@ -57,6 +57,7 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
   const Tensor query = converted(inputs.query, scalar_type<Q>), key = converted(inputs.key, scalar_type<Q>);
   const Tensor& concept_index = inputs.concept_index;
   const int64_t rows = query.size(0), heads = query.size(1), queries = query.size(2);
+  const Tensor bias = inputs.key_bias ? ready(*inputs.key_bias, type) : Tensor();
   const Tensor weight = given_or_equal<T>(inputs.concept_weight, new_empty(query, concept_index.sizes(), type), 1);
   const Tensor share = given_or_equal<T>(inputs.head_weight, new_empty(query, {heads}, type), T(1.0 / double(heads)));
   const Tensor norm = inputs.lse ? converted(*inputs.lse, type) : Tensor();
@@ -65,6 +66,7 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
 
   AttentionMapsArgs<Q, T> args{
       .heads = heads,
+      .key_heads = key.size(1),
       .queries = queries,
       .keys = key.size(2),
       .width = query.size(3),
@@ -77,6 +79,7 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
       .lse = inputs.lse ? norm.const_data_ptr<T>() : nullptr,
       .lse_strides = {},
       .scale = T(inputs.scale),
+      .key_bias = inputs.key_bias ? bias.const_data_ptr<T>() : nullptr,
       .head_weight = share.const_data_ptr<T>(),
       .column = columns.column.data(),
       .column_start = columns.start.data(),

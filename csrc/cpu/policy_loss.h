@@ -7,7 +7,8 @@
 
 namespace star {
 
-constexpr int64_t LOSS_TILE = 4096;  // locations of a task: sums depend on it, and so on neither threads nor batch
+constexpr int64_t LOSS_TILE = 4096;  // locations that are summed up by themselves: so sums depend on neither threads nor batch
+constexpr int64_t LOSS_TILES = 4;    // neighbors that one call may take: memory is read in longer runs
 
 // V: type of the velocities, X: of the latents, T: of the arithmetic. Tensors are contiguous; optional ones may be null.
 template <typename V, typename X, typename T>
@@ -35,14 +36,16 @@ struct PolicyLossArgs : LossOptions<T> {
   }
 };
 
-// LOSS_TILE locations of a sample, from `first` on. policy_loss_sums writes the log-ratios of a tile's locations, where
+// Locations [first, last) of a sample, at most LOSS_TILES tiles. policy_loss_sums writes each tile's sums, and the
+// log-ratios of its locations, where
 // they have their own.
 #define STAR_DECLARE(ISA)                                                                                           \
   namespace ISA {                                                                                                   \
   template <typename V, typename X, typename T>                                                                     \
-  LocationSums policy_loss_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first);                 \
+  void policy_loss_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first, int64_t last,            \
+                        LocationSums* sums);                                                                        \
   template <typename V, typename X, typename T>                                                                     \
-  void policy_loss_gradient(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first);                     \
+  void policy_loss_gradient(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first, int64_t last);       \
   }
 STAR_EACH_ISA(STAR_DECLARE)
 #undef STAR_DECLARE

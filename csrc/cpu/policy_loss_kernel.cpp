@@ -16,25 +16,28 @@ namespace star::STAR_ISA {
 
 namespace {
 
-// Where a tile lies in tensors of latents and of locations.
+// Where locations [first, last) of a sample lie in tensors of latents and of locations.
 struct Tile {
-  int64_t latents, locations, count;  // its first element, its first location, its number of locations
+  int64_t latents, locations, count;  // the first element, the first location, the number of locations
 
   template <typename Args>
-  Tile(const Args& args, int64_t index, int64_t first)
+  Tile(const Args& args, int64_t index, int64_t first, int64_t last)
       : latents(index * args.channels * args.locations + (args.packed ? first * args.channels : first)),
         locations(index * args.locations + first),
-        count(std::min(LOSS_TILE, args.locations - first)) {}
+        count(last - first) {}
+
+  template <typename Args>
+  int64_t rows(const Args& args) const { return args.packed ? count : args.channels; }
 };
 
-// Calls vector(at, location, count) for every vector of a tile: its first element, that element's location within the tile
-// and how many elements it has, which is a constant but at the end of a row. Packed, they all have the same location.
+// Calls vector(at, location, count) for every vector of some rows of a tile, which are channels, or packed locations: its
+// first element, that element's location within the tile and how many elements it has, which is a constant but at the end
+// of a row. Packed, they all have the same location.
 template <bool packed, typename V, typename X, typename T, typename F>
-STAR_INLINE void each_vector(const PolicyLossArgs<V, X, T>& args, const Tile& tile, F vector) {
+STAR_INLINE void each_vector(const PolicyLossArgs<V, X, T>& args, const Tile& tile, int64_t begin, int64_t end, F vector) {
   constexpr int64_t WIDTH = LANES<T>;
-  const int64_t rows = packed ? tile.count : args.channels, length = packed ? args.channels : tile.count;
-  const int64_t stride = packed ? args.channels : args.locations;
-  for (int64_t row = 0; row < rows; row++) {
+  const int64_t length = packed ? args.channels : tile.count, stride = packed ? args.channels : args.locations;
+  for (int64_t row = begin; row < end; row++) {
     const int64_t start = tile.latents + row * stride;
     int64_t i = 0;
     for (; i + WIDTH <= length; i += WIDTH) vector(start + i, packed ? row : i, WIDTH);
@@ -85,10 +88,11 @@ STAR_INLINE Vector<T> direction(Vector<T> a, Vector<T> x, Vector<T> b, Vector<T>
 
 // The sum of a tile's terms, each location's times its weight if there are weights.
 template <Form form, bool packed, typename V, typename X, typename T>
-double term_sum(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const SampleTerms<T>& terms, const T* weights) {
+Sum<T> term_sum(const PolicyLossArgs<V, X, T>& given, const Tile& tile, int64_t begin, int64_t end,
+                const SampleTerms<T>& terms, const T* weights, Sum<T> sum) {
+  const PolicyLossArgs<V, X, T> args = given;  // a copy, which no store can change: its pointers stay in registers
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
-  Sum<T> sum;
-  each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+  each_vector<packed>(args, tile, begin, end, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
     const Vector<T> x = load_some<T>(args.sample + at, count), v = load_some<T>(args.velocity + at, count);
     const Vector<T> next = load_some<T>(args.prev_sample + at, count), old = old_mean<form>(args, at, count);
     Vector<T> left, right;
@@ -98,7 +102,23 @@ double term_sum(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const Sam
     if (weights) left *= packed ? broadcast(weights[location]) : load_some<T>(weights + location, count);
     sum.add_product(left, right);
   });
-  return sum.value();
+  return sum;
+}
+
+// The same of every tile of a span, channel by channel.
+template <Form form, bool packed, typename V, typename X, typename T>
+void term_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first, int64_t last,
+               const SampleTerms<T>& terms, const T* weights, double* values) {
+  Sum<T> sums[LOSS_TILES];
+  const int64_t turns = packed ? 1 : args.channels;
+  for (int64_t turn = 0; turn < turns; turn++)
+    for (int64_t number = 0, at = first; at < last; number++, at += LOSS_TILE) {
+      const Tile tile(args, index, at, std::min(at + LOSS_TILE, last));
+      const T* own = weights ? weights + tile.locations : nullptr;
+      const int64_t begin = packed ? 0 : turn, end = packed ? tile.count : turn + 1;
+      sums[number] = term_sum<form, packed>(args, tile, begin, end, terms, own, sums[number]);
+    }
+  for (int64_t number = 0, at = first; at < last; number++, at += LOSS_TILE) values[number] = sums[number].value();
 }
 
 // The sum over the channels at each location of a tile.
@@ -107,7 +127,7 @@ void location_terms(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const
                     T* __restrict delta) {
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
   std::fill_n(delta, tile.count, T(0));
-  each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+  each_vector<packed>(args, tile, 0, tile.rows(args), [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
     const Vector<T> value = term<form>(a, load_some<T>(args.sample + at, count), b,
                                        load_some<T>(args.velocity + at, count),
                                        load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count));
@@ -147,10 +167,10 @@ double kl_sum(const PolicyLossArgs<V, X, T>& args, const Tile& tile, T b) {
 
 }  // namespace
 
+// Of one tile. term: the sum of its terms, where a sample has one ratio.
 template <typename V, typename X, typename T>
-LocationSums policy_loss_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first) {
-  const Tile tile(args, index, first);
-  const SampleTerms<T> terms = args.terms(index);
+LocationSums tile_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, const Tile& tile,
+                       const SampleTerms<T>& terms, double term) {
   const T* weights = args.weights ? args.weights + tile.locations : nullptr;
   const T* old_map = args.old_log_prob_per_location ? args.old_log_prob + tile.locations : nullptr;
   const T old = args.old_log_prob && !old_map ? args.old_log_prob[index] : T(0);
@@ -182,10 +202,7 @@ LocationSums policy_loss_sums(const PolicyLossArgs<V, X, T>& args, int64_t index
   const T* of_ratio = args.ratio == Ratio::sample ? weights : nullptr;
   auto factor = [&](int64_t i) { return of_ratio ? double(of_ratio[i]) : 1.0; };
   const double known = double(terms.offset) + double(old);  // of every location
-  double sum = with_form(args.form, args.packed, [&]<Form form, bool packed>() {
-    return term_sum<form, packed>(args, tile, terms, of_ratio);
-  });
-  sum *= double(terms.scale);
+  double sum = term * double(terms.scale);
   if (known != 0) sum -= known * ordered_sum(tile.count, factor);
   if (old_map) sum -= ordered_sum(tile.count, [&](int64_t i) { return factor(i) * double(old_map[i]); });
   if (!std::isfinite(sum)) {  // location by location, to count those that made it so
@@ -208,13 +225,28 @@ LocationSums policy_loss_sums(const PolicyLossArgs<V, X, T>& args, int64_t index
 }
 
 template <typename V, typename X, typename T>
-void policy_loss_gradient(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first) {
-  const Tile tile(args, index, first);
+void policy_loss_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first, int64_t last,
+                      LocationSums* sums) {
+  const SampleTerms<T> terms = args.terms(index);
+  double values[LOSS_TILES] = {};
+  if (args.ratio != Ratio::location)
+    with_form(args.form, args.packed, [&]<Form form, bool packed>() {
+      term_sums<form, packed>(args, index, first, last, terms, args.ratio == Ratio::sample ? args.weights : nullptr,
+                              values);
+    });
+  for (int64_t number = 0, at = first; at < last; number++, at += LOSS_TILE)
+    sums[number] = tile_sums(args, index, Tile(args, index, at, std::min(at + LOSS_TILE, last)), terms, values[number]);
+}
+
+template <typename V, typename X, typename T>
+void policy_loss_gradient(const PolicyLossArgs<V, X, T>& given, int64_t index, int64_t first, int64_t last) {
+  const PolicyLossArgs<V, X, T> args = given;  // as above
+  const Tile tile(args, index, first, last);
   const SampleTerms<T> terms = args.terms(index);
   const bool per_location = args.ratio == Ratio::location;
   const T* log_ratio = args.log_ratio + (per_location ? tile.locations : index);
   LimitedRatio<T> ratio = limited_ratio(log_ratio[0]);
-  T force = 0, factor[LOSS_TILE];
+  T force = 0, factor[LOSS_TILES * LOSS_TILE];
   for (int64_t i = 0; i < tile.count; i++) {
     if (per_location) ratio = limited_ratio(log_ratio[i]);
     if (i == 0 || per_location || args.advantages_per_location)
@@ -223,7 +255,7 @@ void policy_loss_gradient(const PolicyLossArgs<V, X, T>& args, int64_t index, in
   }
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b), pull = broadcast(terms.pull * args.grad_loss);
   with_form(args.form, args.packed, [&]<Form form, bool packed>() STAR_ALWAYS {
-    each_vector<packed>(args, tile, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+    each_vector<packed>(args, tile, 0, tile.rows(args), [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
       Vector<T> value;
       if (args.directions)
         value = load_some<T>(args.gradient + at, count);
@@ -239,8 +271,8 @@ void policy_loss_gradient(const PolicyLossArgs<V, X, T>& args, int64_t index, in
 }
 
 #define STAR_INSTANTIATE(V, X, T)                                                                       \
-  template LocationSums policy_loss_sums<V, X, T>(const PolicyLossArgs<V, X, T>&, int64_t, int64_t);    \
-  template void policy_loss_gradient<V, X, T>(const PolicyLossArgs<V, X, T>&, int64_t, int64_t);
+  template void policy_loss_sums<V, X, T>(const PolicyLossArgs<V, X, T>&, int64_t, int64_t, int64_t, LocationSums*); \
+  template void policy_loss_gradient<V, X, T>(const PolicyLossArgs<V, X, T>&, int64_t, int64_t, int64_t);
 STAR_INSTANTIATE(double, double, double)
 STAR_INSTANTIATE(float, float, float)
 STAR_INSTANTIATE(torch::headeronly::BFloat16, float, float)

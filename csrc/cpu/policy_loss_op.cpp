@@ -1,5 +1,6 @@
 // star::policy_loss_native, its gradient, and both in one for CPU tensors: make the tensors contiguous and of few types, run
 // the kernels tile by tile, add the tiles up in their order.
+#include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -39,12 +40,17 @@ int64_t tiles(const Args& args) {
   return (args.locations + LOSS_TILE - 1) / LOSS_TILE;
 }
 
-// Calls tile(number of the tile in the batch, sample, first location) for every tile of samples, on all threads.
+// Calls span(sample, first location, last) for all locations of samples, on all threads. A span is one tile where threads
+// are more than the samples, else several.
 template <typename Args, typename F>
-void each_tile(const Args& args, int64_t begin, int64_t end, F tile) {
-  const int64_t each = tiles(args);
+void each_span(const Args& args, int64_t begin, int64_t end, F span) {
+  const bool few = args.batch < int64_t(torch::stable::get_num_threads());
+  const int64_t length = few ? LOSS_TILE : LOSS_TILES * LOSS_TILE, each = (args.locations + length - 1) / length;
   parallel_for(begin * each, end * each, 1, [&](int64_t first, int64_t last) {
-    for (int64_t number = first; number < last; number++) tile(number, number / each, number % each * LOSS_TILE);
+    for (int64_t number = first; number < last; number++) {
+      const int64_t at = number % each * length;
+      span(number / each, at, std::min(at + length, args.locations));
+    }
   });
 }
 
@@ -63,7 +69,7 @@ PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
     if (!(args.s[index] > 0))
       throw std::invalid_argument("transition.s: has values <= 0; a deterministic step has no density to train on");
 
-  const auto sum_tile = STAR_SELECT(policy_loss_sums<V, X, T>);
+  const auto sum_tiles = STAR_SELECT(policy_loss_sums<V, X, T>);
   const auto write_gradient = STAR_SELECT(policy_loss_gradient<V, X, T>);
   std::vector<LocationSums> sums(args.batch * tiles(args));
   std::vector<BatchSums> samples(args.batch);
@@ -77,10 +83,13 @@ PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
     samples[index] = sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]);
   };
   auto run = [&](int64_t begin, int64_t end) {
-    each_tile(args, begin, end, [&](int64_t number, int64_t index, int64_t first) { sums[number] = sum_tile(args, index, first); });
+    each_span(args, begin, end, [&](int64_t index, int64_t first, int64_t last) {
+      sum_tiles(args, index, first, last, &sums[index * tiles(args) + first / LOSS_TILE]);
+    });
     for (int64_t index = begin; index < end; index++) finish_sample(index);
     if (args.gradient)
-      each_tile(args, begin, end, [&](int64_t, int64_t index, int64_t first) { write_gradient(args, index, first); });
+      each_span(args, begin, end,
+                [&](int64_t index, int64_t first, int64_t last) { write_gradient(args, index, first, last); });
   };
   // One sample after the other, a sample's inputs are still in cache when its gradient is made. Threads that are more than
   // the samples share out their tiles instead.
@@ -115,7 +124,8 @@ Tensor gradient(const PolicyLossGradientInputs& inputs) {
     args.grad_loss = *pointers.of<T>(inputs.grad_loss);
     args.gradient = gradient.mutable_data_ptr<V>();
     const auto kernel = STAR_SELECT(policy_loss_gradient<V, X, T>);
-    each_tile(args, 0, args.batch, [&](int64_t, int64_t index, int64_t first) { kernel(args, index, first); });
+    each_span(args, 0, args.batch,
+              [&](int64_t index, int64_t first, int64_t last) { kernel(args, index, first, last); });
     return converted(gradient, velocity.scalar_type());
   });
 }

@@ -282,7 +282,7 @@ def compare(arguments: list[str]) -> None:
 
     console = Console()
     console.print(Markdown(text))
-    console.print(f"[bold]{options.out}[/bold]: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
+    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
 
 
 def maps(arguments: list[str]) -> None:

@@ -48,6 +48,7 @@ def maps_kernel(
     weight,  # (B, C) float32, or None for ones
     lse,  # (B, H, N), any strides
     head_weight,  # (H,) float32, or None for equal ones
+    bias,  # (B, S) contiguous float32, for scores to the base 2; or None
     maps,  # (B, G, N) float32; (column blocks, chunks of heads, B, G, N) without ALONE
     query_b,
     query_h,
@@ -70,6 +71,7 @@ def maps_kernel(
     LOG2: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
+    SHARED: tl.constexpr,  # neighboring heads of a key head
     CHUNK: tl.constexpr,  # heads of one
     ALONE: tl.constexpr,  # a program owns all chunks and columns
     BLOCK_N: tl.constexpr,
@@ -90,7 +92,7 @@ def maps_kernel(
     column = tl.load(index + row * columns + c, mask=c < columns, other=-1)
     used = (column >= 0) & (column < keys)
     q = query + row * query_b + first_head * query_h + n[:, None] * query_n + d[None, :] * query_d
-    k = key + row * key_b + first_head * key_h + tl.where(used, column, 0)[None, :] * key_s + d[:, None] * key_d
+    k = key + row * key_b + tl.where(used, column, 0)[None, :] * key_s + d[:, None] * key_d
     norm = lse + row * lse_b + first_head * lse_h + n * lse_n
     if weight is None:
         weights = tl.where(used, 1.0, 0.0)
@@ -105,8 +107,11 @@ def maps_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for head in range(first_head, min(first_head + chunks * CHUNK, HEADS)):
         norm_tile = tl.load(norm, mask=here, other=0.0).to(tl.float32)
-        scores = scores_tile(q, k, here, used, query_d, key_d, D, BLOCK_D, PRECISION)
-        probability = tl.exp2(scores * scale_log2 - (norm_tile * LOG2)[:, None])
+        shared = k + head // SHARED * key_h
+        scores = scores_tile(q, shared, here, used, query_d, key_d, D, BLOCK_D, PRECISION) * scale_log2
+        if bias is not None:
+            scores += tl.load(bias + row * keys + tl.where(used, column, 0), mask=used, other=0.0)[None, :]
+        probability = tl.exp2(scores - (norm_tile * LOG2)[:, None])
         probability = tl.where(
             (norm_tile > float("-inf"))[:, None] | (norm_tile != norm_tile)[:, None], probability, 0.0
         )
@@ -115,7 +120,6 @@ def maps_kernel(
         else:
             total += probability * tl.load(head_weight + head)
         q += query_h
-        k += key_h
         norm += lse_h
         if (head % CHUNK == CHUNK - 1) | (head == HEADS - 1):
             total = tl.where(used[None, :], total * weights[None, :], weights[None, :])  # no 0 * inf of an unused slot
@@ -150,6 +154,7 @@ def lse_kernel(
     query,  # (B, H, N, D)
     key,  # (B, H, S, D)
     lse,  # (B, H, N) contiguous float32
+    bias,  # as in maps_kernel
     query_b,
     query_h,
     query_n,
@@ -162,6 +167,7 @@ def lse_kernel(
     keys,
     scale_log2,
     LN2: tl.constexpr,
+    SHARED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -174,7 +180,7 @@ def lse_kernel(
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
     q = query + row * query_b + head * query_h + n[:, None] * query_n + d[None, :] * query_d
-    k = key + row * key_b + head * key_h + s[None, :] * key_s + d[:, None] * key_d
+    k = key + row * key_b + head // SHARED * key_h + s[None, :] * key_s + d[:, None] * key_d
     here = n < queries
     # Finite, so that a key masked by -inf adds 0 and a row of such keys sums to 0.
     largest = tl.full((BLOCK_N,), -3.0e38, tl.float32)
@@ -182,7 +188,10 @@ def lse_kernel(
     for start in range(0, keys, BLOCK_S):
         there = start + s < keys
         scores = scores_tile(q, k, here, there, query_d, key_d, D, BLOCK_D, PRECISION)
-        scores = tl.where(there[None, :], scores * scale_log2, float("-inf"))
+        scores = scores * scale_log2
+        if bias is not None:
+            scores += tl.load(bias + row * keys + start + s, mask=there, other=0.0)[None, :]
+        scores = tl.where(there[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
         total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
         largest = new
@@ -293,6 +302,7 @@ def launch(
     lse: Tensor | None,
     scale: float,
     head_weight: Tensor | None,
+    key_bias: Tensor | None = None,
     out: Tensor | None = None,
     blocks: Blocks | None = None,
     groups: int = 0,
@@ -315,10 +325,12 @@ def launch(
         concept_weight = concept_weight.to(torch.float32).reshape(batch, columns).contiguous()
     if head_weight is not None:
         head_weight = head_weight.to(torch.float32).contiguous()
+    bias = None if key_bias is None else (key_bias.to(torch.float32) * LOG2_E).contiguous()
     blocks = blocks or blocks_of(architecture(device), size)
     cut = tiling(batch, heads, queries, concepts, slots, processors(device), blocks.queries, groups)
     precision = dot_precision(size)
     shared: dict[str, Any] = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
+    shared["SHARED"] = heads // key.shape[1]
     shared |= {"PRECISION": precision, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
     with torch.cuda.device_of(query):
@@ -328,6 +340,7 @@ def launch(
                 query,
                 key,
                 lse,
+                bias,
                 *query.stride(),
                 *key.stride(),
                 queries,
@@ -345,6 +358,7 @@ def launch(
             concept_weight,
             lse,
             head_weight,
+            bias,
             partial,
             *query.stride(),
             *key.stride(),

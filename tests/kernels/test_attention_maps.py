@@ -91,6 +91,29 @@ def test_against_the_whole_matrix(impl):
 
 
 @each_implementation
+@pytest.mark.parametrize("with_lse", [True, False])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biased_and_masked_keys_that_heads_share(impl, with_lse, heads, key_heads, dtype):
+    """As grouped-query attention with a float mask has them, more queries than keys and fewer."""
+    for queries, keys in ((70, 9), (5, 150)):
+        query, key, index = example_input(heads=heads, queries=queries, keys=keys, dtype=dtype)
+        key, weight, head_weight = key[:, :key_heads], torch.rand(index.shape), torch.rand(heads)
+        bias = torch.randn(2, keys).masked_fill(torch.rand(2, keys) < 0.3, -torch.inf)
+        bias[:, 0] = 0.5
+        repeated = key.repeat_interleave(heads // key_heads, 1)
+        bias = bias.to(dtype)
+        scores = query.double() @ repeated.double().mT * query.shape[-1] ** -0.5 + bias.double()[:, None, None]
+        lse = torch.logsumexp(scores, -1).float() if with_lse else None
+        options = dict(lse=lse, head_weight=head_weight, key_bias=bias, impl=impl)
+        maps = sk.attention_maps(query, key, index, weight, **options)
+        p = (torch.softmax(scores, -1) * head_weight.double()[:, None, None]).sum(1)
+        columns = p.gather(2, index.flatten(1)[:, None].expand(-1, queries, -1)).unflatten(2, index.shape[1:])
+        assert_close(maps, (columns * weight.double()[:, None]).sum(-1).mT, query, key)
+        assert not maps[(bias.gather(1, index.flatten(1)).view(index.shape) == -torch.inf).all(-1)].any()
+
+
+@each_implementation
 def test_all_columns_sum_to_one_and_no_gradient_flows(impl):
     query, key, _ = example_input(queries=5, keys=101)
     query.requires_grad_(), key.requires_grad_()
@@ -211,7 +234,7 @@ def test_an_index_beyond_the_keys_raises_or_shows(impl, index):
     # Where nobody looks before it runs: on a GPU, in a compiled graph.
     run = getattr(torch.ops.star, f"attention_maps_{impl}")
     for weight in (None, torch.zeros(1, 2, 2)):
-        maps = run(query, key, concepts, weight, None, 0.25, None)
+        maps = run(query, key, concepts, weight, None, 0.25, None, None)
         assert maps[:, 0].isnan().all() and maps[:, 1].isfinite().all()
 
 
@@ -285,8 +308,8 @@ def test_out_takes_the_maps(impl, processors, monkeypatch):
 def test_opcheck(impl):
     query, key, index = example_input(queries=9, keys=11, groups=1)
     op = getattr(torch.ops.star, f"attention_maps_{impl}").default
-    torch.library.opcheck(op, (query, key, index, torch.rand(index.shape), None, 0.2, torch.rand(3)))
-    torch.library.opcheck(op, (query, key, index, None, log_sum_exp(query, key), 0.2, None))
+    torch.library.opcheck(op, (query, key, index, torch.rand(index.shape), None, 0.2, torch.rand(3), torch.rand(2, 11)))
+    torch.library.opcheck(op, (query, key, index, None, log_sum_exp(query, key), 0.2, None, None))
 
 
 @pytest.mark.parametrize("impl", ["native", "triton"])
@@ -309,7 +332,10 @@ INDEX = torch.zeros(2, 1, 1, dtype=torch.int64)
     [
         (dict(query=Q[0]), ValueError, r"query: got shape \(2, 4, 8\), expected \(B, H, N, D\)"),
         (dict(query=[1]), TypeError, "query: got list, expected a torch.Tensor"),
-        (dict(key=K[..., :4]), ValueError, r"key: got shape .* expected \(2, 2, S, 8\)"),
+        (dict(key=K[..., :4]), ValueError, r"key: got shape .* expected \(2, H', S, 8\)"),
+        (dict(key=K[:, [0, 1, 1]]), ValueError, "key: got 3 heads, expected a divisor of query's 2"),
+        (dict(key=K[:, :0]), ValueError, "key: got 0 heads, expected a divisor of query's 2"),
+        (dict(key_bias=torch.ones(2, 8)), ValueError, r"key_bias: got shape \(2, 8\), expected \(2, 9\)"),
         (dict(concept_index=INDEX.float()), TypeError, "concept_index: got torch.float32, expected an int64"),
         (dict(concept_index=INDEX + 9), ValueError, r"concept_index: .*9.* \[0, 9\)"),
         (dict(concept_weight=torch.ones(2, 1, 2)), ValueError, "concept_weight: got shape"),

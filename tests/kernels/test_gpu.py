@@ -11,9 +11,11 @@ from diffusers.models.attention import JointTransformerBlock
 
 import star_kernels as sk
 from star import config as configuration
-from star.capture import CapturingJointAttnProcessor, Maps
+from star.capture import Maps, Observer
 from star.concepts import ConceptTokens
+from star.layouts import Pass
 from star.presets import preset
+from star.tap import tapped
 from star.train import Trainer
 from star_kernels.ops import OPERATORS
 
@@ -105,7 +107,10 @@ def test_capture_keeps_the_bits_of_the_layer(dtype):
             block(image, text, condition)
         finally:
             F.scaled_dot_product_attention = attention
-        block.attn.processor = CapturingJointAttnProcessor(maps, 0)
+        maps.begin(Pass(image, text, 64, (8, 8), image=0, text=64))
+        observer = Observer(maps)
+        observer.begin(0)
+        block.attn.processor = tapped(block.attn.processor, observer)
         captured = block(image, text, condition)
     assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
     query, key = seen[0]

@@ -149,8 +149,10 @@ def layer_overhead(shape, images: int) -> float:
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
     import cost_model as model
-    from star.capture import CapturingJointAttnProcessor, Maps
+    from star.capture import Maps, Observer
     from star.concepts import ConceptTokens
+    from star.layouts import Pass
+    from star.tap import tapped
 
     width, rows = shape.heads * shape.width, shape.rows * images
     block = JointTransformerBlock(width, shape.heads, shape.width, qk_norm="rms_norm").bfloat16()
@@ -159,8 +161,11 @@ def layer_overhead(shape, images: int) -> float:
     index = torch.randint(0, shape.text, (images, model.CONCEPTS, model.SLOTS))
     tokens, side = ConceptTokens(index, torch.ones(index.shape)), int(shape.image**0.5)
     maps = Maps(tokens=tokens, grid=(side, side), rows=slice(rows - images, rows))
+    maps.begin(Pass(inputs[0][:images], inputs[1][:images], shape.image, (side, side), image=0, text=shape.image))
+    observer = Observer(maps)
+    observer.begin(0)
     measures = []
-    for processor in (JointAttnProcessor2_0(), CapturingJointAttnProcessor(maps, 0)):
+    for processor in (JointAttnProcessor2_0(), tapped(JointAttnProcessor2_0(), observer)):
         block.attn.processor = processor
         measures.append(in_a_graph(lambda: block(*inputs), calls=4))
     pairs = [(measures[0](), measures[1]()) for _ in range(15)]

@@ -73,7 +73,7 @@ def of_maps(target: str, kernel, dtype: str, width: int, columns: int = 0) -> Ca
     code, size = attention_maps, SIZES[dtype]
     precision, blocks = code.dot_precision(size, hip=target.startswith("gfx")), code.blocks_of(target, size)
     constants = {"query_d": 1, "key_d": 1, "D": width, "PRECISION": precision, "BLOCK_N": blocks.queries}
-    constants["BLOCK_D"] = code.block_width(width, size, precision)
+    constants |= {"BLOCK_D": code.block_width(width, size, precision), "SHARED": 1, "bias": None}
     if columns:
         constants |= {"lse_n": 1, "LOG2": code.LOG2_E, "BLOCK_C": code.block_columns(columns), "head_weight": None}
         constants |= {"HEADS": 38, "CHUNK": 5, "ALONE": True, "BLOCK_G": code.MOST_CONCEPTS}

@@ -1,0 +1,300 @@
+"""Every class of models that maps are captured from, tiny: what it computes, its maps, and what is done with them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from builders import TEXT
+from models import CASES, Case, seeded, small_hunyuan_image
+from star.capture import allocated, capture
+from star.concepts import ConceptTokens
+from star.layouts import LAYOUTS, Layout, Pass, layout_of
+from star_kernels import allocate
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def tokens_of(batch: int) -> ConceptTokens:
+    """The first image has two concepts of one and two text tokens, the others one of three."""
+    index = torch.full((batch, 2, 3), -1)
+    index[:, 0] = torch.tensor([1, 2, 3])
+    index[0, 0], index[0, 1] = torch.tensor([1, -1, -1]), torch.tensor([2, 0, -1])
+    weight = (index >= 0).float()
+    return ConceptTokens(index, weight / weight.sum(-1, keepdim=True).clamp_min(1))
+
+
+def output(model, inputs) -> torch.Tensor:
+    """A pass's output; Z-Image's is a list."""
+    out = model(**inputs, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+def attention_calls(model, inputs, monkeypatch) -> list[tuple]:
+    """(query, key, mask) of every call of F.scaled_dot_product_attention in a pass, in float64."""
+    calls, attend = [], F.scaled_dot_product_attention
+
+    def recorded(query, key, value, attn_mask=None, **options):
+        calls.append((query.double(), key.double(), attn_mask))
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(F, "scaled_dot_product_attention", recorded)
+        output(model, inputs)
+    return calls
+
+
+def materialized(case: Case, calls, tokens) -> torch.Tensor:
+    """(L, B, G, N): the softmax over all keys of every captured attention, its columns picked one at a time."""
+    maps, count = [], torch.Size(case.grid).numel()
+    for query, key, mask in calls[slice(*case.calls)]:
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        p = scores.softmax(-1).mean(1)[:, case.image : case.image + count, case.text :]
+        columns = p.gather(2, tokens.index.clamp_min(0).flatten(1)[:, None].expand(-1, count, -1))
+        weighted = columns.unflatten(2, tokens.index.shape[1:]) * tokens.weight[:, None]
+        maps.append(weighted.masked_fill(tokens.index[:, None] < 0, 0).sum(-1).mT)
+    return torch.stack(maps)
+
+
+def every_attention(model) -> range:
+    return range(len(layout_of(model).attentions(model)))
+
+
+@each_case
+@pytest.mark.parametrize("lse", [True, False])
+def test_the_output_keeps_its_bits_and_the_maps_are_the_softmax(case, lse, monkeypatch):
+    model, inputs, tokens = seeded(case.build), case.inputs(2, case.grid), tokens_of(2)
+    calls = attention_calls(model, inputs, monkeypatch)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        with capture(model, tokens, layers=every_attention(model), lse=lse) as maps:
+            assert torch.equal(output(model, inputs), expected)
+        assert torch.equal(output(model, inputs), expected)
+    assert maps.grid == case.grid
+    torch.testing.assert_close(
+        maps.layers().double(), materialized(case, calls, tokens), rtol=1e-4, atol=1e-7, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image_masked", "z_image_masked", "wan", "ltx"])
+@pytest.mark.parametrize("backend", ["_native_math", "_native_efficient"])
+def test_another_backend_keeps_its_bits(name, backend, monkeypatch):
+    """It runs through diffusers' dispatcher as it would, and gives no log-sum-exp."""
+    case = CASES[name]
+    model, inputs, tokens = seeded(case.build), case.inputs(2, case.grid), tokens_of(2)
+    calls = attention_calls(model, inputs, monkeypatch)
+    with torch.no_grad():
+        native = output(model, inputs)
+        model.set_attention_backend(backend)
+        asked, dispatch = [], attention_dispatch.dispatch_attention_fn
+        monkeypatch.setattr(
+            attention_dispatch,
+            "dispatch_attention_fn",
+            lambda *args, **options: asked.append(options["backend"]) or dispatch(*args, **options),
+        )
+        expected = output(model, inputs)
+        with capture(model, tokens, layers=every_attention(model)) as maps:
+            assert torch.equal(output(model, inputs), expected)
+    assert {str(getattr(one, "value", one)) for one in asked} == {backend} and not torch.equal(native, expected)
+    torch.testing.assert_close(
+        maps.layers().double(), materialized(case, calls, tokens), rtol=1e-3, atol=1e-6, check_dtype=False
+    )
+
+
+@each_case
+def test_in_bfloat16(case, monkeypatch):
+    model, tokens = seeded(case.build).to(torch.bfloat16), tokens_of(2)
+    inputs = {name: cast(value) for name, value in case.inputs(2, case.grid).items()}
+    calls = attention_calls(model, inputs, monkeypatch)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        with capture(model, tokens, layers=every_attention(model)) as maps:
+            assert torch.equal(output(model, inputs), expected)
+    # The log-sum-exp of the kernel is of scores in float32, and so are these.
+    torch.testing.assert_close(
+        maps.layers().double(), materialized(case, calls, tokens), rtol=2e-2, atol=1e-4, check_dtype=False
+    )
+
+
+def cast(value):
+    if isinstance(value, list):
+        return [cast(one) for one in value]
+    return value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@each_case
+def test_guidance_reads_the_conditional_half(case):
+    """In the order of the class's pipeline; the halves have the same latents and different texts."""
+    model, inputs = seeded(case.build), case.inputs(4, case.grid)
+    half = layout_of(model).conditional
+    latents = "x" if "x" in inputs else "hidden_states"
+    for name, value in inputs.items():
+        if name == latents:
+            inputs[name] = value[:2] * 2 if isinstance(value, list) else torch.cat([value[:2]] * 2)
+    tokens = tokens_of(2)
+    with torch.no_grad():
+        with capture(model, tokens) as maps:
+            model(**inputs)
+        found = maps.read()
+        with capture(model, tokens, rows=slice(2 * half, 2 * half + 2)) as maps:
+            model(**inputs)
+    assert torch.equal(found, maps.read())
+
+
+@each_case
+def test_gradients_through_checkpointed_blocks_and_an_adapter(case):
+    """Of a LoRA adapter, with capture and without, checkpointed and not."""
+    if case.build is small_hunyuan_image:
+        pytest.skip("diffusers 0.42's HunyuanImage gives its checkpoints an argument that they do not take")
+    gradients, found = [], []
+    for checkpointing in (False, True):
+        for captured in (False, True):
+            model = seeded(case.build)
+            linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+            modules = sorted(name for name in linear if "attn" in name or "attention" in name)
+            torch.manual_seed(3)
+            wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            model.train()
+            context = capture(wrapped, tokens_of(2)) if captured else None
+            inputs = case.inputs(2, case.grid)
+            if context is None:
+                out = output(wrapped, inputs)
+            else:
+                with context as maps:
+                    out = output(wrapped, inputs)
+                found.append(maps.read())
+            parameters = [p for p in wrapped.parameters() if p.requires_grad]
+            gradients.append(torch.autograd.grad(out.square().sum(), parameters, allow_unused=True))
+    assert torch.equal(*found)
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if len(case.grid) == 2])
+def test_allocated_weights_the_gradient_of_the_image(case):
+    """As multiplying what the loss gives the output by the weights; reference images have none."""
+    model, inputs, tokens = seeded(case.build), case.inputs(2, case.grid), tokens_of(2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = output(model, inputs)
+    outside = torch.randn_like(plain)
+    packed = plain.ndim == 3
+    if packed:
+        outside[:, torch.Size(case.grid).numel() :] = 0
+    with allocated(model, tokens) as maps:
+        got = output(model, inputs)
+    assert torch.equal(got, plain)
+    weights = allocate(maps.read(), case.grid, patch=1 if packed else plain.shape[-1] // case.grid[1])
+    factor = weights.flatten(1)[..., None] if packed else weights.view(2, *(1,) * (plain.ndim - 3), *weights.shape[1:])
+    weighted = outside.clone()
+    weighted[:, : weights[0].numel() if packed else None] *= factor
+    gradient = lambda out, outside: torch.autograd.grad(
+        (out * outside).sum(), parameters, allow_unused=True, retain_graph=True
+    )
+    found, expected, unweighted = gradient(got, outside), gradient(plain, weighted), gradient(plain, outside)
+    used = [i for i, one in enumerate(expected) if one is not None]
+    for i in used:
+        torch.testing.assert_close(found[i], expected[i], rtol=1e-3, atol=1e-4 * expected[i].abs().max().item())
+    assert not all(torch.allclose(found[i], unweighted[i], rtol=1e-2) for i in used)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_weights_of_a_video_are_refused(name):
+    case = CASES[name]
+    model = seeded(case.build)
+    with allocated(model, tokens_of(2)), pytest.raises(ValueError, match=r"grid: got \(2, 3, 5\) of a video"):
+        output(model, case.inputs(2, case.grid))
+
+
+@each_case
+def test_compiled_blocks_share_graphs_and_give_the_same_maps(case):
+    """Block by block without a graph break, no more graphs than without capture, in the rollout and the update."""
+    counts, results = {}, []
+    inputs, tokens = case.inputs(2, case.grid), tokens_of(2)
+    for captured in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model = seeded(case.build)
+        for block in blocks(model):
+            block.compile(backend=counter, fullgraph=True)
+        context = capture(model, tokens) if captured else torch.enable_grad()
+        with context as maps:
+            with torch.no_grad():
+                results.append(output(model, inputs))
+            output(model, inputs).square().sum().backward()
+        counts[captured] = counter.frame_count
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    eager = seeded(case.build)
+    with torch.no_grad(), capture(eager, tokens) as expected:
+        output(eager, inputs)
+    torch.testing.assert_close(maps.read(), expected.read(), rtol=1e-4, atol=1e-6)
+    assert counts[True] <= counts[False]
+
+
+def blocks(model):
+    """The modules whose attention is captured by default."""
+    layout = layout_of(model)
+    attentions = set(map(id, layout.attentions(model)))
+    return [m for m in model.modules() if any(id(child) in attentions for child in m.children())]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_row_of_the_table_is_tried(name):
+    assert name in {type(case.build()).__name__ for case in CASES.values()}
+
+
+def test_tokens_beyond_the_text_are_refused():
+    case = CASES["wan"]
+    model, tokens = seeded(case.build), ConceptTokens(torch.tensor([[[TEXT]]] * 2), torch.ones(2, 1, 1))
+    words = f"tokens: point at text token {TEXT}, the model runs {TEXT}"
+    with torch.no_grad(), capture(model, tokens), pytest.raises(ValueError, match=words):
+        output(model, case.inputs(2, case.grid))
+
+
+class Mine(torch.nn.Module):
+    """A model of a user's own: one attention of image and text by diffusers' modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = Attention(
+            16, None, 2, 8, added_kv_proj_dim=16, context_pre_only=False, processor=JointAttnProcessor2_0()
+        )
+
+    def forward(self, latents, text):
+        return self.attn(latents.flatten(2).mT, encoder_hidden_states=text)[0].mT.unflatten(2, latents.shape[2:])
+
+
+def test_a_row_of_ones_own(monkeypatch):
+    def reader(model):
+        def read(argument):
+            latents, text = argument("latents"), argument("text")
+            rows, columns = latents.shape[-2:]
+            return Pass(latents, text, rows * columns, (rows, columns), image=0, text=rows * columns)
+
+        return read
+
+    model, latents, text = Mine(), torch.randn(2, 16, 3, 5), torch.randn(2, TEXT, 16)
+    with pytest.raises(TypeError, match=r"transformer: got Mine, expected .* a row in star\.layouts\.LAYOUTS"):
+        capture(model, tokens_of(2)).__enter__()
+    monkeypatch.setitem(LAYOUTS, "Mine", Layout(lambda model: [model.attn], reader))
+    case = Case(Mine, lambda *_: {}, text=15)
+    calls = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **_: calls.append((q.double(), k.double(), None)) or attend(q, k, v),
+    )
+    with torch.no_grad():
+        expected = model(latents, text)
+        with capture(model, tokens_of(2)) as maps:
+            assert torch.equal(model(latents, text=text), expected)
+    found = materialized(case, calls[:1], tokens_of(2))
+    torch.testing.assert_close(maps.layers().double(), found, rtol=1e-4, atol=1e-7)
