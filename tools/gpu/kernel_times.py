@@ -99,7 +99,7 @@ def maps_arguments(batch: int, heads: int, width: int, side: int, text: int) -> 
     key = torch.randn(batch, heads, tokens + text, width, dtype=torch.bfloat16)
     index = torch.randint(tokens, tokens + text, (batch, CONCEPTS, SLOTS))
     lse = torch.full((batch, heads, tokens), 10.0)
-    return query, key, index, torch.ones(index.shape), lse, width**-0.5, None
+    return query, key, index, torch.ones(index.shape), lse, width**-0.5, None, None
 
 
 def size_of(*arguments: object) -> int:

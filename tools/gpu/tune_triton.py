@@ -93,7 +93,7 @@ def truth(arguments: tuple) -> Tensor:
     *tensors, scale, _ = arguments
     rows = [0, len(tensors[0]) - 1]
     query, key, index, weight, lse = (t[rows] if t.dtype == torch.int64 else t[rows].double() for t in tensors)
-    return reference.attention_maps(query, key, index, weight, lse, scale, None)
+    return reference.attention_maps(query, key, index, weight, lse, scale, None, None)
 
 
 def error(maps: Tensor, expected: Tensor) -> float:
