@@ -263,9 +263,8 @@ class Mine(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attn = Attention(
-            16, None, 2, 8, added_kv_proj_dim=16, context_pre_only=False, processor=JointAttnProcessor2_0()
-        )
+        options = dict(added_kv_proj_dim=16, context_pre_only=False, processor=JointAttnProcessor2_0())
+        self.attn = Attention(16, heads=2, dim_head=8, **options)
 
     def forward(self, latents, text):
         return self.attn(latents.flatten(2).mT, encoder_hidden_states=text)[0].mT.unflatten(2, latents.shape[2:])
