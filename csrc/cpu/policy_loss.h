@@ -37,8 +37,7 @@ struct PolicyLossArgs : LossOptions<T> {
 };
 
 // Locations [first, last) of a sample, at most LOSS_TILES tiles. policy_loss_sums writes each tile's sums, and the
-// log-ratios of its locations, where
-// they have their own.
+// log-ratios of its locations, where they have their own.
 #define STAR_DECLARE(ISA)                                                                                           \
   namespace ISA {                                                                                                   \
   template <typename V, typename X, typename T>                                                                     \

@@ -40,12 +40,17 @@ int64_t tiles(const Args& args) {
   return (args.locations + LOSS_TILE - 1) / LOSS_TILE;
 }
 
+// Whether every thread can have samples of its own.
+template <typename Args>
+bool enough_samples(const Args& args) {
+  return args.batch >= int64_t(torch::stable::get_num_threads());
+}
+
 // Calls span(sample, first location, last) for all locations of samples, on all threads. A span is one tile where threads
 // are more than the samples, else several.
 template <typename Args, typename F>
 void each_span(const Args& args, int64_t begin, int64_t end, F span) {
-  const bool few = args.batch < int64_t(torch::stable::get_num_threads());
-  const int64_t length = few ? LOSS_TILE : LOSS_TILES * LOSS_TILE, each = (args.locations + length - 1) / length;
+  const int64_t length = LOSS_TILE * (enough_samples(args) ? LOSS_TILES : 1), each = (args.locations + length - 1) / length;
   parallel_for(begin * each, end * each, 1, [&](int64_t first, int64_t last) {
     for (int64_t number = first; number < last; number++) {
       const int64_t at = number % each * length;
@@ -93,7 +98,7 @@ PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
   };
   // One sample after the other, a sample's inputs are still in cache when its gradient is made. Threads that are more than
   // the samples share out their tiles instead.
-  if (args.gradient && args.batch >= int64_t(torch::stable::get_num_threads()))
+  if (args.gradient && enough_samples(args))
     parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; index++) run(index, index + 1);
     });

@@ -29,8 +29,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from star.concepts import ConceptTokens, concept_tokens
-from star.layouts import Arguments, Layout, Pass, layout_of
-from star.layouts import Rows as BatchRows
+from star.layouts import Arguments, Batch, Layout, Pass, layout_of
 from star.objective import Allocation, allocation_weights, weighted_gradient
 from star.tap import Tapped, tapped
 from star_kernels import attention_maps
@@ -318,7 +317,7 @@ def _grid(asked: tuple[int, ...] | None, shown: Pass) -> tuple[int, ...]:
     return tuple(grid)
 
 
-def _equal(rows: BatchRows, others: BatchRows) -> bool:
+def _equal(rows: Batch, others: Batch) -> bool:
     """Whether tensors have the same values, NaN for NaN. Waits for the device."""
     if isinstance(rows, Tensor) and isinstance(others, Tensor):
         return rows.shape == others.shape and torch.allclose(rows, others, rtol=0, atol=0, equal_nan=True)

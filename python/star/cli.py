@@ -306,11 +306,11 @@ def maps(arguments: list[str]) -> None:
     task = chosen_task(options.task, options.model)
     images = given(task.images, options, "height", "width", "max_sequence_length")
     pipeline = task.pipeline("cpu", torch.float32)
+    check_size(pipeline, images.height, images.width)
+    check_steps(pipeline.scheduler, options.steps)
     conditions = encode(
         pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale, options.concepts
     )
-    check_size(pipeline, images.height, images.width)
-    check_steps(pipeline.scheduler, options.steps)
     layers = range(len(pipeline.transformer.transformer_blocks)) if options.layers is None else options.layers
     sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
     rollouts = {

@@ -15,15 +15,15 @@ from torch import Tensor
 
 Arguments = Callable[[str], Any]  # a forward pass's argument by its name, None where it was not given
 Reader = Callable[[Arguments], "Pass"]
-Rows = Tensor | Sequence[Tensor]  # of a batch; a list where their shapes may differ
+Batch = Tensor | Sequence[Tensor]  # its rows; a list where their shapes may differ
 
 
 class Pass(NamedTuple):
     """What a forward pass shows before its first block runs."""
 
-    latents: Rows
+    latents: Batch
     """B of (...), of the images that are denoised."""
-    embeds: Rows
+    embeds: Batch
     """B of (T, D), of the texts."""
     tokens: int
     """N, the tokens of the image that is denoised, without reference images."""
@@ -82,14 +82,19 @@ def _grid_of_ids(ids: Tensor) -> tuple[int, int] | None:
     return (rows, columns) if torch.equal(first[:, 1:3], expected.float()) else None
 
 
+def _tokens_of(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """The grid of the tokens that have patches of the latents' sizes."""
+    return tuple(size // part for size, part in zip(sizes, patch, strict=True))
+
+
 def _sd3(model: Any) -> Reader:
     """The image first; its grid is the latents' height and width over the patch size."""
     patch = model.config.patch_size
 
     def read(argument: Arguments) -> Pass:
         latents = argument("hidden_states")
-        grid = latents.shape[-2] // patch, latents.shape[-1] // patch
-        tokens = grid[0] * grid[1]
+        grid = _tokens_of(latents.shape[2:], (patch, patch))
+        tokens = math.prod(grid)
         return Pass(latents, argument("encoder_hidden_states"), tokens, grid, image=0, text=tokens)
 
     return read
@@ -133,7 +138,7 @@ def _cross(patches: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], Reader]
 
         def read(argument: Arguments) -> Pass:
             latents, embeds = argument("hidden_states"), argument("encoder_hidden_states")
-            grid = tuple(size // part for size, part in zip(latents.shape[2:], patch, strict=True))
+            grid = _tokens_of(latents.shape[2:], patch)
             return Pass(latents, embeds, math.prod(grid), grid, image=0, text=0, keys=embeds.shape[1])
 
         return read
@@ -148,7 +153,7 @@ def _ltx(model: Any) -> Reader:
     def read(argument: Arguments) -> Pass:
         latents, embeds = argument("hidden_states"), argument("encoder_hidden_states")
         shape = [argument(name) for name in ("num_frames", "height", "width")]
-        grid = None if None in shape else tuple(size // part for size, part in zip(shape, sizes, strict=True))
+        grid = None if None in shape else _tokens_of(shape, sizes)
         return Pass(latents, embeds, latents.shape[1], grid, image=0, text=0, keys=embeds.shape[1])
 
     return read
@@ -181,7 +186,7 @@ def _hunyuan_image(model: Any) -> Reader:
         latents = argument("hidden_states")
         if argument("encoder_hidden_states_2") is not None:
             raise ValueError("transformer: with encoder_hidden_states_2 the text tokens lie elsewhere in every row")
-        grid = tuple(size // part for size, part in zip(latents.shape[2:], patch, strict=True))
+        grid = _tokens_of(latents.shape[2:], patch)
         tokens = math.prod(grid)
         return Pass(latents, argument("encoder_hidden_states"), tokens, grid, image=0, text=tokens)
 
@@ -193,21 +198,21 @@ def _blocks(lists: Sequence[str], attention: str = "attn") -> Callable[[Any], li
     return lambda model: [getattr(block, attention) for name in lists for block in getattr(model, name)]
 
 
+def _doubles(model: Any) -> int:
+    """How many double-stream blocks a model has, which come before the single-stream ones."""
+    return len(model.transformer_blocks)
+
+
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
+_FLUX = Layout(_blocks([_DOUBLE, _SINGLE]), _flux, default=_doubles)
 
 LAYOUTS: dict[str, Layout] = {
     "SD3Transformer2DModel": Layout(_blocks([_DOUBLE]), _sd3),
-    "FluxTransformer2DModel": Layout(
-        _blocks([_DOUBLE, _SINGLE]), _flux, default=lambda model: len(model.transformer_blocks)
-    ),
-    "Flux2Transformer2DModel": Layout(
-        _blocks([_DOUBLE, _SINGLE]), _flux, default=lambda model: len(model.transformer_blocks)
-    ),
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": Layout(_blocks([_DOUBLE]), _qwen_image),
     "ZImageTransformer2DModel": Layout(_blocks(["layers"], "attention"), _z_image, conditional=0),
-    "HunyuanImageTransformer2DModel": Layout(
-        _blocks([_DOUBLE, _SINGLE]), _hunyuan_image, default=lambda model: len(model.transformer_blocks)
-    ),
+    "HunyuanImageTransformer2DModel": Layout(_blocks([_DOUBLE, _SINGLE]), _hunyuan_image, default=_doubles),
     "SanaTransformer2DModel": Layout(_blocks([_DOUBLE], "attn2"), _cross(lambda model: (model.config.patch_size,) * 2)),
     "WanTransformer3DModel": Layout(_blocks(["blocks"], "attn2"), _cross(lambda model: tuple(model.config.patch_size))),
     "LTXVideoTransformer3DModel": Layout(_blocks([_DOUBLE], "attn2"), _ltx),

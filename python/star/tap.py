@@ -65,10 +65,6 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def _is_plain(mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None, grouped: bool) -> bool:
-    return mask is None and dropout_p == 0 and not is_causal and scale is None and not grouped
-
-
 def runs_natively(backend: Any) -> bool:
     """Whether an attention backend of diffusers, None for the active one, is F.scaled_dot_product_attention."""
     native = attention_dispatch.AttentionBackendName.NATIVE
@@ -94,7 +90,7 @@ class Tapped:
     ) -> Tensor:
         """F.scaled_dot_product_attention."""
         lse = None
-        if _is_plain(attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        if attn_mask is None and dropout_p == 0 and not is_causal and scale is None and not enable_gqa:
             query, key, value = _cast(query, key, value)
             out, lse = attention_with_lse(query, key, value)
         else:
@@ -120,19 +116,19 @@ class Tapped:
         parallel_config: Any = None,
     ) -> Tensor:
         """diffusers' dispatch_attention_fn. query, key, value: (B, S, H, D)."""
-        lse = None
-        if runs_natively(backend) and _is_plain(attn_mask, dropout_p, is_causal, scale, enable_gqa):
-            query, key, value = _cast(query, key, value)
-            out, lse = attention_with_lse(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-            out = out.transpose(1, 2)
-        else:
-            # Older versions have no parallel_config.
-            parallel = {} if parallel_config is None else {"parallel_config": parallel_config}
-            out = attention_dispatch.dispatch_attention_fn(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
-                backend=backend, **parallel,
-            )  # fmt: skip
-        self.star_observer.sees(query.transpose(1, 2), key.transpose(1, 2), attn_mask, scale, lse)
+        if attn_mask is None and runs_natively(backend):
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            out = self.star_scaled_dot_product_attention(
+                query, key, value, None, dropout_p, is_causal, scale, enable_gqa
+            )
+            return out.transpose(1, 2)
+        # Older versions have no parallel_config.
+        parallel = {} if parallel_config is None else {"parallel_config": parallel_config}
+        out = attention_dispatch.dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+            backend=backend, **parallel,
+        )  # fmt: skip
+        self.star_observer.sees(query.transpose(1, 2), key.transpose(1, 2), attn_mask, scale, None)
         return out
 
 

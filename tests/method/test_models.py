@@ -266,8 +266,8 @@ class Mine(torch.nn.Module):
         options = dict(added_kv_proj_dim=16, context_pre_only=False, processor=JointAttnProcessor2_0())
         self.attn = Attention(16, heads=2, dim_head=8, **options)
 
-    def forward(self, latents, text):
-        return self.attn(latents.flatten(2).mT, encoder_hidden_states=text)[0].mT.unflatten(2, latents.shape[2:])
+    def forward(self, latents, text, return_dict=True):
+        return (self.attn(latents.flatten(2).mT, encoder_hidden_states=text)[0].mT.unflatten(2, latents.shape[2:]),)
 
 
 def test_a_row_of_ones_own(monkeypatch):
@@ -279,21 +279,14 @@ def test_a_row_of_ones_own(monkeypatch):
 
         return read
 
-    model, latents, text = Mine(), torch.randn(2, 16, 3, 5), torch.randn(2, TEXT, 16)
+    model, inputs = Mine(), dict(latents=torch.randn(2, 16, 3, 5), text=torch.randn(2, TEXT, 16))
     with pytest.raises(TypeError, match=r"transformer: got Mine, expected .* a row in star\.layouts\.LAYOUTS"):
         capture(model, tokens_of(2)).__enter__()
     monkeypatch.setitem(LAYOUTS, "Mine", Layout(lambda model: [model.attn], reader))
-    case = Case(Mine, lambda *_: {}, text=15)
-    calls = []
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda q, k, v, **_: calls.append((q.double(), k.double(), None)) or attend(q, k, v),
-    )
+    calls = attention_calls(model, inputs, monkeypatch)
     with torch.no_grad():
-        expected = model(latents, text)
+        expected = output(model, inputs)
         with capture(model, tokens_of(2)) as maps:
-            assert torch.equal(model(latents, text=text), expected)
-    found = materialized(case, calls[:1], tokens_of(2))
+            assert torch.equal(output(model, inputs), expected)
+    found = materialized(Case(Mine, lambda *_: inputs, text=15), calls, tokens_of(2))
     torch.testing.assert_close(maps.layers().double(), found, rtol=1e-4, atol=1e-7)
