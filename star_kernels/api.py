@@ -15,6 +15,7 @@ from torch import Tensor
 
 from star_kernels import autograd, native
 from star_kernels.checks import (
+    LEAST_POSITIVE,
     check_choice,
     check_elements,
     check_index,
@@ -28,7 +29,7 @@ from star_kernels.checks import (
     is_dense,
 )
 from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS
-from star_kernels.reference import STATISTICS, compute_dtype
+from star_kernels.reference import NFT_STATISTICS, STATISTICS, compute_dtype
 from star_kernels.requirements import install_line
 from star_kernels.transition import Transition, channel_dim
 
@@ -40,7 +41,34 @@ SHARPEN, LEAST_CAP = (1e-6, 1e6), 1e-6
 TRANSITION_FIELDS = tuple(f"transition.{name}" for name in Transition._fields)
 
 
-class Statistics:
+class NamedValues:
+    """What a loss saw, each a () float32 tensor.
+
+    values: (number of fields,) float32, all of them in the order of `_fields`. The fields are views of it that are made
+    when they are asked for; it unpacks and has `_fields` and `_asdict()` like a named tuple.
+    """
+
+    _fields: tuple[str, ...] = ()
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self._fields:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}, expected one of {list(self._fields)}")
+        return self.values[self._fields.index(name)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values.unbind())
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(self._fields, self, strict=True))
+
+
+class Statistics(NamedValues):
     """What a policy loss saw, each a () float32 tensor. "Units" are what the clip acts on: samples, or locations.
 
     approx_kl: half the mean squared log-ratio. clip_fraction, clip_fraction_low, clip_fraction_high: share of units
@@ -49,8 +77,7 @@ class Statistics:
     kl: the KL term to the reference velocity before its coefficient, 0 without one.
     nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
 
-    values: (9,) float32, all of them in this order. The fields are views of it that are made when they are asked for;
-    it unpacks and has `_fields` and `_asdict()` like a named tuple.
+    values: (9,) float32, all of them in this order.
     """
 
     approx_kl: Tensor
@@ -64,22 +91,28 @@ class Statistics:
     nonfinite: Tensor
     _fields = STATISTICS
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
 
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in STATISTICS:
-            raise AttributeError(f"Statistics has no {name!r}, expected one of {list(STATISTICS)}")
-        return self.values[STATISTICS.index(name)]
+class NFTStatistics(NamedValues):
+    """What an NFT loss saw, each a () float32 tensor.
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.values.unbind())
+    positive_loss, negative_loss: the two branches' terms; the loss is adv_clip / beta times their sum, and the KL term.
+    positive_error, negative_error: mean absolute error of the branches' predictions of the clean latents, without
+    weights or reward_prob. old_deviation, old_deviation_max: mean and largest of (velocity - old_velocity)^2.
+    kl: mean of (velocity - reference_velocity)^2 before its coefficient, 0 without one.
+    nonfinite: number of locations at which an error is not finite; if it is not 0, skip the update.
 
-    def __len__(self) -> int:
-        return len(STATISTICS)
+    values: (8,) float32, all of them in this order.
+    """
 
-    def _asdict(self) -> dict[str, Tensor]:
-        return dict(zip(STATISTICS, self, strict=True))
+    positive_loss: Tensor
+    negative_loss: Tensor
+    positive_error: Tensor
+    negative_error: Tensor
+    old_deviation: Tensor
+    old_deviation_max: Tensor
+    kl: Tensor
+    nonfinite: Tensor
+    _fields = NFT_STATISTICS
 
 
 class PolicyLoss(NamedTuple):
@@ -87,6 +120,13 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     statistics: Statistics
+
+
+class NFTLoss(NamedTuple):
+    """loss: () float32 (float64 for float64 inputs), with a gradient for the velocity alone."""
+
+    loss: Tensor
+    statistics: NFTStatistics
 
 
 def implementations(operator: str, device: str | torch.device = "cpu") -> dict[str, str | None]:
@@ -150,7 +190,7 @@ def tell_fallback(operator: str, device: str) -> None:
     if device != "cpu":
         missing = "; ".join(reason for reason in reasons.values() if reason)
         warn_once(f"{operator} runs as plain PyTorch on {device} tensors: {missing}")
-    elif native.HIDDEN is None:  # told at import
+    elif native.HIDDEN is None and "native" in reasons:  # told at import
         warn_once(f"star_kernels runs as plain PyTorch on cpu tensors, which is slow: {reasons['native']}")
 
 
@@ -195,6 +235,23 @@ def _check_columns(concept_index: Tensor, keys: int) -> None:
 def _check_s(s: Tensor, dtype: torch.dtype) -> None:
     if not s.to(dtype).min().item() > 0:
         raise ValueError("transition.s: has values <= 0; a deterministic step has no density to train on")
+
+
+def _check_probability(name: str, value: Tensor, dtype: torch.dtype, hint: str) -> None:
+    """Check that no value is outside 0..1; one that is not a number shows in the loss."""
+    value = value.detach().to(dtype)
+    if ((value < 0) | (value > 1)).any().item():
+        raise ValueError(f"{name}: has values outside [0, 1]; {hint}")
+
+
+def _check_locations(velocity: Tensor) -> tuple[int, ...]:
+    """Check that velocity is latents with an element; the shape of one value per location of them."""
+    check_latents("velocity", velocity)
+    check_elements("velocity", velocity.shape)
+    if velocity.numel() == 0:
+        raise ValueError(f"velocity: got shape {tuple(velocity.shape)}, expected at least one element")
+    shape, channel = tuple(velocity.shape), channel_dim(velocity)
+    return shape[:channel] + shape[channel + 1 :]
 
 
 def _transition(transition: Transition, batch: int, device: torch.device) -> None:
@@ -422,13 +479,8 @@ def policy_loss(
 
     Source: Flow-GRPO (Liu et al. 2025), scripts/train_sd3.py; the spatial form is this project's (docs/mathematics.md).
     """
-    check_latents("velocity", velocity)
-    check_elements("velocity", velocity.shape)
-    if velocity.numel() == 0:
-        raise ValueError(f"velocity: got shape {tuple(velocity.shape)}, expected at least one element")
+    places = _check_locations(velocity)
     shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
-    channel = channel_dim(velocity)
-    places = shape[:channel] + shape[channel + 1 :]
     check_tensor("sample", sample, shape, device)
     check_tensor("prev_sample", prev_sample, shape, device)
     _transition(transition, batch, device)
@@ -467,5 +519,90 @@ def policy_loss(
     rest = (sample, prev_sample, *transition, advantages, weights, old_mean, old_log_prob, reference_velocity,
             step_weights, ratio, low, high, adv_clip, kl_coef, guard)  # fmt: skip
     check = lambda: _check_s(transition.s, compute_dtype(velocity, sample, prev_sample))
-    loss, statistics, *_ = _run_checked(autograd.policy_loss, chosen, check, device, chosen, velocity, rest)
+    loss, statistics, *_ = _run_checked(autograd.run_loss, chosen, check, device, "policy_loss", chosen, velocity, rest)
     return PolicyLoss(loss, Statistics(statistics))
+
+
+def nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    sample: Tensor,
+    clean: Tensor,
+    sigma: Tensor,
+    reward_prob: Tensor,
+    weights: Tensor | None = None,
+    *,
+    reference_velocity: Tensor | None = None,
+    beta: float = 1.0,
+    adaptive: bool = True,
+    adaptive_min: float = 1e-5,
+    adv_clip: float = 5.0,
+    kl_coef: float = 0.0,
+    impl: Implementation = "auto",
+) -> NFTLoss:
+    """DiffusionNFT's loss of the forward process, with a weight and a reward for each latent location.
+
+    With e = sample - sigma old_velocity - clean, the old policy's error of the clean latents, and
+    m = sigma beta (velocity - old_velocity), what the policy has moved:
+    loss = adv_clip / beta * mean of w (r (e - m)^2 / n+ + (1 - r) (e + m)^2 / n-), r the reward_prob.
+    n+ and n-, the mean of |e - m| and of |e + m| over the sample, are constants of the objective and not weighted.
+
+    Args:
+        velocity: model output at (sample, sigma), (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). The only argument
+            with a gradient, which the backward pass makes in float32, a gradient scaler's factor included, and rounds
+            once to its type.
+        old_velocity: of the old policy, which sampled; same shape. Its pass also has the maps for the weights.
+        sample, clean: the noised latents, (1 - sigma) clean + sigma noise, and the clean ones; same shape.
+        sigma: (B,) noise level in 0..1.
+        reward_prob: (B,) or one per location, in 0..1: DiffusionNFT's r, (A / adv_clip / 2 + 0.5) of the advantage A
+            clamped to +-adv_clip.
+        weights: (B, H, W), (B, T, H, W) or (B, L), not negative, mean 1 over each sample; None means 1 everywhere.
+        reference_velocity: for the KL term, kl_coef * mean (velocity - reference_velocity)^2, never weighted.
+        beta: strength of the guidance, > 0. adv_clip: the factor that undoes reward_prob's division, > 0.
+        adaptive: False leaves n+ and n- out. adaptive_min: the smallest that they can be, > 0.
+        kl_coef: coefficient of the KL term, finite.
+        impl: "auto" or one of `implementations("nft_loss")`.
+
+    Returns:
+        NFTLoss(loss, statistics). An error that is not finite makes the loss NaN or infinite and is counted in
+        `statistics.nonfinite`.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, range or device. Values outside of 0..1 are seen on the
+        CPU alone.
+        RuntimeError: `impl` cannot run here; in the backward pass of a gradient, that there is no second derivative.
+
+    Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py; weights and rewards per location are this
+    project's (docs/mathematics.md).
+    """
+    places = _check_locations(velocity)
+    shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
+    for name, latents in (("old_velocity", old_velocity), ("sample", sample), ("clean", clean)):
+        check_tensor(name, latents, shape, device)
+    check_tensor("sigma", sigma, (batch,), device)
+    check_tensor("reward_prob", reward_prob, None, device)
+    if tuple(reward_prob.shape) not in ((batch,), places):
+        raise ValueError(f"reward_prob: got shape {tuple(reward_prob.shape)}, expected ({batch},) or {places}")
+    if weights is not None:
+        check_tensor("weights", weights, places, device)
+    kl_coef = checked_number("kl_coef", kl_coef)
+    if reference_velocity is not None:
+        check_tensor("reference_velocity", reference_velocity, shape, device)
+    elif kl_coef != 0:
+        raise ValueError(f"reference_velocity: needed for kl_coef={kl_coef}")
+    beta = checked_number("beta", beta, LEAST_POSITIVE, expected="a number > 0")
+    adv_clip = checked_number("adv_clip", adv_clip, LEAST_POSITIVE, expected="a finite number > 0")
+    if not isinstance(adaptive, bool):
+        raise TypeError(f"adaptive: got {type(adaptive).__name__}, expected True or False")
+    adaptive_min = checked_number("adaptive_min", adaptive_min, LEAST_POSITIVE, expected="a number > 0")
+    chosen = resolve("nft_loss", impl, device)
+
+    def check() -> None:
+        dtype = compute_dtype(velocity, sample, clean)
+        _check_probability("sigma", sigma, dtype, "it is the noise level, not the timestep")
+        _check_probability("reward_prob", reward_prob, dtype, "it is made of advantages, not one of them")
+
+    rest = (old_velocity, sample, clean, sigma, reward_prob, weights, reference_velocity, beta, adaptive, adaptive_min,
+            adv_clip, kl_coef)  # fmt: skip
+    loss, statistics, *_ = _run_checked(autograd.run_loss, chosen, check, device, "nft_loss", chosen, velocity, rest)
+    return NFTLoss(loss, NFTStatistics(statistics))

@@ -14,7 +14,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_ELEMENTS = 2**40  # of a tensor: 4 TiB of float32
 MOST_LOCATIONS = 2**30  # of a sample: kernels count them in 32 bits
-LEAST_ADV_CLIP = 1e-30  # which float32 has room for
+LEAST_POSITIVE = 1e-30  # of what must be > 0: float32 has room for its inverse too
 LARGEST = torch.finfo(torch.float32).max  # what is beyond it is infinite in the kernels
 
 
@@ -132,7 +132,7 @@ def checked_clip_range(value: Any) -> tuple[float, float]:
 
 
 def checked_adv_clip(name: str, value: Any) -> float:
-    return checked_number(name, value, LEAST_ADV_CLIP, math.inf, "a number > 0")
+    return checked_number(name, value, LEAST_POSITIVE, math.inf, "a number > 0")
 
 
 def checked_grid(value: Any, tokens: int) -> tuple[int, int]:

@@ -64,12 +64,22 @@ def fake_policy_loss(
     return velocity.new_empty((), dtype=dtype), statistics, velocity.new_empty(units, dtype=dtype)
 
 
-def fake_policy_loss_gradient(grad_loss: Tensor, log_ratio: Tensor, velocity: Tensor, *_: Any) -> Tensor:
+def fake_gradient(grad_loss: Tensor, extra: Tensor, velocity: Tensor, *_: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
 
 
 def fake_policy_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *fake_policy_loss(velocity, *rest), velocity.new_empty(velocity.shape)
+
+
+def fake_nft_loss(velocity: Tensor, old_velocity: Tensor, sample: Tensor, clean: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dtype = reference.compute_dtype(velocity, sample, clean)
+    statistics = velocity.new_empty((len(reference.NFT_STATISTICS),), dtype=torch.float32)
+    return velocity.new_empty((), dtype=dtype), statistics, velocity.new_empty((velocity.shape[0], 2), dtype=dtype)
+
+
+def fake_nft_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *fake_nft_loss(velocity, *rest), velocity.new_empty(velocity.shape)
 
 
 def triton_launcher(operator: str, name: str = "launch") -> Callable:
@@ -167,7 +177,7 @@ _POLICY_LOSS_ARGUMENTS = (
 POLICY_LOSS_GRADIENT = Operator(
     name="policy_loss_gradient",
     schema=f"(Tensor grad_loss, Tensor log_ratio, {_POLICY_LOSS_ARGUMENTS}) -> Tensor",
-    fake=fake_policy_loss_gradient,
+    fake=fake_gradient,
     reference=reference.policy_loss_gradient,
     native=("cpu", "cuda"),
     triton=triton_launcher("policy_loss", "launch_gradient"),
@@ -192,7 +202,39 @@ POLICY_LOSS = Operator(
     with_gradient=POLICY_LOSS_WITH_GRADIENT,
 )
 
-OPERATORS = {operator.name: operator for operator in (ATTENTION_MAPS, ALLOCATE, GAUSSIAN_STEP, POLICY_LOSS)}
+_NFT_LOSS_ARGUMENTS = (
+    "Tensor velocity, Tensor old_velocity, Tensor sample, Tensor clean, Tensor sigma, Tensor reward_prob, "
+    "Tensor? weights, Tensor? reference_velocity, float beta, bool adaptive, float adaptive_min, float adv_clip, "
+    "float kl_coef"
+)
+
+NFT_LOSS_GRADIENT = Operator(
+    name="nft_loss_gradient",
+    schema=f"(Tensor grad_loss, Tensor errors, {_NFT_LOSS_ARGUMENTS}) -> Tensor",
+    fake=fake_gradient,
+    reference=reference.nft_loss_gradient,
+    native=(),
+)
+
+NFT_LOSS_WITH_GRADIENT = Operator(
+    name="nft_loss_with_gradient",
+    schema=f"({_NFT_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=fake_nft_loss_with_gradient,
+    reference=reference.nft_loss_with_gradient,
+    native=(),
+)
+
+NFT_LOSS = Operator(
+    name="nft_loss",
+    schema=f"({_NFT_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    fake=fake_nft_loss,
+    reference=reference.nft_loss,
+    native=(),
+    gradient=NFT_LOSS_GRADIENT,
+    with_gradient=NFT_LOSS_WITH_GRADIENT,
+)
+
+OPERATORS = {operator.name: operator for operator in (ATTENTION_MAPS, ALLOCATE, GAUSSIAN_STEP, POLICY_LOSS, NFT_LOSS)}
 
 
 def define(operator: Operator) -> None:

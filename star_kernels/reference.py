@@ -24,6 +24,17 @@ STATISTICS = (
     "kl",
     "nonfinite",
 )
+# In the order in which nft_loss returns them; api.NFTStatistics has what they mean.
+NFT_STATISTICS = (
+    "positive_loss",
+    "negative_loss",
+    "positive_error",
+    "negative_error",
+    "old_deviation",
+    "old_deviation_max",
+    "kl",
+    "nonfinite",
+)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -268,6 +279,113 @@ def policy_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, Ten
     """(loss, statistics, log_ratio) of policy_loss, which takes the same, and policy_loss_gradient of 1."""
     loss, statistics, log_ratio = policy_loss(velocity, *rest)
     return loss, statistics, log_ratio, policy_loss_gradient(torch.ones_like(loss), log_ratio, velocity, *rest)
+
+
+def nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    sample: Tensor,
+    clean: Tensor,
+    sigma: Tensor,
+    reward_prob: Tensor,
+    weights: Tensor | None,
+    reference_velocity: Tensor | None,
+    beta: float,
+    adaptive: bool,
+    adaptive_min: float,
+    adv_clip: float,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), statistics (8,) in the order of NFT_STATISTICS, mean absolute errors (B, 2); see api.nft_loss.
+
+    errors: of the positive and of the negative branch; what nft_loss_gradient needs of this pass.
+    """
+    dtype = compute_dtype(velocity, sample, clean)
+    deviation, positive, negative = nft_errors(velocity, old_velocity, sample, clean, sigma, beta)
+    # Means are taken in float64: the sums of float32 overflow long before their mean does.
+    errors = torch.stack([error.abs().mean((1, 2), dtype=torch.float64) for error in (positive, negative)], 1).to(dtype)
+    sizes = (errors.clamp_min(adaptive_min) if adaptive else torch.ones_like(errors)).double()
+    w, r = _weights(weights, positive)[:, None], _rows(reward_prob, dtype)[:, None]
+    positive_loss = ((w * r * positive.square()).mean((1, 2), dtype=torch.float64) / sizes[:, 0]).mean()
+    negative_loss = ((w * (1 - r) * negative.square()).mean((1, 2), dtype=torch.float64) / sizes[:, 1]).mean()
+    loss = adv_clip / beta * (positive_loss + negative_loss)
+    kl = torch.zeros((), dtype=torch.float64, device=velocity.device)
+    if reference_velocity is not None:
+        difference = _pixels(velocity, dtype) - _pixels(reference_velocity, dtype)
+        kl = difference.square().mean(dtype=torch.float64)
+        loss = loss + kl_coef * kl
+    squares = deviation.square()
+    nonfinite = (~(positive.isfinite() & negative.isfinite())).any(1).sum()
+    statistics = torch.stack(
+        [
+            positive_loss,
+            negative_loss,
+            *errors.mean(0, dtype=torch.float64),
+            squares.mean(dtype=torch.float64),
+            squares.max().double(),
+            kl,
+            nonfinite.double(),
+        ]
+    ).to(torch.float32)
+    return loss.to(dtype), statistics, errors
+
+
+def nft_loss_gradient(
+    grad_loss: Tensor,
+    errors: Tensor,
+    velocity: Tensor,
+    old_velocity: Tensor,
+    sample: Tensor,
+    clean: Tensor,
+    sigma: Tensor,
+    reward_prob: Tensor,
+    weights: Tensor | None,
+    reference_velocity: Tensor | None,
+    beta: float,
+    adaptive: bool,
+    adaptive_min: float,
+    adv_clip: float,
+    kl_coef: float,
+) -> Tensor:
+    """Gradient of the velocity, in its type, for the gradient () of the loss. errors: as nft_loss returned them.
+
+    Everything else is what nft_loss took.
+    """
+    dtype = compute_dtype(velocity, sample, clean)
+    _, positive, negative = nft_errors(velocity, old_velocity, sample, clean, sigma, beta)
+    sizes = errors.clamp_min(adaptive_min) if adaptive else torch.ones_like(errors)
+    w, r = _weights(weights, positive), _rows(reward_prob, dtype)
+    up, down = w * r / sizes[:, :1], w * (1 - r) / sizes[:, 1:]
+    grad_loss = grad_loss.to(dtype)
+    share = 2 * adv_clip / positive.numel() * sigma.to(dtype) * grad_loss  # beta cancels
+    gradient = share[:, None, None] * (down[:, None] * negative - up[:, None] * positive)
+    if reference_velocity is not None:
+        pull = 2 * kl_coef / positive.numel() * grad_loss
+        gradient = gradient + pull * (_pixels(velocity, dtype) - _pixels(reference_velocity, dtype))
+    gradient = gradient.transpose(1, 2) if velocity.ndim == 3 else gradient
+    return gradient.reshape(velocity.shape).to(velocity.dtype).contiguous()
+
+
+def nft_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, errors) of nft_loss, which takes the same, and nft_loss_gradient of 1."""
+    loss, statistics, errors = nft_loss(velocity, *rest)
+    return loss, statistics, errors, nft_loss_gradient(torch.ones_like(loss), errors, velocity, *rest)
+
+
+def nft_errors(
+    velocity: Tensor, old_velocity: Tensor, sample: Tensor, clean: Tensor, sigma: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(velocity - old velocity, error of the positive branch, of the negative one), each (B, C, P).
+
+    A branch's error is that of its prediction of the clean latents: the old policy's, and what the policy has moved,
+    once for and once against.
+    """
+    dtype = compute_dtype(velocity, sample, clean)
+    v, old, x, x0 = (_pixels(tensor, dtype) for tensor in (velocity, old_velocity, sample, clean))
+    sigma = sigma.to(dtype)[:, None, None]
+    deviation = v - old
+    error, moved = x - sigma * old - x0, sigma * beta * deviation
+    return deviation, error - moved, error + moved
 
 
 def limited_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:

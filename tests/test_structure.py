@@ -79,6 +79,9 @@ MODELS = {"diffusers", "transformers", "peft"}  # which reports do without
 LINES, PARAMETERS = 100, 12
 DOORS = {
     "star_kernels.api.policy_loss": "the operator's door: what a loss takes and its options, each checked",
+    "star_kernels.api.nft_loss": "the operator's door: what a loss takes and its options, each checked",
+    "star_kernels.reference.nft_loss": "the specification: the whole formula on one page, with all its arguments",
+    "star_kernels.reference.nft_loss_gradient": "the specification of the gradient, with the same arguments",
     "star_kernels.reference.policy_loss": "the specification: the whole formula on one page, with all its arguments",
     "star_kernels.reference.policy_loss_gradient": "the specification of the gradient, with the same arguments",
     "star_kernels.triton.policy_loss.launch": "the operator's arguments, as the dispatcher gives them",

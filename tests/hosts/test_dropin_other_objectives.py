@@ -139,7 +139,7 @@ def test_nft_errors():
     x, t = draw(2, 3, 4, 5), torch.ones(2).double()
     with pytest.raises(ValueError, match=r"t: got shape \(2, 1, 1, 1\), expected \(2\)"):
         nft_loss(x, x, x, x, t.view(2, 1, 1, 1), t, beta=1.0)
-    with pytest.raises(ValueError, match=r"reward_prob: got shape \(2, 1\), expected \(2\)"):
+    with pytest.raises(ValueError, match=r"reward_prob: got shape \(2, 1\), expected \(2,\) or \(2, 4, 5\)"):
         nft_loss(x, x, x, x, t, t[:, None], beta=1.0)
     with pytest.raises(ValueError, match=r"xt: got shape \(1, 3, 4, 5\), expected \(2, 3, 4, 5\)"):
         nft_loss(x, x, x, x[:1], t, t, beta=1.0)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import star_kernels
 from star.objective.weighting import with_channel_axis
-from star_kernels.checks import check_latents, check_tensor, checked_number
-
-LEAST_BETA = 1e-30  # what is smaller is 0, or its inverse infinite, in float32
+from star_kernels.checks import LEAST_POSITIVE, check_latents, check_tensor, checked_number
 
 
 def _check_same_shape(**tensors: Tensor) -> None:
@@ -39,42 +38,41 @@ def nft_loss(
     adv_clip_max: float = 5.0,
     adaptive_weight_min: float | None = 1e-5,
 ) -> Tensor:
-    """DiffusionNFT's policy loss with a weight for each location's squared error.
-
-    With v the prediction and v_old the old one, v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v:
-    loss = adv_clip_max / beta * mean of w (r |x0(v+) - x0|^2 / n+ + (1 - r) |x0(v-) - x0|^2 / n-), x0(v) = xt - t v.
-    n, the mean absolute error of the sample, is a constant of the objective and is not weighted.
+    """`star_kernels.nft_loss` in the words of DiffusionNFT's script, without its KL term.
 
     Args:
         forward_prediction, old_prediction: velocities of the policy and of the old one (a constant).
         x0, xt: the clean latents and the noised ones; same shape, (B, C, H, W), (B, C, T, H, W) or (B, L, C).
         t: (B,) noise level in 0..1.
-        reward_prob: (B,) in 0..1, DiffusionNFT's r.
+        reward_prob: (B,) or one per location, in 0..1: DiffusionNFT's r.
         weights: one per location, mean 1 over each sample. Take them from the old policy's pass at (xt, t).
         beta: strength of the guidance. adv_clip_max: the factor that DiffusionNFT multiplies by.
-        adaptive_weight_min: smallest n; None leaves n out.
+        adaptive_weight_min: smallest normalizer; None leaves the normalizer out.
 
-    Returns: (). Raises TypeError, ValueError: shapes that do not fit.
+    Returns: (), with a gradient for forward_prediction alone. Raises TypeError, ValueError: shapes that do not fit.
     Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py.
     """
     _check_same_shape(forward_prediction=forward_prediction, old_prediction=old_prediction, x0=x0, xt=xt)
-    for name, value in (("t", t), ("reward_prob", reward_prob)):
-        check_tensor(name, value, (len(x0),), x0.device)
-    beta = checked_number("beta", beta, LEAST_BETA, expected="a number > 0")
-    t = t.view(-1, *(1,) * (x0.ndim - 1))
-    old = old_prediction.detach()
-    positive = beta * forward_prediction + (1 - beta) * old
-    negative = (1 + beta) * old - beta * forward_prediction
-
-    def loss(prediction: Tensor) -> Tensor:  # (B,)
-        error = xt - t * prediction - x0
-        if adaptive_weight_min is None:
-            return _weighted_error(error**2, weights)
-        size = error.detach().double().abs().flatten(1).mean(1).clamp_min(adaptive_weight_min).to(error.dtype)
-        return _weighted_error(error**2, weights) / size
-
-    per_sample = reward_prob * loss(positive) + (1 - reward_prob) * loss(negative)
-    return (per_sample * (adv_clip_max / beta)).mean()
+    check_tensor("t", t, (len(x0),), x0.device)
+    adaptive = adaptive_weight_min is not None
+    least = adaptive_weight_min if adaptive else 1e-5
+    adv_clip, adaptive_min = (
+        checked_number(name, value, LEAST_POSITIVE, expected="a finite number > 0")
+        for name, value in (("adv_clip_max", adv_clip_max), ("adaptive_weight_min", least))
+    )
+    return star_kernels.nft_loss(
+        forward_prediction,
+        old_prediction,
+        xt,
+        x0,
+        t,
+        reward_prob,
+        weights,
+        beta=beta,
+        adaptive=adaptive,
+        adaptive_min=adaptive_min,
+        adv_clip=adv_clip,
+    ).loss
 
 
 class DPOLoss(NamedTuple):
