@@ -137,17 +137,21 @@ class Sampling:
 
 @dataclass
 class Loss:
-    """The objective; see star_kernels.policy_loss."""
+    """The objective; see star_kernels.policy_loss and star_kernels.nft_loss."""
 
+    objective: Literal["grpo", "nft"] = "grpo"
+    """grpo: the clipped ratio of the rollout's stochastic steps (Flow-GRPO). nft: the forward process of its images
+    (DiffusionNFT), which are then sampled without noise in the steps, by an old policy that follows."""
     ratio: Literal["token", "location", "sample"] = "token"
     """What is clipped: the sample's ratio with the gradient of each location, the ratio of each location, or one ratio
     of the weighted log-ratios."""
     clip_range: NotNegative = 1e-4
     """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
     adv_clip: AboveZero = 5.0
-    """Advantages are clamped to +-adv_clip."""
+    """Advantages are clamped to +-adv_clip. nft: which is a probability of 1 or 0 that an image is a good one."""
     kl_coef: NotNegative = 0.0
-    """Coefficient of the KL term to the model without its adapter. 0: no such term."""
+    """Coefficient of the KL term to the model without its adapter; nft: of the squared difference of the velocities.
+    0: no such term."""
     guard: bool = False
     """Normalize ratios as GRPO-Guard does."""
     global_std: bool = False
@@ -156,6 +160,17 @@ class Loss:
     """Added to that standard deviation. A larger value gives groups whose rewards hardly differ less say."""
     advantage: Literal["image", "location"] = "image"
     """One advantage for each image, or one for each location from a reward that localizes."""
+    noise_levels: Count = 0
+    """nft: noise levels at which an image is trained on in an iteration, drawn for each image from those of
+    sampling.trained_steps. 0: all of them."""
+    beta: AboveZero = 1.0
+    """nft: how far the implicit positive and negative policies are from the old one."""
+    old_decay: Annotated[float, Range(least=0, most=1)] = 0.5
+    """nft: the part of itself that the old policy keeps after an iteration, at most. 0: it is always the policy."""
+    old_decay_rate: NotNegative = 1e-3
+    """nft: how much that part grows with each update, from 0."""
+    old_decay_start: Count = 0
+    """nft: updates before it begins to grow."""
     normalize_rewards: bool = False
     """Turn each of several rewards into advantages before they are weighted, so that their scales do not matter."""
 
@@ -171,7 +186,11 @@ class Optimization:
     micro_batch: Count = 0
     """Images per forward pass. 0: all of an update's."""
     learning_rate: NotNegative = 3e-4
-    """AdamW's learning rate."""
+    """AdamW's learning rate, the largest one of its schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls, to 0 at the last update: in a line or as half a cosine. constant: not at all."""
+    warmup: Count = 0
+    """Updates over which the learning rate rises from 0."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas."""
     adam_epsilon: AboveZero = 1e-8
@@ -291,11 +310,10 @@ class Config:
                 f"optimization.micro_batch: {optimization.micro_batch} does not divide an update's "
                 f"{update} images{each}"
             )
-        if not sampling.trained_steps or not all(0 <= i < sampling.steps - 1 for i in sampling.trained_steps):
-            # The last step is nearly deterministic: its log-ratio would drown all others.
-            raise ConfigError(
-                f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{sampling.steps - 2}"
-            )
+        # GRPO's last step is nearly deterministic: its log-ratio would drown all others.
+        last = sampling.steps - 1 if self.loss.objective == "nft" else sampling.steps - 2
+        if not sampling.trained_steps or not all(0 <= i <= last for i in sampling.trained_steps):
+            raise ConfigError(f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{last}")
         for name, values in (("trained_steps", sampling.trained_steps), ("layers", sampling.layers or ())):
             if len(set(values)) < len(values):
                 raise ConfigError(f"sampling.{name}: got {values}, expected each number once")
@@ -322,10 +340,38 @@ class Config:
             )
         self._check_scoring()
         self._check_concepts()
+        if self.loss.objective == "nft":
+            self._check_nft()
         if self.loss.normalize_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
+
+    def _check_nft(self) -> None:
+        """Raise ConfigError for what the forward process has no use for: it would be left out in silence."""
+        sampling, loss = self.sampling, self.loss
+        if loss.noise_levels > len(sampling.trained_steps):
+            raise ConfigError(
+                f"loss.noise_levels: got {loss.noise_levels}, expected 0..{len(sampling.trained_steps)}, "
+                "the trained steps"
+            )
+        if sampling.guidance_scale > 1:
+            raise ConfigError(
+                f"sampling.guidance_scale: got {sampling.guidance_scale:g}, expected 1: loss.objective nft trains "
+                "without guidance"
+            )
+        refused = {
+            "sampling.window": (sampling.window, 0),
+            "sampling.shared_noise": (sampling.shared_noise, False),
+            "loss.ratio": (loss.ratio, "token"),
+            "loss.guard": (loss.guard, False),
+            "allocation.temporal": (self.allocation.temporal, "none"),
+        }
+        for name, (value, expected) in refused.items():
+            if value != expected:
+                raise ConfigError(f"{name}: got {value!r}, loss.objective nft has none; expected {expected!r}")
+        if self.allocation.strategy == "final_step":
+            raise ConfigError("allocation.strategy: final_step is not for loss.objective nft, which has no steps")
 
     def _check_concepts(self) -> None:
         if self.sampling.concepts == "rules":

@@ -55,6 +55,49 @@ def shapes() -> Config:
     )
 
 
+def shapes_nft() -> Config:
+    """The embedded world with DiffusionNFT, a cosine schedule and as many images an iteration."""
+    grpo = shapes()
+    return dataclasses.replace(
+        grpo,
+        # Every step's noise level, each image at one of them.
+        sampling=dataclasses.replace(grpo.sampling, trained_steps=(0, 1, 2, 3), shared_noise=False),
+        loss=Loss(objective="nft", noise_levels=1, global_std=True),
+        optimization=dataclasses.replace(grpo.optimization, iterations=90, learning_rate=1e-4, schedule="cosine"),
+        run=dataclasses.replace(grpo.run, out=Path("runs/shapes-nft"), grid_every=0),
+    )
+
+
+def sd35m_nft(task: str) -> Config:
+    """Stable Diffusion 3.5 Medium with DiffusionNFT's published settings and STAR's allocation (the defaults).
+
+    Sources: DiffusionNFT config/base.py and config/nft.py, `sd3_geneval`, `sd3_ocr` and `sd3_pickscore`; the decay of
+    the average from scripts/train_nft_sd3.py. Its sampler is a second-order one, ours Euler's.
+    """
+    published = sd35m(task)
+    ocr = task == "ocr"
+    return dataclasses.replace(
+        published,
+        sampling=dataclasses.replace(published.sampling, guidance_scale=1.0, trained_steps=tuple(range(10))),
+        loss=Loss(
+            objective="nft",
+            noise_levels=9,  # timestep_fraction 0.99 of 10
+            beta=0.1 if ocr else 1.0,
+            # decay_type 2 and 1.
+            old_decay=0.999 if ocr else 0.5,
+            old_decay_rate=0.0075 if ocr else 0.001,
+            old_decay_start=75 if ocr else 0,
+            kl_coef=1e-4,
+            global_std=True,
+        ),
+        optimization=dataclasses.replace(
+            published.optimization, updates_per_iteration=2 if ocr else 1, iterations=1000, ema_every=1
+        ),
+        scoring=dataclasses.replace(published.scoring, every=10, guidance_scale=1.0),
+        run=dataclasses.replace(published.run, out=Path(f"runs/{task}-sd35m-nft"), save_every=30, grid_every=0),
+    )
+
+
 def sd35m(task: str, fast: bool = False) -> Config:
     """Stable Diffusion 3.5 Medium with Flow-GRPO's published settings and STAR's allocation (the defaults).
 
@@ -109,12 +152,16 @@ def sd35m(task: str, fast: bool = False) -> Config:
 
 PRESETS = {
     EMBEDDED: shapes,
+    "shapes-nft": shapes_nft,
     "geneval-sd35m": lambda: sd35m("geneval"),
     "geneval-sd35m-fast": lambda: sd35m("geneval", fast=True),
+    "geneval-sd35m-nft": lambda: sd35m_nft("geneval"),
     "ocr-sd35m": lambda: sd35m("ocr"),
     "ocr-sd35m-fast": lambda: sd35m("ocr", fast=True),
+    "ocr-sd35m-nft": lambda: sd35m_nft("ocr"),
     "pickscore-sd35m": lambda: sd35m("pickscore"),
     "pickscore-sd35m-fast": lambda: sd35m("pickscore", fast=True),
+    "pickscore-sd35m-nft": lambda: sd35m_nft("pickscore"),
 }
 
 

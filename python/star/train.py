@@ -20,16 +20,17 @@ from star import config as configuration
 from star import files, rewards
 from star.config import Config
 from star.messages import one_line
-from star.objective import Allocation, captured_steps, temporal_weights
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
 from star.reports.tracking import Tracker, timed
 from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages
-from star.training.credit import Credit, rollout_weights
+from star.training.credit import Credit
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
+from star.training.grpo import GRPO
+from star.training.nft import NFT
 from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
 from star.training.rollout import (
@@ -38,13 +39,11 @@ from star.training.rollout import (
     SamplerOptions,
     check_steps,
     decode,
-    draw_window,
     make_steps,
     sample,
 )
 from star.training.scoring import HeldOut
 from star.training.task import configured_task, draw_prompts, load_task_reward
-from star_kernels import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
     from star.training.prompts import Prompt
@@ -93,10 +92,14 @@ class Trainer:
         # Neighbors are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration
         self.share = Share(self.accelerator, images, updates)
+        objective = NFT if config.loss.objective == "nft" else GRPO
+        patch = self.pipeline.transformer.config.patch_size
+        self.objective = objective(config, self.policy, self.share, self.groups, patch)
         self.chunk = config.optimization.micro_batch or len(self.share.rows) // updates
         self.iteration = 0
         self.preview: preview.Preview | None = None
         self.warned_uniform = False
+        self.held_out_score: float | None = None
         if config.run.resume:
             self.resume()
 
@@ -121,12 +124,11 @@ class Trainer:
             failures = self.worker.count_failures()
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
-        weights = self.weights(rollout, own.masks, generator)
-        noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
-        step_weights = temporal_weights(config.allocation.temporal, noise.to(rollout.latents.device), weights)
+        own_advantages = advantages[self.share.rows].to(rollout.latents.device)
+        credit = self.objective.credit(rollout, own_advantages, own.masks, generator, self.iteration)
         with timed(seconds, "update"):
-            own_advantages = advantages[self.share.rows].to(rollout.latents.device)
-            metrics = self.update(rollout, Credit(own_advantages, weights, step_weights))
+            metrics, weights = self.update(rollout, credit)
+            self.objective.finish()
         self.iteration += 1
 
         categories = [prompts[i].category for i in self.groups.tolist()]
@@ -150,10 +152,10 @@ class Trainer:
     ) -> Rollout:
         """Sample the images of an iteration. captured: steps whose maps are read; None means those that the strategy
         needs. finished: see `sample`."""
-        config, sampling = self.config, self.config.sampling
-        trained = draw_window(sampling.trained_steps, sampling.window, f"{config.run.seed}/{self.iteration}")
+        sampling = self.config.sampling
+        stochastic = self.objective.stochastic_steps(self.iteration)
         if captured is None:
-            captured = captured_steps(config.allocation.strategy, trained, sampling.steps)
+            captured = self.objective.captured_steps(stochastic)
         options = SamplerOptions(
             size=self.size,
             guidance_scale=sampling.guidance_scale,
@@ -164,17 +166,19 @@ class Trainer:
             normalize=sampling.normalize,
             stored_on_cpu=sampling.rollout_device == "cpu",
         )
-        return sample(
-            self.policy.transformer,
-            self.encode(prompts, sampling.guidance_scale),
-            self.groups,
-            make_steps(self.pipeline.scheduler, sampling.steps, trained, sampling.sampler, sampling.noise_level),
-            options,
-            generator,
-            rows=self.share.rows,
-            merged=self.policy.merged if sampling.merge_adapter else nullcontext,
-            finished=finished,
-        )
+        steps = make_steps(self.pipeline.scheduler, sampling.steps, stochastic, sampling.sampler, sampling.noise_level)
+        with self.objective.sampling():
+            return sample(
+                self.policy.transformer,
+                self.encode(prompts, sampling.guidance_scale),
+                self.groups,
+                steps,
+                options,
+                generator,
+                rows=self.share.rows,
+                merged=self.policy.merged if sampling.merge_adapter else nullcontext,
+                finished=finished,
+            )
 
     def submit(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Ticket:
         """Have some of this process' images scored beside what comes next."""
@@ -182,55 +186,24 @@ class Trainer:
         images = decode(self.pipeline, latents)
         return self.worker.submit(images, [p.text for p in chosen], [p.metadata for p in chosen])
 
-    def weights(
-        self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator, allocation: Allocation | None = None
-    ) -> Tensor | None:
-        """`rollout_weights` of this run. allocation: None means the run's own."""
-        patch, allocation = self.pipeline.transformer.config.patch_size, allocation or self.config.allocation
-        return rollout_weights(allocation, rollout, masks, generator, share=self.share, groups=self.groups, patch=patch)
-
-    def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
-        """Optimizer steps over the rollout; each sees its own images at every trained step."""
-        chunks, trained = torch.arange(len(rollout.groups)).split(self.chunk), len(rollout.steps.trained)
+    def update(self, rollout: Rollout, credit: Credit) -> tuple[dict[str, float], Tensor | None]:
+        """Optimizer steps over the rollout; each sees its own images in every pass. Returns the metrics, and the
+        weights (S, B, H, W) of the S passes or None."""
+        chunks, passes = torch.arange(len(rollout.groups)).split(self.chunk), self.objective.passes(rollout)
         per_update = len(chunks) // self.config.optimization.updates_per_iteration
         seen = UpdateMetrics()
         for number, rows in enumerate(chunks):
             ends_update = (number + 1) % per_update == 0
-            for k in range(trained):
+            for k in range(passes):
                 # Gradients add up locally; processes exchange them once per update.
-                exchanged = ends_update and k == trained - 1
+                exchanged = ends_update and k == passes - 1
                 with nullcontext() if exchanged else self.accelerator.no_sync(self.policy.transformer):
-                    loss, statistics = self.loss(rollout, k, rows, credit.at(k, rows))
-                    self.accelerator.backward(loss / (trained * per_update))
-                seen.add_pass(loss, statistics)
+                    loss, statistics, weights = self.objective.loss(rollout, k, rows, credit)
+                    self.accelerator.backward(loss / (passes * per_update))
+                seen.add_pass(k, loss, statistics, weights)
             if ends_update:
                 seen.add_step(*self.policy.step())
-        return seen.metrics()
-
-    def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> PolicyLoss:
-        """The loss of some samples at the k-th trained step. credit: theirs, `Credit.at`."""
-        config, reference = self.config.loss, None
-        samples, prev_samples, old_means, transition = rollout.transition(k, rows)
-        velocity = rollout.velocity(self.policy.transformer, k, rows)
-        if config.kl_coef:
-            with self.policy.reference() as transformer:
-                reference = rollout.velocity(transformer, k, rows)
-        return policy_loss(
-            velocity,
-            samples,
-            prev_samples,
-            transition,
-            credit.advantages,
-            credit.weights,
-            old_mean=old_means,
-            reference_velocity=reference,
-            step_weights=credit.step_weights,
-            ratio=config.ratio,
-            clip_range=config.clip_range,
-            adv_clip=config.adv_clip,
-            kl_coef=config.kl_coef,
-            guard=config.guard,
-        )
+        return seen.metrics(), seen.weights()
 
     # --- scoring, stopping and going on ---------------------------------------------------------------------------
 
@@ -239,7 +212,16 @@ class Trainer:
         if self.held_out.is_due(self.iteration, self.config.optimization.iterations):
             # Every process takes part, because the weights may be sharded over them.
             with self.policy.averaged(), self.encode.on_device():
-                self.held_out.score(self.pipeline, self.judge, self.iteration, self.accelerator)
+                self.held_out_score = self.held_out.score(self.pipeline, self.judge, self.iteration, self.accelerator)
+
+    def progress(self, metrics: dict[str, float]) -> dict[str, str]:
+        """What the progress bar says beside the iterations."""
+        shown = {"reward": f"{metrics['reward']:.3f}"}
+        if "ratio_max" in metrics:
+            shown["ratio"] = f"{metrics['ratio_max']:.4f}"
+        if self.held_out_score is not None:
+            shown["held out"] = f"{self.held_out_score:.3f}"
+        return shown
 
     def save(self) -> None:
         """Write everything that the next iteration depends on; its noise and prompts follow from seed and iteration."""
@@ -321,7 +303,7 @@ def run(trainer: Trainer, termination: Termination) -> dict:
                 preview.draw_rollout(trainer.preview, out / "grids" / f"{trainer.iteration:06d}.png")
             trainer.preview = None
             bar.update()
-            bar.set_postfix(reward=f"{metrics['reward']:.3f}", ratio=f"{metrics['ratio_max']:.4f}")
+            bar.set_postfix(trainer.progress(metrics))
     if tracker is not None:
         tracker.close()
     trainer.worker.close()

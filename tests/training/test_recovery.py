@@ -26,6 +26,15 @@ TINY = [
     *("--optimization.ema-decay", "0.9", "--optimization.ema-every", "1", "--optimization.learning-rate", "1e-2"),
     *("--scoring.count", "2", "--run.no-figures", "--run.save-every", "1", "--run.reward", "test_recovery:reward"),
 ]
+NFT = (
+    "--loss.objective",
+    "nft",
+    "--sampling.no-shared-noise",
+    "--loss.noise-levels",
+    "1",
+    "--loss.old-decay-rate",
+    "0.2",
+)
 
 
 def reward(images, prompts, metadata):
@@ -55,12 +64,13 @@ def kill_at_random_moments(folder):
     begin = time.perf_counter()
     assert wait(fork(tiny, folder / "whole", output=folder / "whole.log")) == 0
     duration = time.perf_counter() - begin
+    assert wait(fork(tiny, folder / "whole-nft", *NFT, output=folder / "whole.log")) == 0
     rng, kills, run, moments = random.Random(7), 0, 0, []
-    while kills < KILLS:
+    while kills < KILLS or run < 2:
         run += 1
-        out = folder / f"killed-{run}"
+        out, objective = folder / f"killed-{run}", NFT if run % 2 else ()
         while True:
-            child = fork(resumed, out, output=folder / "killed.log")
+            child = fork(resumed, out, *objective, output=folder / "killed.log")
             time.sleep(rng.uniform(0.1, 0.5) * duration)
             os.kill(child, signal.SIGKILL)
             code = wait(child)
@@ -128,11 +138,11 @@ def assert_same_run(out, whole):
 def test_a_run_killed_at_any_moment_continues_bit_for_bit(tmp_path):
     serve("test_recovery:kill_at_random_moments", str(tmp_path))
     report = json.loads((tmp_path / "kills.json").read_text())
-    assert report["kills"] >= KILLS and report["runs"] >= 1
+    assert report["kills"] >= KILLS and report["runs"] >= 2
     # Not all in one phase: some before the first checkpoint or early, some late.
     assert len(set(report["moments"])) >= 4
     for run in range(1, report["runs"] + 1):
-        assert_same_run(tmp_path / f"killed-{run}", tmp_path / "whole")
+        assert_same_run(tmp_path / f"killed-{run}", tmp_path / ("whole-nft" if run % 2 else "whole"))
 
 
 @pytest.fixture(scope="module")

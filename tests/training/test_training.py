@@ -166,9 +166,9 @@ def test_a_control_keeps_its_source_over_the_steps(tmp_path):
     rollout = trainer.rollout(
         [p.text for p in training.draw_prompts(trainer.task, trainer.config, 0)], torch.Generator().manual_seed(0)
     )
-    shuffled = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
+    shuffled = trainer.objective.weights(rollout, None, torch.Generator().manual_seed(0))
     trainer.config = small_run(tmp_path, sampling={"images_per_prompt": 4})
-    own = trainer.weights(rollout, None, torch.Generator().manual_seed(0))
+    own = trainer.objective.weights(rollout, None, torch.Generator().manual_seed(0))
     # At the second trained step the samples have parted, and each has weights of its own.
     source = [int((own[1] == w).flatten(1).all(1).nonzero()[0]) for w in shuffled[1]]
     assert torch.equal(shuffled[0], own[0][source])
@@ -180,7 +180,7 @@ def test_final_step_gives_every_trained_step_the_weights_of_the_last_one(tmp_pat
         [p.text for p in training.draw_prompts(trainer.task, trainer.config, 0)], torch.Generator().manual_seed(0)
     )
     assert len(rollout.maps) == 1
-    got = trainer.weights(rollout, None, torch.Generator())
+    got = trainer.objective.weights(rollout, None, torch.Generator())
     assert torch.equal(got[0], got[1])
     # There the images of a prompt have parted: each has weights of its own.
     assert len(torch.unique(got[0], dim=0)) == len(rollout.groups)

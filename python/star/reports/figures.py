@@ -18,7 +18,7 @@ from star import files
 
 class Shown(Protocol):
     """Images with weights over them; star.training.preview.Preview is one. images: (n, H, W, 3) in 0..1. rewards: (n,).
-    weights: (S, n, h, w) of the steps with noise levels `sigmas`, or None."""
+    weights: (S, n, h, w) of what `labels` name, or None."""
 
     @property
     def prompts(self) -> Sequence[str]: ...
@@ -29,7 +29,7 @@ class Shown(Protocol):
     @property
     def weights(self) -> np.ndarray | None: ...
     @property
-    def sigmas(self) -> Sequence[float]: ...
+    def labels(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def rollout_grid(shown: Shown, path: Path) -> None:
             overlay(axes[row + 1, column], shown.images[column], fields[column], float(weights.max()))
     set_text(axes[0, 0], left="reward")
     for row in range(len(weights)):
-        set_text(axes[row + 1, 0], left=f"sigma {shown.sigmas[row]:.2f}")
+        set_text(axes[row + 1, 0], left=shown.labels[row])
     save(figure, path)
 
 
@@ -148,7 +148,7 @@ def allocation(shown: Shown, path: Path) -> None:
         for column in range(steps):
             overlay(axes[row, column + 1], shown.images[row], shown.weights[column, row], largest)
             if row == 0:
-                set_text(axes[row, column + 1], title=f"sigma {shown.sigmas[column]:.2f}")
+                set_text(axes[row, column + 1], title=shown.labels[column])
     bar = figure.colorbar(axes[0, 1].images[-1], ax=axes[:, -1], fraction=0.08)
     bar.set_label("weight (mean 1)", fontsize=7)
     save(figure, path)

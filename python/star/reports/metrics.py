@@ -15,7 +15,6 @@ from torch import Tensor
 from star import rewards
 from star.objective import uniform_rows
 from star.rewards import Scores
-from star_kernels import Statistics
 
 # name, or name with a * for what the run decides: meaning. The order is that of the documentation and of the report.
 MEANING = {
@@ -35,11 +34,17 @@ MEANING = {
     "clip_fraction": "share of ratios outside the clip range",
     "clip_fraction_low": "share below it",
     "clip_fraction_high": "share above it",
-    "kl": "KL term to the model without its adapter, before loss.kl_coef; 0 without one",
+    "kl": "KL term to the model without its adapter (nft: squared difference), before loss.kl_coef; 0 without one",
+    "positive_loss": "loss.objective nft: the term that draws the policy to its good images, before adv_clip / beta",
+    "negative_loss": "the term that drives it from its bad ones; each holds the noise that no model can predict",
+    "positive_error": "mean absolute error of the positive branch's prediction of the image, without weights",
+    "negative_error": "the same of the negative branch",
+    "old_deviation": "mean squared difference to the old policy's velocity: how far the policy is ahead of it",
+    "old_deviation_max": "the largest one, mean over the passes",
     "grad_norm": "norm of the gradient before it is cut to optimization.max_grad_norm, mean over the updates",
     "update_norm": "norm of the step that an update took, before it is rescaled, where optimization.update_norm is set",
     "updates_skipped": "updates left out because their gradient was not finite",
-    "nonfinite": "locations with a log-ratio that is not finite, mean over the passes; should be 0",
+    "nonfinite": "locations with a log-ratio (nft: an error) that is not finite, mean over the passes; should be 0",
     "gradient_share": "share of the weights' sum in the tenth of each image's locations that weigh most; 0.1: flat",
     "weights_max": "largest weight of an image, mean over images and trained steps",
     "weights_concentration": "mean square of an image's weights: 1 if they are flat, k if they are all on 1/k of it",
@@ -79,14 +84,22 @@ class UpdateMetrics:
 
     def __init__(self) -> None:
         self.seen: dict[str, list[Tensor]] = defaultdict(list)
+        self.fields: dict[int, list[Tensor]] = defaultdict(list)
         self.norms: list[float] = []
         self.skipped = 0
         self.moves: list[float] = []
 
-    def add_pass(self, loss: Tensor, statistics: Statistics) -> None:
+    def add_pass(self, k: int, loss: Tensor, statistics: dict[str, Tensor], weights: Tensor | None) -> None:
+        """k: which of its samples' passes it is. weights: (b, H, W) of the samples, or None."""
         self.seen["loss"].append(loss.detach())
-        for name, value in statistics._asdict().items():
+        for name, value in statistics.items():
             self.seen[name].append(value)
+        if weights is not None:
+            self.fields[k].append(weights)
+
+    def weights(self) -> Tensor | None:
+        """(S, B, H, W) of S passes of every sample, or None."""
+        return torch.stack([torch.cat(fields) for fields in self.fields.values()]) if self.fields else None
 
     def add_step(self, norm: float, skipped: bool, moved: float | None) -> None:
         """norm: of the gradient. moved: of the update, where it is measured."""
@@ -97,10 +110,11 @@ class UpdateMetrics:
     def metrics(self) -> dict[str, float]:
         """Means, but for the smallest and the largest ratio and for the first one."""
         found = {name: torch.stack(values).float().mean().item() for name, values in self.seen.items()}
-        found["ratio_min"] = torch.stack(self.seen["ratio_min"]).min().item()
-        found["ratio_max"] = torch.stack(self.seen["ratio_max"]).max().item()
-        # What the rollout's own policy gives: exactly 1 before the first update.
-        found["ratio_first"] = self.seen["ratio_mean"][0].item()
+        if "ratio_mean" in self.seen:
+            found["ratio_min"] = torch.stack(self.seen["ratio_min"]).min().item()
+            found["ratio_max"] = torch.stack(self.seen["ratio_max"]).max().item()
+            # What the rollout's own policy gives: exactly 1 before the first update.
+            found["ratio_first"] = self.seen["ratio_mean"][0].item()
         if self.moves:
             found["update_norm"] = sum(self.moves) / len(self.moves)
         return found | {"grad_norm": sum(self.norms) / len(self.norms), "updates_skipped": float(self.skipped)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,33 @@ from star.training.rollout import Rollout
 
 @dataclass(frozen=True)
 class Credit:
-    """Of a rollout of B samples and S trained steps. advantages: (B,) or (B, H, W). weights: (S, B, H, W) of mean 1
-    over each sample. step_weights: (S, B) of mean 1 over the steps. None stands for 1 everywhere."""
+    """Of a rollout of B samples and S passes of the update. advantages: (B,) or (B, H, W). weights: (S, B, H, W) of
+    mean 1 over each sample. step_weights: (S, B) of mean 1 over the passes. None stands for 1 everywhere."""
 
     advantages: Tensor
     weights: Tensor | None
     step_weights: Tensor | None
 
     def at(self, k: int, rows: Tensor) -> Credit:
-        """The same of some samples at the k-th trained step: without the axis of the steps."""
+        """The same of some samples in the k-th pass: without the axis of the passes."""
         weights, step_weights = (None if x is None else x[k, rows] for x in (self.weights, self.step_weights))
         return Credit(self.advantages[rows], weights, step_weights)
+
+
+class Pass(NamedTuple):
+    """What a pass of the update computes for b samples. loss: (), with a gradient. statistics: () each, by the name of
+    their metric. weights: (b, H, W) of mean 1 over each sample, or None for 1 everywhere."""
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+    weights: Tensor | None
+
+
+def token_masks(masks: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+    """(B, height, width) masks in 0..1 -> (B, N) the share of each image token that they fill."""
+    if masks is None:
+        return None
+    return F.adaptive_avg_pool2d(masks[:, None], grid).flatten(1).to(device)
 
 
 def rollout_weights(
@@ -49,8 +66,7 @@ def rollout_weights(
     Returns:
         (S, b, H, W) float32 of mean 1 over each sample, or None if the weights are uniform.
     """
-    if masks is not None:
-        masks = F.adaptive_avg_pool2d(masks[:, None], rollout.grid).flatten(1).to(rollout.latents.device)
+    masks = token_masks(masks, rollout.grid, rollout.latents.device)
     # Every step starts from the same state: who gets whose weights does not change from step to step.
     seed = int(torch.randint(2**62, (), generator=generator))
     everyone = allocation.strategy in ("shuffled", "random")

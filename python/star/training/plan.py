@@ -182,13 +182,15 @@ def count_bytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one iteration. rows: images times steps, of one GPU, twice with guidance. memory: bytes of one GPU."""
+    """Of one iteration. rows: images times steps, of one GPU, twice with guidance. trained_steps: of an image; for
+    loss.objective nft its noise levels. old_rows: of the old policy's passes there. memory: bytes of one GPU."""
 
     images: int
     images_per_gpu: int
     trained_steps: int
     rollout_rows: int
     update_rows: int
+    old_rows: int
     reference_rows: int
     forward_flops: int
     backward_flops: int
@@ -200,7 +202,8 @@ class Plan:
     @property
     def flops_per_gpu(self) -> int:
         """Of the transformer."""
-        policy = (self.rollout_rows + self.update_rows) * self.forward_flops + self.update_rows * self.backward_flops
+        forward = self.rollout_rows + self.update_rows + self.old_rows
+        policy = forward * self.forward_flops + self.update_rows * self.backward_flops
         return policy + self.reference_rows * self.reference_flops
 
     @property
@@ -226,8 +229,9 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     groups = share_rows(images, optimization.updates_per_iteration, gpus)[0] % sampling.prompts_per_iteration
     chunks = groups.split(optimization.micro_batch or own // optimization.updates_per_iteration)
     guided = 2 if sampling.guidance_scale > 1 else 1
-    count = sampling.window or len(sampling.trained_steps)
-    steps = sampling.trained_steps[:count]
+    nft = config.loss.objective == "nft"
+    count = (config.loss.noise_levels if nft else sampling.window) or len(sampling.trained_steps)
+    steps = () if nft else sampling.trained_steps[:count]
     shared = min(steps) + 1 if sampling.shared_noise else 0
 
     def rows(step: int) -> int:
@@ -235,7 +239,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
             return own
         return sum(len(group_members(part)[0]) for part in (chunks if step in steps else [groups]))
 
-    update_rows = guided * sum(rows(step) for step in steps)
+    update_rows = own * count if nft else guided * sum(rows(step) for step in steps)
     largest = max(len(chunk) for chunk in chunks)
     factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
     height, width = config.model.height // factor, config.model.width // factor
@@ -255,7 +259,8 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         "gradients": 4 * trained_parameters // shards,
         "optimizer": 8 * trained_parameters // shards,
         "moving average": 4 * trained_parameters // shards if optimization.ema_decay else 0,
-        "rollout": 0 if sampling.rollout_device == "cpu" else 3 * count * own * latents * 4,
+        "old policy": 4 * trained_parameters // shards if nft else 0,
+        "rollout": 0 if sampling.rollout_device == "cpu" else 3 * len(steps) * own * latents * 4,
         "maps and weights": count * own * (CONCEPTS * tokens + locations) * 4,
         "text": (sampling.prompts_per_iteration + guided - 1) * embedding,
         "decoding": decoding(models.vae, min(DECODED_AT_ONCE, own), height, width),
@@ -283,6 +288,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         trained_steps=count,
         rollout_rows=guided * sum(rows(step) for step in range(sampling.steps)),
         update_rows=update_rows,
+        old_rows=update_rows if nft else 0,
         reference_rows=update_rows if config.loss.kl_coef else 0,
         forward_flops=forward,
         backward_flops=backward,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from star.config import Config, ConfigError
+from star.config import Config, ConfigError, Loss, Optimization
 from star.training.adapter import REFERENCE, has_reference, start_from
 from star.training.distributed import full_tensor, shard_like
 from star.training.pipeline import TRAINED, make_trainable
@@ -46,6 +47,10 @@ class Policy:
         self.ema = None
         if self.config.ema_decay:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay)
+        self.lag = config.loss
+        self.old_parameters: list[Tensor] | None = None
+        if config.loss.objective == "nft":
+            self.old_parameters = [p.detach().clone() for p in self.parameters.values()]
 
     def step(self) -> tuple[float, bool, float | None]:
         """Clip the gradients, update and forget them. Returns their norm, whether the update was skipped because it was
@@ -55,6 +60,8 @@ class Policy:
         skipped = not torch.isfinite(torch.tensor(norm)).item()
         measured, moved = self.config.update_norm is not None, None
         before = [p.detach().clone() for p in self.parameters.values()] if measured else []
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.updates)
         # A gradient scaler skips the step itself, and must see it to lower its scale.
         if not skipped or self.accelerator.scaler is not None:
             self.optimizer.step()
@@ -79,25 +86,42 @@ class Policy:
                 parameter.copy_(old + step * (norm / length))
         return length
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Within it the transformer has the averaged weights, if an average is kept."""
-        if self.ema is None:
-            yield
-            return
+        return nullcontext() if self.ema is None else self.replaced(self.ema.shadow_params)
+
+    def old(self) -> AbstractContextManager[None]:
+        """Within it the transformer has the weights of the old policy, if there is one."""
+        return nullcontext() if self.old_parameters is None else self.replaced(self.old_parameters)
+
+    @contextmanager
+    def replaced(self, values: list[Tensor]) -> Iterator[None]:
+        """Within it the trained weights have other values; neither graph nor optimizer must see them."""
         trained = [p.detach().clone() for p in self.parameters.values()]
-        self.ema.copy_to(self.parameters.values())
+        _copy(values, self.parameters.values())
         try:
             yield
         finally:
-            for parameter, value in zip(self.parameters.values(), trained, strict=True):
-                parameter.data.copy_(value)
+            _copy(trained, self.parameters.values())
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The old policy becomes `decay` of itself and the rest of the policy; the decay grows with the updates."""
+        if self.old_parameters is None:
+            return
+        decay = old_decay(self.lag, self.updates)
+        for old, parameter in zip(self.old_parameters, self.parameters.values(), strict=True):
+            old.mul_(decay).add_(parameter, alpha=1 - decay)
+
+    def unwrapped(self) -> torch.nn.Module:
+        """The transformer as passes without gradients take it: in the run's precision, without its processes."""
+        return self.accelerator.unwrap_model(self.transformer)
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
         """The model before this run, without gradients: with the adapter that it began with, or with none."""
         with self.starting_adapter() if has_reference(self.bare) else self.without_adapter(), torch.no_grad():
-            yield self.accelerator.unwrap_model(self.transformer)
+            yield self.unwrapped()
 
     @contextmanager
     def starting_adapter(self) -> Iterator[None]:
@@ -155,6 +179,7 @@ class Policy:
             "parameters": {name: full_tensor(p, keep) for name, p in self.parameters.items()},
             "optimizer": {"state": moments, "param_groups": optimizer["param_groups"]},
             "ema": ema,
+            "old": None if self.old_parameters is None else [full_tensor(x, keep) for x in self.old_parameters],
             "updates": self.updates,
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
@@ -187,6 +212,28 @@ class Policy:
         elif self.ema is not None:
             average = [shard_like(x, p) for x, p in zip(state["ema"]["shadow_params"], own, strict=True)]
             self.ema.load_state_dict({**state["ema"], "shadow_params": average, "decay": self.config.ema_decay})
+        if self.old_parameters is not None:
+            # A run that was not of this objective begins with itself.
+            saved = state.get("old") or [state["parameters"][name] for name in self.parameters]
+            self.old_parameters = [shard_like(x, p).clone() for x, p in zip(saved, own, strict=True)]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
+
+
+def old_decay(loss: Loss, updates: int) -> float:
+    """How much of itself the old policy keeps after so many updates. Source: `return_decay` of DiffusionNFT."""
+    return min(max(0, updates - loss.old_decay_start) * loss.old_decay_rate, loss.old_decay)
+
+
+def learning_rate(config: Optimization, updates: int) -> float:
+    """Of the update after so many. The first one of a warm-up is not 0, and neither is the last one of a run."""
+    rise = min(1.0, (updates + 1) / (config.warmup + 1))
+    left = max(0.0, 1 - updates / (config.iterations * config.updates_per_iteration))
+    falls = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return config.learning_rate * rise * falls[config.schedule]
+
+
+def _copy(values: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
+    for value, parameter in zip(values, parameters, strict=True):
+        parameter.data.copy_(value)

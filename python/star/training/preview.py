@@ -31,26 +31,30 @@ TRACED = 4  # prompts whose allocation is drawn step by step
 @dataclass(frozen=True)
 class Preview:
     """Some images of a rollout. images: (n, H, W, 3) in 0..1. rewards: (n,), NaN where one failed. weights: (S, n, h,
-    w) of the steps with noise levels `sigmas`, or None for uniform ones."""
+    w) of the steps that `labels` name, or None for uniform ones."""
 
     prompts: list[str]
     images: np.ndarray
     rewards: np.ndarray
     weights: np.ndarray | None
-    sigmas: list[float]
+    labels: list[str]
 
 
 def of_rollout(
     pipeline: StableDiffusion3Pipeline, rollout: Rollout, weights: Tensor | None, rewards: Tensor
 ) -> Preview:
-    """The first images of a rollout."""
+    """The first images of a rollout. weights: (S, B, H, W) of its trained steps; without any, of each image at noise
+    levels of its own, whose mean is shown."""
     count = min(SHOWN, len(rollout.latents))
+    labels = _labels(rollout.steps.sigmas[list(rollout.steps.trained)])
+    if weights is not None and not labels:
+        weights, labels = weights.mean(0, keepdim=True), ["mean weights"]
     return Preview(
         prompts=[rollout.conditions.prompts[i] for i in rollout.groups[:count].tolist()],
         images=_arrays(decode(pipeline, rollout.latents[:count])),
         rewards=rewards[:count].cpu().numpy(),
         weights=None if weights is None else weights[:, :count].float().cpu().numpy(),
-        sigmas=[float(rollout.steps.sigmas[step]) for step in rollout.steps.trained],
+        labels=labels,
     )
 
 
@@ -76,8 +80,12 @@ def of_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequ
         images=_arrays(decode(pipeline, rollout.latents)),
         rewards=np.full(len(prompts), np.nan),
         weights=attention_weights(pipeline, rollout, config.allocation),
-        sigmas=rollout.steps.sigmas[:-1].tolist(),
+        labels=_labels(rollout.steps.sigmas[:-1]),
     )
+
+
+def _labels(sigmas: Tensor) -> list[str]:
+    return [f"sigma {sigma:.2f}" for sigma in sigmas.tolist()]
 
 
 def attention_weights(pipeline: StableDiffusion3Pipeline, rollout: Rollout, allocation: Allocation) -> np.ndarray:

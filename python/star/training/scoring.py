@@ -219,8 +219,9 @@ class HeldOut:
 
     def score(
         self, pipeline: StableDiffusion3Pipeline, worker: RewardWorker, iteration: int, accelerator: Accelerator
-    ) -> None:
-        """Score the policy as it is; the run's evaluations.jsonl gets a line, and held_out/ its first images."""
+    ) -> float:
+        """Score the policy as it is; the run's evaluations.jsonl gets a line, and held_out/ its first images. Returns
+        the mean reward."""
         shown = FirstImages()
         evaluation = evaluate(
             pipeline,
@@ -235,6 +236,7 @@ class HeldOut:
         if accelerator.is_main_process:
             write_evaluation(self.run, evaluation)
             shown.save(self.run / "held_out" / ("before" if iteration == 0 else "after"))
+        return evaluation.mean("reward").mean
 
     def is_due(self, iteration: int, last: int) -> bool:
         """Whether the policy is scored after an iteration: before the first, after the last and on the schedule."""

@@ -15,6 +15,7 @@ from star.objective import captured_steps, permute_across_groups
 from star.study.gradient_signal import compare_with_scalar
 from star.study.tables import Table, format_number
 from star.train import Trainer
+from star.training.credit import rollout_weights
 from star.training.rollout import Rollout
 from star_kernels import policy_loss
 
@@ -132,8 +133,14 @@ def arm_weights(trainer: Trainer, config: Config, rollout: Rollout, masks: Tenso
     """The weights that an arm gives to a rollout that has the maps of every step."""
     captured = captured_steps(config.allocation.strategy, rollout.steps.trained, config.sampling.steps)
     maps = rollout.maps[list(captured)] if captured and rollout.maps is not None else None
-    return trainer.weights(
-        dataclasses.replace(rollout, maps=maps), masks, torch.Generator().manual_seed(seed), config.allocation
+    return rollout_weights(
+        config.allocation,
+        dataclasses.replace(rollout, maps=maps),
+        masks,
+        torch.Generator().manual_seed(seed),
+        share=trainer.share,
+        groups=trainer.groups,
+        patch=trainer.pipeline.transformer.config.patch_size,
     )
 
 

@@ -1,0 +1,90 @@
+"""Flow-GRPO's objective: the densities of the rollout's own stochastic steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from star.config import Config
+from star.objective import captured_steps, temporal_weights
+from star.training.credit import Credit, Pass, rollout_weights
+from star.training.distributed import Share
+from star.training.policy import Policy
+from star.training.rollout import Rollout, draw_window
+from star_kernels import policy_loss
+
+
+class GRPO:
+    """groups: (B,) int64 of all the iteration's images. patch: latent locations per image token and side."""
+
+    def __init__(self, config: Config, policy: Policy, share: Share, groups: Tensor, patch: int) -> None:
+        self.config, self.policy, self.share, self.groups, self.patch = config, policy, share, groups, patch
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The policy samples its own images."""
+        yield
+
+    def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
+        sampling = self.config.sampling
+        return draw_window(sampling.trained_steps, sampling.window, f"{self.config.run.seed}/{iteration}")
+
+    def captured_steps(self, stochastic: tuple[int, ...]) -> tuple[int, ...]:
+        return captured_steps(self.config.allocation.strategy, stochastic, self.config.sampling.steps)
+
+    def passes(self, rollout: Rollout) -> int:
+        """Of each image in an iteration: its trained steps."""
+        return len(rollout.steps.trained)
+
+    def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        """`rollout_weights` of this run."""
+        return rollout_weights(
+            self.config.allocation,
+            rollout,
+            masks,
+            generator,
+            share=self.share,
+            groups=self.groups,
+            patch=self.patch,
+        )
+
+    def credit(
+        self, rollout: Rollout, advantages: Tensor, masks: Tensor | None, generator: torch.Generator, iteration: int
+    ) -> Credit:
+        """advantages: (b,) or (b, H, W), masks: (b, height, width) or None, of this process' images."""
+        weights = self.weights(rollout, masks, generator)
+        noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
+        step_weights = temporal_weights(self.config.allocation.temporal, noise.to(rollout.latents.device), weights)
+        return Credit(advantages, weights, step_weights)
+
+    def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
+        """Of some samples at the k-th trained step."""
+        config, reference, own = self.config.loss, None, credit.at(k, rows)
+        samples, prev_samples, old_means, transition = rollout.transition(k, rows)
+        velocity = rollout.velocity(self.policy.transformer, k, rows)
+        if config.kl_coef:
+            with self.policy.reference() as transformer:
+                reference = rollout.velocity(transformer, k, rows)
+        loss, statistics = policy_loss(
+            velocity,
+            samples,
+            prev_samples,
+            transition,
+            own.advantages,
+            own.weights,
+            old_mean=old_means,
+            reference_velocity=reference,
+            step_weights=own.step_weights,
+            ratio=config.ratio,
+            clip_range=config.clip_range,
+            adv_clip=config.adv_clip,
+            kl_coef=config.kl_coef,
+            guard=config.guard,
+        )
+        return Pass(loss, statistics._asdict(), own.weights)
+
+    def finish(self) -> None:
+        """After an iteration's updates there is nothing to do."""
