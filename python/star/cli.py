@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import os
 import sys
@@ -24,10 +25,14 @@ log = logging.getLogger("star")
 FAULT = "a fault of star itself"
 Values = TypeVar("Values", bound="DataclassInstance")
 
+# Images of `star probe`: batches, prompts of each, images of each prompt.
+PROBED = {"batches": 16, "prompts": 4, "images": 6}
+
 USAGE = """usage: star COMMAND [--help]
 
   train    post-train a model: --preset NAME, --config FILE.yaml, and any option
   plan     predict what a run will take, before anything is loaded: --gpus N and the options of train
+  probe    say beforehand whether knowing the locations will help: --batches N and the options of train
   eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
   compare  train arms with several seeds side by side, and report which differ
   maps     draw a prompt's concept maps by layer and step
@@ -202,6 +207,33 @@ def plan(arguments: list[str]) -> None:
         table.add_row(name, f"{size / 2**30:,.2f} GiB")
     table.add_row("[bold]peak per GPU", f"[bold]{plan.peak / 2**30:,.1f} GiB")
     Console().print(table)
+
+
+def probe(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    for name, default in PROBED.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path)
+    known, rest = parser.parse_known_args(arguments)
+    options = " ".join(f"[--{name} N]" for name in PROBED)
+    config = read_config(rest, f"star probe {options} [--json FILE]")
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from star import files
+    from star.config import check_ranges
+    from star.study import probe as probing
+
+    chosen = probing.Probe(known.batches, known.prompts, known.images)
+    check_ranges(chosen, "")
+    found = probing.probe(config, chosen)
+    if known.json is not None:
+        files.replace_text(known.json, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    console = Console()
+    for table in probing.tables(found):
+        console.print(Markdown(table.markdown()))
+    console.print(f"\n{probing.verdict(found)}", highlight=False)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -397,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 1 after printing one line about what was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": train, "plan": plan, "eval": evaluate, "compare": compare, "maps": maps}
-    commands |= {"report": report, "info": info}
+    commands |= {"probe": probe, "report": report, "info": info}
     if not arguments or arguments[0] not in commands:
         print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments in ([], ["--help"], ["-h"]) else 2

@@ -131,7 +131,9 @@ def assert_equal_to_one(runs, name, one):
         assert line.keys() == other.keys()
         for key in line:
             if not key.startswith(("seconds/", "memory", "ratio", "clip")):
-                assert line[key] == pytest.approx(other[key], rel=2e-3, abs=2e-5), (line["iteration"], key)
+                # Each process divides by the area of its own objects.
+                near = 2e-2 if key == "weights_on_object" else 2e-3
+                assert line[key] == pytest.approx(other[key], rel=near, abs=2e-5), (line["iteration"], key)
         assert line.get("ratio_first", 1.0) == 1.0
 
 

@@ -1,0 +1,312 @@
+"""`star probe`: whether knowing the locations will help a run, from a few hundred images before it begins.
+
+Four questions, each with its uncertainty: do the maps find what the reward looks at, how concentrated are they, do
+images whose rewards differ also differ there, and do weights make the gradients of different images agree more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from star import config as configuration
+from star import rewards
+from star.config import Config, Positive, Range
+from star.objective import captured_steps
+from star.rewards import Scores
+from star.study.gradient_signal import compare_with_scalar, jackknife_error
+from star.study.tables import Table, format_number
+from star.train import Trainer
+from star.training.advantage import compute_advantages
+from star.training.credit import token_masks
+from star.training.rollout import Rollout
+from star.training.task import draw_prompts
+from star_kernels import allocate
+
+COORDINATES = 2**17  # of the gradient, drawn once
+SCALAR = "uniform"
+CONFIDENCE = 0.95  # that an arm is ahead, before it is recommended
+
+
+@dataclass
+class Probe:
+    """How many images are looked at. Batches are compared: their number decides how sure the answer is."""
+
+    batches: Annotated[int, Range(least=3)]
+    """Batches of images; three are the least that have an error."""
+    prompts: Positive
+    """Prompts of a batch."""
+    images: Annotated[int, Range(least=2)]
+    """Images of each prompt."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a probe measured.
+
+    images, batches: how many. sigmas: of the S sampling steps. concentration: (S,) mean square of the relative maps, 1
+    if flat. localization: (S,) probability that a location inside the reward's masks has a larger map than one outside,
+    0.5 if the maps know nothing; None without masks. inside, outside: correlation, over the pairs of a prompt's images,
+    of the difference of their rewards with that of their latents, in the half of the locations that the maps favor and
+    in the other, each with its standard error. gradients: by arm, see `compare_with_scalar`. recommended: an arm.
+    """
+
+    images: int
+    sigmas: list[float]
+    concentration: list[float]
+    localization: list[float] | None
+    inside: tuple[float, float]
+    outside: tuple[float, float]
+    gradients: dict[str, dict[str, float | None]]
+    recommended: str
+    batches: int
+
+
+def probe(config: Config, options: Probe) -> Found:
+    """Measure a configuration's pipeline, prompts and reward. Nothing is trained, and nothing is left on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(_probed(config, options, Path(folder) / "run"))
+        try:
+            return _measure(trainer, options)
+        finally:
+            trainer.worker.close()
+            trainer.judge.close()
+
+
+def _probed(config: Config, options: Probe, out: Path) -> Config:
+    return dataclasses.replace(
+        config,
+        sampling=dataclasses.replace(
+            config.sampling,
+            prompts_per_iteration=options.prompts,
+            images_per_prompt=options.images,
+        ),
+        optimization=dataclasses.replace(config.optimization, updates_per_iteration=1, micro_batch=0),
+        scoring=dataclasses.replace(config.scoring, count=0),
+        run=dataclasses.replace(config.run, out=out, trackers=(), figures=False, grid_every=0),
+    )
+
+
+def _measure(trainer: Trainer, options: Probe) -> Found:
+    steps, size = trainer.config.sampling.steps, sum(p.numel() for p in trainer.policy.parameters.values())
+    coordinates = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
+    gradients: dict[str, list[np.ndarray]] = defaultdict(list)
+    concentration, localization = [], []
+    pairs: list[np.ndarray] = []
+    for batch in tqdm(range(options.batches), desc="probe", dynamic_ncols=True):
+        rollout, scores = _sample(trainer, batch, range(steps))
+        fields = torch.stack([relative_map(maps, rollout.grid) for maps in rollout.captured_maps()])
+        concentration.append(fields.square().mean((1, 2)).cpu().numpy())
+        if scores.masks is not None:
+            masks = token_masks(scores.masks, rollout.grid, fields.device)
+            assert masks is not None
+            localization.append([area_under_curve(field, masks) for field in fields])
+        pairs.append(pair_differences(rollout, scores.reward, fields.mean(0)))
+        for arm, config in arms(trainer.config, scores):
+            gradients[arm].append(_gradient(trainer, config, rollout, scores, coordinates, batch))
+    stacked = {arm: np.stack(values) for arm, values in gradients.items() if len(values) == options.batches}
+    compared = compare_with_scalar(stacked, SCALAR)
+    (inside, outside), errors = correlations(pairs)
+    return Found(
+        images=options.batches * options.prompts * options.images,
+        sigmas=rollout.steps.sigmas[:steps].tolist(),
+        concentration=np.mean(concentration, 0).tolist(),
+        localization=np.nanmean(localization, 0).tolist() if localization else None,
+        inside=(inside, errors[0]),
+        outside=(outside, errors[1]),
+        gradients=compared,
+        recommended=recommend(compared, options.batches),
+        batches=options.batches,
+    )
+
+
+def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Scores]:
+    """The images of a batch with the maps of every step, and what the reward says."""
+    trainer.iteration = batch
+    prompts = draw_prompts(trainer.task, trainer.config, batch)
+    tickets = []
+    rollout = trainer.rollout(
+        [prompt.text for prompt in prompts],
+        torch.Generator().manual_seed(batch),
+        captured=captured,
+        finished=lambda rows, latents: tickets.append(trainer.submit(prompts, rows, latents)),
+    )
+    return rollout, rewards.concatenate([ticket.result() for ticket in tickets])
+
+
+def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
+    """What is compared: no weights, the run's own strategy, the reward's masks and its locations, where it has any."""
+
+    def arm(strategy: str, advantage: str) -> Config:
+        allocation = {"strategy": strategy, **({"temporal": "none"} if strategy in ("uniform", "oracle") else {})}
+        return configuration.update(config, {"allocation": allocation, "loss": {"advantage": advantage}})
+
+    own = config.allocation.strategy
+    yield SCALAR, arm("uniform", "image")
+    name = "attention" if own in ("uniform", "oracle") else own
+    yield name, arm(name, "image")
+    if scores.masks is not None:
+        yield "oracle", arm("oracle", "image")
+    if scores.reward_map is not None:
+        yield "location", arm("uniform", "location")
+
+
+def _gradient(
+    trainer: Trainer, config: Config, rollout: Rollout, scores: Scores, coordinates: Tensor, batch: int
+) -> np.ndarray:
+    """The chosen coordinates of the gradient of an arm's first update."""
+    parameters = list(trainer.policy.parameters.values())
+    objective = type(trainer.objective)(
+        config, trainer.policy, trainer.share, trainer.groups, trainer.pipeline.transformer.config.patch_size
+    )
+    steps = captured_steps(config.allocation.strategy, rollout.steps.trained, config.sampling.steps)
+    own = dataclasses.replace(rollout, maps=rollout.captured_maps()[list(steps)] if steps else None)
+    advantages = compute_advantages(scores, trainer.groups, config.loss, trainer.reward.weights, trainer.size)
+    device = rollout.latents.device
+    credit = objective.credit(own, advantages.to(device), scores.masks, torch.Generator().manual_seed(batch), batch)
+    total = torch.zeros(len(coordinates))
+    chunks, passes = torch.arange(len(rollout.groups)).split(trainer.chunk), objective.passes(own)
+    for rows in chunks:
+        for k in range(passes):
+            loss = objective.loss(own, k, rows, credit).loss / (passes * len(chunks))
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            total += torch.cat([g.flatten() for g in found])[coordinates.to(device)].float().cpu()
+    return total.numpy()
+
+
+def relative_map(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, G, N) concept maps -> (B, N) of mean 1: what the whole map would weigh, neither mixed nor capped."""
+    return allocate(maps, grid, mix=1.0, cap=1e30, patch=1).flatten(1)
+
+
+def area_under_curve(field: Tensor, masks: Tensor) -> float:
+    """Mean over images of the probability that a token inside (a mask of more than half) has a larger value than one
+    outside, ties counted half; NaN if no image has both. field, masks: (B, N)."""
+    found = []
+    for values, mask in zip(field, masks > 0.5, strict=True):
+        inside, outside = values[mask], values[~mask]
+        if len(inside) and len(outside):
+            above = (inside[:, None] > outside).float() + 0.5 * (inside[:, None] == outside)
+            found.append(above.mean().item())
+    return float(np.mean(found)) if found else float("nan")
+
+
+def pair_differences(rollout: Rollout, reward: Tensor, field: Tensor) -> np.ndarray:
+    """(pairs, 3) of the images of each prompt: difference of the rewards, root mean square difference of the latents in
+    the half of the tokens with the larger mean field, and in the other. field: (B, N)."""
+    found = []
+    for group in rollout.groups.unique().tolist():
+        rows = (rollout.groups == group).nonzero()[:, 0].tolist()
+        favored = field[rows].mean(0).argsort(descending=True)
+        half = len(favored) // 2
+        for place, i in enumerate(rows):
+            for j in rows[place + 1 :]:
+                gap = (rollout.latents[i] - rollout.latents[j]).float().square()[None]
+                tokens = F.adaptive_avg_pool2d(gap, rollout.grid).flatten(2).mean((0, 1))  # (N,)
+                parts = [tokens[favored[:half]].mean().sqrt(), tokens[favored[half:]].mean().sqrt()]
+                found.append([abs(float(reward[i] - reward[j])), *map(float, parts)])
+    pairs = np.array(found).reshape(-1, 3)
+    return pairs[np.isfinite(pairs).all(1)]
+
+
+def correlations(batches: list[np.ndarray]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of `pair_differences` of n batches: correlation of the rewards' difference with that inside and outside, and
+    their jackknife standard errors over the batches."""
+
+    def measure(chosen: list[np.ndarray]) -> list[float]:
+        pairs = np.concatenate(chosen)
+        if len(pairs) < 3 or not pairs.std(0).all():
+            return [float("nan")] * 2
+        return [float(np.corrcoef(pairs[:, 0], pairs[:, column])[0, 1]) for column in (1, 2)]
+
+    inside, outside = measure(batches)
+    if len(batches) < 3:
+        return (inside, outside), (float("nan"), float("nan"))
+    left_out = np.array([measure(batches[:i] + batches[i + 1 :]) for i in range(len(batches))])
+    return (inside, outside), (jackknife_error(left_out[:, 0]), jackknife_error(left_out[:, 1]))
+
+
+def is_positive(value: float | None, error: float | None, batches: int) -> bool:
+    """Whether a jackknife estimate over batches is above 0 with CONFIDENCE, by Student's t on both sides."""
+    if value is None or error is None:
+        return False
+    return value > float(stats.t.ppf((1 + CONFIDENCE) / 2, batches - 1)) * error
+
+
+def recommend(gradients: dict[str, dict[str, float | None]], batches: int) -> str:
+    """The arm whose steps agree most with the scalar gradient of other images, if it is ahead of no weights; masks are
+    no choice of a run's, but what a perfect map would give."""
+    ahead = {
+        arm: numbers["adamw_agreement_gain"] or 0.0
+        for arm, numbers in gradients.items()
+        if arm not in (SCALAR, "oracle")
+        and is_positive(numbers["adamw_agreement_gain"], numbers["adamw_agreement_gain_error"], batches)
+    }
+    return max(ahead, key=lambda arm: ahead[arm], default=SCALAR)
+
+
+def tables(found: Found) -> list[Table]:
+    """The maps by step, then the arms."""
+    rows = [["concentration of the maps (1: flat)", *(format_number(x, 2) for x in found.concentration)]]
+    if found.localization is not None:
+        rows.append(["inside the reward's masks above outside (0.5: blind)", *map(format_number, found.localization)])
+    maps = Table(
+        f"maps by sampling step, {found.images} images",
+        ["noise level", *(f"{sigma:.2f}" for sigma in found.sigmas)],
+        rows,
+    )
+
+    gradients = Table(
+        "agreement of an update with the scalar gradient of other images (cosine ± standard error)",
+        ["arm", "signal / noise", "gradient", "AdamW's step", "difference to uniform"],
+        [
+            [
+                arm,
+                f"{format_number(numbers['snr'])} ± {format_number(numbers['standard_error'])}",
+                f"{format_number(numbers['agreement'])} ± {format_number(numbers['agreement_error'])}",
+                f"{format_number(numbers['adamw_agreement'])} ± {format_number(numbers['adamw_agreement_error'])}",
+                "" if arm == SCALAR else _signed(numbers, "adamw_agreement_gain"),
+            ]
+            for arm, numbers in found.gradients.items()
+        ],
+    )
+    return [maps, gradients]
+
+
+def verdict(found: Found) -> str:
+    """One recommendation in a few sentences, and how sure it is."""
+    scalar, arms = found.gradients[SCALAR], found.gradients
+    sentences = [f"Recommended: {found.recommended}."]
+    if found.recommended != SCALAR:
+        gain = _signed(arms[found.recommended], "adamw_agreement_gain")
+        sentences.append(f"Its steps agree more with what raises the reward of other images: {gain}.")
+    else:
+        sentences.append(f"No arm is ahead of it with {CONFIDENCE:.0%}.")
+    if not is_positive(scalar["agreement"], scalar["agreement_error"], found.batches):
+        sentences.append(
+            f"Too few images to see even the scalar gradient ({_signed(scalar, 'agreement')}): raise --batches."
+        )
+    elif "oracle" in arms:
+        sentences.append(f"The reward's own masks would give {_signed(arms['oracle'], 'adamw_agreement_gain')}.")
+    sentences.append(
+        "The more the rewards of a prompt's images differ, the more the images differ in the half that the maps favor "
+        f"(r {found.inside[0]:+.2f} ± {found.inside[1]:.2f}) and in the other "
+        f"({found.outside[0]:+.2f} ± {found.outside[1]:.2f})."
+    )
+    return " ".join(sentences)
+
+
+def _signed(numbers: dict[str, float | None], name: str) -> str:
+    return f"{format_number(numbers[name], sign=True)} ± {format_number(numbers[f'{name}_error'])}"

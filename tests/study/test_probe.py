@@ -1,0 +1,86 @@
+"""`star probe`: every number of it on inputs whose answer is known, and one run of the whole."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from builders import small_run
+from star.cli import main
+from star.rewards import Scores
+from star.study import probe as probing
+from star.study.probe import Probe, area_under_curve, correlations, recommend, relative_map
+
+
+def test_area_under_curve():
+    masks = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    assert area_under_curve(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), masks) == 1
+    assert area_under_curve(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), masks) == 0
+    assert area_under_curve(torch.ones(1, 4), masks) == 0.5
+    assert area_under_curve(torch.tensor([[4.0, 1.0, 2.0, 0.0]]), masks) == pytest.approx(0.75)
+    assert np.isnan(area_under_curve(torch.ones(1, 4), torch.ones(1, 4)))
+
+
+def test_a_flat_map_is_flat():
+    assert torch.allclose(relative_map(torch.full((2, 3, 6), 0.1), (2, 3)), torch.ones(2, 6))
+
+
+def test_correlations_find_where_the_reward_looks():
+    rng = np.random.default_rng(0)
+    inside = rng.random((12, 20))
+    pairs = [np.stack([x + 0.1 * rng.random(20), x, rng.random(20)], 1) for x in inside]
+    (near, far), (near_error, far_error) = correlations(pairs)
+    assert near > 0.9 and abs(far) < 4 * far_error and 0 < near_error < far_error
+    assert np.isnan(correlations([np.ones((4, 3))])[0]).all()
+
+
+def gains(**by_arm):
+    numbers = {arm: {"adamw_agreement_gain": g, "adamw_agreement_gain_error": e} for arm, (g, e) in by_arm.items()}
+    return numbers | {"uniform": {"adamw_agreement_gain": 0.0, "adamw_agreement_gain_error": 0.0}}
+
+
+def test_the_recommendation_needs_more_than_luck():
+    assert recommend(gains(attention=(0.02, 0.005), location=(0.05, 0.01)), 16) == "location"
+    assert recommend(gains(attention=(0.02, 0.005), location=(0.05, 0.03)), 16) == "attention"
+    assert recommend(gains(attention=(0.02, 0.005)), 3) == "uniform"  # 4 errors, but of three batches
+    assert recommend(gains(attention=(-0.1, 0.01), oracle=(0.5, 0.01)), 16) == "uniform"
+    assert recommend(gains(attention=(None, None)), 16) == "uniform"
+
+
+def left(images, prompts, metadata):
+    """Looks at the left half alone, and says so."""
+    field = images.mean(1)
+    masks = torch.zeros_like(field)
+    masks[:, :, :18] = 1
+    return Scores(field[:, :, :18].mean((1, 2)), masks=masks, reward_map=field * masks)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
+def test_a_probe_measures_every_arm_and_changes_nothing(tmp_path, objective):
+    changes = {"run": {"reward": "test_probe:left"}}
+    if objective == "nft":
+        changes |= {
+            "loss": {"objective": "nft", "noise_levels": 1},
+            "sampling": {"shared_noise": False},
+        }
+    found = probing.probe(small_run(tmp_path / "run", **changes), Probe(3, 2, 2))
+    assert not (tmp_path / "run").exists()
+    assert set(found.gradients) == {"uniform", "attention", "oracle", "location"}
+    assert found.images == 12 and len(found.concentration) == len(found.localization) == 4
+    assert all(x > 1 for x in found.concentration) and all(0 < x < 1 for x in found.localization)
+    assert found.gradients["uniform"]["adamw_agreement_gain"] == 0
+    assert all(numbers["norm"] > 0 for numbers in found.gradients.values())
+    assert found.gradients["oracle"]["norm"] != found.gradients["uniform"]["norm"]
+    text = probing.verdict(found)
+    assert text.startswith(f"Recommended: {found.recommended}.")
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    options = ["--batches", "3", "--prompts", "2", "--images", "2", "--sampling.steps", "3"]
+    assert main(["probe", "--preset", "shapes", *options, "--json", str(tmp_path / "found.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Recommended:" in printed and "attention" in printed and "Too few images" in printed
+    assert json.loads((tmp_path / "found.json").read_text())["images"] == 12
+    assert main(["probe", "--preset", "shapes", "--batches", "2"]) == 1
+    assert "batches: got 2, expected a number at least 3" in capsys.readouterr().err
