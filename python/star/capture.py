@@ -486,8 +486,13 @@ def _tokens(prompts: Sequence[str] | ConceptTokens, pipeline: DiffusionPipeline 
 def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     """The allocation, which must need nothing but a sample's own maps."""
     allocation = Allocation() if allocation is None else allocation
-    if allocation.strategy not in ("attention", "random"):
-        raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention' or 'random'")
+    if allocation.strategy not in ("attention", "topk", "random"):
+        raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention', 'topk' or 'random'")
+    if allocation.warmup or allocation.noise_window != Allocation.noise_window:
+        raise ValueError(
+            "allocation: got a noise_window or a warmup, but a pass shows neither sigma nor iteration; "
+            "give `blend_weights` the weights and Allocation.strength"
+        )
     return allocation
 
 
@@ -528,8 +533,8 @@ class Record:
     def weights(self, allocation: Allocation | None = None) -> Tensor:
         """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, L) for packed latents.
 
-        allocation: strategy "attention" (the default) or "random", and options. Raises ValueError for another one,
-        RuntimeError if no pass was made yet."""
+        allocation: strategy "attention" (the default), "topk" or "random", and options. Raises ValueError for another
+        one, RuntimeError if no pass was made yet."""
         allocation = _own_maps_allocation(allocation)
         if self.grid is None:
             raise RuntimeError("weights: no pass was made inside `record` yet")

@@ -120,6 +120,12 @@ class Sampling:
     """Prompts of an iteration."""
     images_per_prompt: Annotated[int, Range(least=2)] = 24
     """Images of each prompt: the group whose rewards are compared."""
+    explore: Literal["everywhere", "maps", "masks"] = "everywhere"
+    """Where the noise of a trained step goes; elsewhere the step is deterministic, and the loss leaves it out. maps:
+    to the image tokens with the largest maps at that step. masks: to what the reward finds in an image that is sampled
+    first from the same start, without noise in its steps."""
+    explore_share: Annotated[float, Range(above=0, most=1)] = 0.4
+    """Of the image tokens, those that explore maps takes."""
     layers: tuple[Count, ...] | None = None
     """Transformer blocks whose attention is read. None: all."""
     normalize: Literal["raw", "content", "concepts"] = "raw"
@@ -158,8 +164,11 @@ class Loss:
     """Divide advantages by the standard deviation of all rewards instead of the group's."""
     advantage_eps: NotNegative = 1e-4
     """Added to that standard deviation. A larger value gives groups whose rewards hardly differ less say."""
-    advantage: Literal["image", "location"] = "image"
-    """One advantage for each image, or one for each location from a reward that localizes."""
+    advantage: Literal["image", "location", "concept"] = "image"
+    """image: one advantage for each image. location: one for each location from a reward that says where. concept: the
+    image's, and where a concept's map looks also that of the concept, from a reward with credits of concepts."""
+    concept_strength: NotNegative = 1.0
+    """How much the concepts' advantages count beside the image's. 0: not at all."""
     noise_levels: Count = 0
     """nft: noise levels at which an image is trained on in an iteration, drawn for each image from those of
     sampling.trained_steps. 0: all of them."""
@@ -344,6 +353,10 @@ class Config:
             self._check_nft()
         if self.loss.normalize_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
+        if self.loss.normalize_rewards and self.loss.advantage == "concept":
+            raise ConfigError("loss.normalize_rewards: not with loss.advantage 'concept'; weigh the credits instead")
+        if self.loss.ratio == "sample" and self.loss.advantage != "image":
+            raise ConfigError(f"loss.ratio: 'sample' takes loss.advantage 'image', not {self.loss.advantage!r}")
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
 
@@ -363,6 +376,7 @@ class Config:
         refused = {
             "sampling.window": (sampling.window, 0),
             "sampling.shared_noise": (sampling.shared_noise, False),
+            "sampling.explore": (sampling.explore, "everywhere"),
             "loss.ratio": (loss.ratio, "token"),
             "loss.guard": (loss.guard, False),
             "allocation.temporal": (self.allocation.temporal, "none"),

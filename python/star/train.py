@@ -18,27 +18,35 @@ from tqdm import tqdm
 
 from star import config as configuration
 from star import files, rewards
-from star.config import Config
+from star.concepts import parse_all
+from star.config import Config, ConfigError
 from star.messages import one_line
+from star.objective import Allocation
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
 from star.reports.tracking import Tracker, timed
+from star.rewards import Scores
 from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
-from star.training.advantage import compute_advantages
+from star.training.advantage import compute_advantages, compute_concept_advantages
+from star.training.concept_credit import matched_credits
 from star.training.credit import Credit
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
+from star.training.exploration import explore_maps, explore_masks
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
 from star.training.grpo import GRPO
 from star.training.nft import NFT
 from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
 from star.training.rollout import (
+    Conditions,
+    Explore,
     PromptEncoder,
     Rollout,
     SamplerOptions,
     check_steps,
     decode,
+    group_members,
     make_steps,
     sample,
 )
@@ -94,6 +102,7 @@ class Trainer:
         self.share = Share(self.accelerator, images, updates)
         objective = NFT if config.loss.objective == "nft" else GRPO
         patch = self.pipeline.transformer.config.patch_size
+        self.grid = (self.size[0] // patch, self.size[1] // patch)
         self.objective = objective(config, self.policy, self.share, self.groups, patch)
         self.chunk = config.optimization.micro_batch or len(self.share.rows) // updates
         self.iteration = 0
@@ -118,14 +127,19 @@ class Trainer:
                 generator,
                 # Scored while the next chunk is sampled.
                 finished=lambda rows, latents: tickets.append(self.submit(prompts, rows, latents)),
+                find=lambda rows, latents: self.found_masks(prompts, rows, latents),
             )
         with timed(seconds, "reward"):
             own = rewards.concatenate([ticket.result() for ticket in tickets])
             failures = self.worker.count_failures()
+        own = self.with_matched_credits(own, [prompt.text for prompt in prompts], rollout)
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
-        own_advantages = advantages[self.share.rows].to(rollout.latents.device)
-        credit = self.objective.credit(rollout, own_advantages, own.masks, generator, self.iteration)
+        concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
+        own_advantages, own_concepts = (
+            None if x is None else x[self.share.rows].to(rollout.latents.device) for x in (advantages, concepts)
+        )
+        credit = self.objective.credit(rollout, own_advantages, own_concepts, own.masks, generator, self.iteration)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)
             self.objective.finish()
@@ -133,10 +147,15 @@ class Trainer:
 
         categories = [prompts[i].category for i in self.groups.tolist()]
         metrics |= iteration_metrics(scores, categories, advantages) | {"reward_failed": float(failures)}
+        if concepts is not None:
+            metrics["concepts_credited"] = concepts.isfinite().sum(1).float().mean().item()
+        if rollout.explored is not None:
+            metrics["explored_share"] = rollout.explored.float().mean().item()
         metrics["memory_gib"] = peak_memory(self.accelerator.device)
         if weights is not None:
             metrics |= weight_metrics(weights, own.masks)
-            if metrics["weights_uniform"] and config.allocation.mix > 0 and not self.warned_uniform:
+            limited = config.allocation.warmup > 0 or config.allocation.noise_window != Allocation.noise_window
+            if metrics["weights_uniform"] and config.allocation.mix > 0 and not (limited or self.warned_uniform):
                 log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
                 self.warned_uniform = True  # the count is in the metrics of every iteration
         if config.run.grid_every and self.iteration % config.run.grid_every == 0:
@@ -149,10 +168,12 @@ class Trainer:
         generator: torch.Generator,
         captured: Sequence[int] | None = None,
         finished: Callable[[Tensor, Tensor], None] | None = None,
+        find: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Rollout:
-        """Sample the images of an iteration. captured: steps whose maps are read; None means those that the strategy
-        needs. finished: see `sample`."""
-        sampling = self.config.sampling
+        """Sample the images of an iteration. captured: steps whose maps are read; None means those that the run needs.
+        finished: see `sample`. find: the masks (n, height, width) of some of this process' images, from their rows and
+        latents, for sampling.explore "masks"."""
+        config, sampling = self.config, self.config.sampling
         stochastic = self.objective.stochastic_steps(self.iteration)
         if captured is None:
             captured = self.objective.captured_steps(stochastic)
@@ -167,10 +188,17 @@ class Trainer:
             stored_on_cpu=sampling.rollout_device == "cpu",
         )
         steps = make_steps(self.pipeline.scheduler, sampling.steps, stochastic, sampling.sampler, sampling.noise_level)
+        conditions = self.encode(prompts, sampling.guidance_scale)
+        explore: Explore | None = None
+        if sampling.explore == "maps":
+            explore = explore_maps(config.allocation, sampling.explore_share, steps.sigmas, self.grid)
+        elif sampling.explore == "masks":
+            assert find is not None  # whoever trains gives it
+            explore = explore_masks(self.first_masks(conditions, options, generator, find), self.grid)
         with self.objective.sampling():
             return sample(
                 self.policy.transformer,
-                self.encode(prompts, sampling.guidance_scale),
+                conditions,
                 self.groups,
                 steps,
                 options,
@@ -178,7 +206,50 @@ class Trainer:
                 rows=self.share.rows,
                 merged=self.policy.merged if sampling.merge_adapter else nullcontext,
                 finished=finished,
+                explore=explore,
             )
+
+    def first_masks(
+        self,
+        conditions: Conditions,
+        options: SamplerOptions,
+        generator: torch.Generator,
+        find: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """(b, height, width) for this process' images: what `find` finds in images that are sampled from the same
+        starts without noise in the steps. generator: stays as it is."""
+        start, everyone = torch.Generator(), torch.arange(len(self.share.rows))
+        start.set_state(generator.get_state())
+        rows, member = everyone, everyone
+        if options.shared_noise:
+            _, rows, member = group_members(self.groups[self.share.rows])
+        first = sample(
+            self.policy.transformer,
+            conditions,
+            self.groups,
+            make_steps(self.pipeline.scheduler, self.config.sampling.steps, (), "ode", 0.0),
+            dataclasses.replace(options, captured=()),
+            start,
+            rows=self.share.rows[rows],
+        )
+        return find(rows, first.latents)[member]
+
+    def found_masks(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Tensor:
+        """What the reward finds in some of this process' images, (n, height, width); nothing where it failed."""
+        scores = self.submit(prompts, rows, latents).result()
+        if scores.masks is None and scores.reward.isfinite().any():
+            names = ", ".join(self.reward.weights)
+            raise ConfigError(f"sampling.explore: 'masks' needs a reward with masks, not {names}")
+        return torch.zeros(len(rows), 1, 1).expand(-1, *self.grid) if scores.masks is None else scores.masks
+
+    def with_matched_credits(self, scores: Scores, prompts: list[str], rollout: Rollout) -> Scores:
+        """This process' scores with credits in the order of the concepts whose maps the run reads, or without."""
+        if self.config.loss.advantage != "concept" or scores.credits is None:
+            return dataclasses.replace(scores, credits=None, concepts=())
+        groups = self.groups[self.share.rows].tolist()
+        found = parse_all(prompts, self.config.sampling.concepts)
+        columns = rollout.conditions.tokens.index.shape[1]
+        return matched_credits(scores, [prompts[i] for i in groups], [found[i] for i in groups], columns)
 
     def submit(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Ticket:
         """Have some of this process' images scored beside what comes next."""

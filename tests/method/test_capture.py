@@ -31,7 +31,7 @@ from builders import (
 )
 from star.capture import allocated, capture, record
 from star.concepts import ConceptTokens, concept_tokens
-from star.objective import Allocation
+from star.objective import Allocation, allocation_weights
 from star.tap import Tapped
 from star_kernels import allocate
 
@@ -265,8 +265,13 @@ def test_record_keeps_the_maps_of_every_pass():
     assert torch.equal(recorded.weights(), expected) and expected.shape == (1, 3, 2 * GRID[0], 2 * GRID[1])
     flat = recorded.weights(Allocation(mix=0.0))
     torch.testing.assert_close(flat, torch.ones_like(flat))
+    top = recorded.weights(Allocation(strategy="topk"))
+    assert torch.equal(top[:, 1], allocation_weights(Allocation(strategy="topk"), passes[1], GRID))
     with pytest.raises(ValueError, match="allocation: got strategy 'shuffled'"):
         recorded.weights(Allocation(strategy="shuffled"))
+    for unknown in ({"warmup": 3}, {"noise_window": (0.0, 0.5)}):
+        with pytest.raises(ValueError, match="allocation: got a noise_window or a warmup, but a pass shows neither"):
+            recorded.weights(Allocation(**unknown))
     for arguments, maps in zip(inputs, passes, strict=True):
         with torch.no_grad(), capture(model, concepts([1], [2, 4], batch=1), grid=GRID, rows=[1], layers=[0, 2]) as one:
             model(**arguments)

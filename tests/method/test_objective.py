@@ -5,11 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import random_weights
 from star.objective import (
     STRATEGIES,
     TEMPORAL,
     Allocation,
     allocation_weights,
+    blend_weights,
     captured_steps,
     invert_ranks,
     neighbor_correlation,
@@ -19,6 +21,7 @@ from star.objective import (
     uniform_rows,
 )
 from star.training.advantage import group_advantages
+from star_kernels import Transition, implementations, policy_loss
 
 GRID = (3, 5)
 MAPS = torch.rand(6, 2, 15, generator=torch.Generator().manual_seed(3)) + 0.05
@@ -144,7 +147,8 @@ def test_inverted_has_the_same_values_low_where_attention_is_high():
 
 
 def test_final_step_wants_the_last_maps_for_all_steps():
-    assert [captured_steps(s, (1, 2), 8) for s in STRATEGIES] == [(1, 2), (), (1, 2), (1, 2), (1, 2), (7,), ()]
+    special = {"final_step": (7,), "uniform": (), "oracle": ()}
+    assert [captured_steps(s, (1, 2), 8) for s in STRATEGIES] == [special.get(s, (1, 2)) for s in STRATEGIES]
     assert torch.equal(weights("final_step"), weights("attention"))
 
 
@@ -152,6 +156,68 @@ def test_oracle_follows_the_masks():
     w = weights("oracle", mix=1.0)[:, ::2, ::2].flatten(1)
     inside = MAPS[:, 0] > 0.5
     assert (w[~inside] == 0).all() and (w[inside] > 0).all()
+
+
+def test_topk_raises_the_largest_share_by_the_factor_whatever_the_values():
+    w = weights("topk", share=0.4, factor=1.5)[:, ::2, ::2].flatten(1).double()
+    field = (MAPS.double() / MAPS.double().mean(-1, keepdim=True)).mean(1)
+    raised = field >= field.sort(1, descending=True).values[:, 5:6]  # 6 of 15 tokens
+    assert (raised.sum(1) == 6).all()
+    expected = torch.where(raised, 1.5, 1.0).double() / (1 + 0.5 * 6 / 15)
+    torch.testing.assert_close(w, expected, rtol=1e-6, atol=0)
+    # Values, sharpening, mix and cap change nothing; the order does.
+    again = allocation_weights(Allocation("topk", mix=0.1, cap=1.1, sharpen=3.0), MAPS[:, :1] ** 3, GRID)
+    assert torch.equal(again, allocation_weights(Allocation("topk"), MAPS[:, :1], GRID))
+    assert torch.equal(weights("topk", share=1.0), torch.ones(6, 6, 10))
+
+
+def test_topk_lets_no_order_of_the_tokens_decide():
+    maps = torch.ones(5, 1, 15)
+    maps[1, 0, :3] = 2.0  # fewer than the share stand out
+    maps[2, 0, :5], maps[2, 0, 5:8] = 3.0, 2.0  # three are level at the edge of six
+    maps[3], maps[4, 0, 2] = 0.0, torch.nan
+    w = allocation_weights(Allocation("topk", share=0.4), maps, GRID, patch=1).flatten(1)
+    raised = (w > 1).sum(1)
+    assert raised.tolist() == [0, 3, 5, 0, 0]
+    assert torch.equal(w[[0, 3, 4]], torch.ones(3, 15))
+    turned = allocation_weights(Allocation("topk", share=0.4), maps.flip(2), GRID, patch=1).flatten(1)
+    assert torch.equal(turned, w.flip(1))
+
+
+def test_maps_count_within_the_noise_window_and_grow_over_the_warm_up():
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
+    assert Allocation().strength(sigmas, 0).tolist() == [1.0] * 5
+    late = Allocation(noise_window=(0.2, 0.5), warmup=4)
+    assert [late.strength(sigmas, i).tolist() for i in (0, 1, 4, 9)] == [
+        [0.0] * 5,
+        [0.0, 0.0, 0.25, 0.25, 0.0],
+        [0.0, 0.0, 1.0, 1.0, 0.0],
+        [0.0, 0.0, 1.0, 1.0, 0.0],
+    ]
+    w = weights("attention")
+    assert torch.equal(blend_weights(w, torch.tensor(1.0)), w)
+    assert torch.equal(blend_weights(w, torch.tensor(0.0)), torch.ones_like(w))
+    mixed = blend_weights(w, torch.tensor([0.0, 1.0, 0.25, 0.25, 0.0, 1.0]))
+    assert torch.equal(mixed[0], torch.ones(6, 10)) and torch.equal(mixed[5], w[5])
+    torch.testing.assert_close(mixed[2], 0.75 + 0.25 * w[2])
+    torch.testing.assert_close(mixed.mean((1, 2)), torch.ones(6), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("implementation", implementations("policy_loss"))
+def test_weights_of_exactly_one_leave_the_loss_its_bits(implementation):
+    generator = torch.Generator().manual_seed(0)
+    velocity, x, mean, after = torch.randn(4, 3, 4, 6, 10, generator=generator)
+    step = Transition.gaussian(*torch.rand(3, 3, generator=generator) + 0.1)
+    results = []
+    for w in (None, blend_weights(random_weights((3, 6, 10)), torch.tensor(0.0))):
+        v = velocity.clone().requires_grad_()
+        loss, statistics = policy_loss(
+            v, x, after, step, torch.tensor([1.0, -2.0, 0.5]), w, old_mean=mean, clip_range=0.1, impl=implementation
+        )
+        loss.backward()
+        results.append((loss, v.grad, statistics.values))
+    for plain, weighted in zip(*results, strict=True):
+        assert torch.equal(plain, weighted)
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
@@ -181,6 +247,18 @@ def test_errors():
         allocation_weights(Allocation(strategy="oracle"), MAPS, GRID)
     with pytest.raises(ValueError, match="maps: needed by strategy 'attention'"):
         allocation_weights(Allocation(), None, GRID)
+    for name, value in (
+        ("share", 0.0),
+        ("share", 1.1),
+        ("share", float("nan")),
+        ("factor", 0.0),
+        ("factor", float("inf")),
+        ("noise_window", (0.5, 0.2)),
+        ("noise_window", (0.0, float("nan"))),
+        ("warmup", -1),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: got .*, expected"):
+            allocation_weights(Allocation(**{name: value}), MAPS, GRID)
 
 
 def test_temporal_weights_by_hand():

@@ -1,6 +1,7 @@
 """Which latent locations receive the update, and the losses that let them: for star's loop and for other trainers.
 
 Needs torch and star_kernels only. Reading order: allocation (maps to weights), weighting (weights to gradients),
+routing (credit per concept),
 grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, Diffusion-DPO).
 """
 
@@ -9,12 +10,14 @@ from star.objective.allocation import (
     TEMPORAL,
     Allocation,
     allocation_weights,
+    blend_weights,
     captured_steps,
     invert_ranks,
     neighbor_correlation,
     permute_across_groups,
     random_like,
     temporal_weights,
+    top_locations,
     uniform_rows,
 )
 from star.objective.forward_process import DPOLoss, diffusion_dpo_loss, nft_loss
@@ -26,6 +29,7 @@ from star.objective.grpo import (
     scheduler_transition,
     sde_step_with_logprob,
 )
+from star.objective.routing import route_advantages
 from star.objective.weighting import weighted_gradient
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "DPOLoss",
     "GRPOLoss",
     "allocation_weights",
+    "blend_weights",
     "captured_steps",
     "diffusion_dpo_loss",
     "fused_grpo_loss",
@@ -45,9 +50,11 @@ __all__ = [
     "permute_across_groups",
     "random_like",
     "reinforce_loss",
+    "route_advantages",
     "scheduler_transition",
     "sde_step_with_logprob",
     "temporal_weights",
+    "top_locations",
     "uniform_rows",
     "weighted_gradient",
 ]

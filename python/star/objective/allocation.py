@@ -1,11 +1,12 @@
 """Allocation strategies: which latent locations, at which steps, receive the update. Needs torch and star_kernels only.
 
-Every strategy has the same signature, so that a run can be repeated with another one by a flag: attention (STAR),
-uniform (scalar GRPO), shuffled, random, inverted, final_step (controls) and oracle (given masks).
+Every strategy has the same signature, so that a run can be repeated with another one by a flag: attention (STAR), topk
+(OmniNFT), uniform (scalar GRPO), shuffled, random, inverted, final_step (controls) and oracle (given masks).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from star_kernels import allocate
 
-STRATEGIES = ("attention", "uniform", "shuffled", "random", "inverted", "final_step", "oracle")
+STRATEGIES = ("attention", "topk", "uniform", "shuffled", "random", "inverted", "final_step", "oracle")
 TEMPORAL = ("none", "noise_level", "concentration")
 
 
@@ -23,11 +24,14 @@ TEMPORAL = ("none", "noise_level", "concentration")
 class Allocation:
     """How maps become weights. Which of these STAR uses beyond `attention` is not published: the defaults are ours."""
 
-    strategy: Literal["attention", "uniform", "shuffled", "random", "inverted", "final_step", "oracle"] = "attention"
-    """attention: the model's own maps. uniform: weight 1 everywhere, scalar GRPO. shuffled: another sample's weights.
-    random: a random field with the values and the smoothness of the sample's own weights. inverted: its weights in
-    reverse order, low where attention is high. final_step: the maps of the last sampling step at every trained step.
-    oracle: the reward's masks."""
+    strategy: Literal["attention", "topk", "uniform", "shuffled", "random", "inverted", "final_step", "oracle"] = (
+        "attention"
+    )
+    """attention: the model's own maps. topk: `factor` where the map is among its largest, 1 elsewhere, whatever its
+    values are. uniform: weight 1 everywhere, scalar GRPO. shuffled: another sample's weights. random: a random field
+    with the values and the smoothness of the sample's own weights. inverted: its weights in reverse order, low where
+    attention is high. final_step: the maps of the last sampling step at every trained step. oracle: the reward's masks.
+    Of the options topk reads combine, smooth, share and factor alone."""
     mix: float = 0.5
     """0: uniform. 1: the map alone."""
     cap: float = 4.0
@@ -41,6 +45,37 @@ class Allocation:
     temporal: Literal["none", "noise_level", "concentration"] = "none"
     """Over the trained steps. noise_level: as the noise of each step (TempFlow-GRPO). concentration: as how unevenly a
     sample's weights lie over its locations."""
+    share: float = 0.4
+    """Of the image tokens, those with the largest map, for strategy topk. Default: OmniNFT's."""
+    factor: float = 1.5
+    """What they weigh more than the others, for strategy topk. Default: OmniNFT's."""
+    noise_window: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest noise level (sigma: 1 is noise, 0 the image) at which maps are used, for weights and for the
+    advantages of concepts; at other steps every location counts the same."""
+    warmup: int = 0
+    """Iterations in which maps come to count: weights go in a line from 1 everywhere to what the strategy says, and
+    the advantages of concepts from 0."""
+
+    def check(self) -> None:
+        """Raise ValueError for a number out of its range; those of `star_kernels.allocate` are checked there."""
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: got {self.share}, expected a number above 0 and at most 1")
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor: got {self.factor}, expected a finite number above 0")
+        low, high = self.noise_window
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"noise_window: got {self.noise_window}, expected lowest <= highest, both in 0..1")
+        if not self.warmup >= 0:
+            raise ValueError(f"warmup: got {self.warmup}, expected iterations, at least 0")
+
+    def strength(self, sigma: Tensor, iteration: int) -> Tensor:
+        """How much maps count, 0..1, like sigma: 0 outside the noise window, growing over the warm-up, 1 after it.
+
+        sigma: noise levels. iteration: how many there were before this one.
+        """
+        low, high = self.noise_window
+        grown = min(iteration / self.warmup, 1.0) if self.warmup else 1.0
+        return torch.where((sigma >= low) & (sigma <= high), grown, 0.0)
 
 
 def uniform_rows(weights: Tensor) -> int:
@@ -86,6 +121,7 @@ def allocation_weights(
     strategy = allocation.strategy
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {list(STRATEGIES)}")
+    allocation.check()
     if strategy == "uniform":
         return None
     if strategy == "oracle":
@@ -94,6 +130,9 @@ def allocation_weights(
         maps = masks[:, None]
     if maps is None:
         raise ValueError(f"maps: needed by strategy {strategy!r}")
+    if strategy == "topk":
+        raised = torch.where(top_locations(allocation, maps, grid), allocation.factor, 1.0)
+        return repeat_tokens(raised / raised.mean((1, 2), keepdim=True), patch)
     weights = allocate(
         maps,
         grid,
@@ -110,7 +149,52 @@ def allocation_weights(
         weights = random_like(weights, generator)
     elif strategy == "inverted":
         weights = invert_ranks(weights)
-    return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    return repeat_tokens(weights, patch)
+
+
+def repeat_tokens(x: Tensor, patch: int) -> Tensor:
+    """(B, rows, columns) of image tokens -> (B, rows*patch, columns*patch) of their latent locations."""
+    return x.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+
+
+def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, int], share: float | None = None) -> Tensor:
+    """Where the map of a sample is largest.
+
+    Never more than the share: tokens that are level with the first one beyond it are not among them, so that no order
+    of the tokens decides, and a map that says nothing (flat, empty or not finite) has none.
+
+    Args:
+        allocation: how the concepts are combined and smoothed.
+        maps: (B, G, N).
+        grid: (rows, columns) of the image tokens.
+        share: of the N tokens; None means the allocation's.
+
+    Returns:
+        (B, rows, columns) bool.
+    """
+    relative = allocate(
+        maps, grid, combine=allocation.combine, smooth=allocation.smooth, cap=math.inf, mix=1.0, patch=1
+    )
+    values = relative.flatten(1)
+    count = max(1, round((allocation.share if share is None else share) * values.shape[1]))
+    if count == values.shape[1]:
+        return torch.ones_like(relative, dtype=torch.bool)
+    beyond = values.sort(1, descending=True).values[:, count].view(-1, 1, 1)
+    return relative > beyond
+
+
+def blend_weights(weights: Tensor, strength: Tensor) -> Tensor:
+    """Weights between 1 everywhere and what they are.
+
+    Args:
+        weights: (B, H, W) of mean 1 over each sample.
+        strength: (B,) or (), 0..1, from `Allocation.strength`. 0 gives exactly 1, 1 the very same weights.
+
+    Returns:
+        (B, H, W) of mean 1 over each sample.
+    """
+    strength = strength.to(weights).expand(len(weights)).view(-1, 1, 1)
+    return torch.where(strength == 1, weights, 1 + strength * (weights - 1))
 
 
 def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Tensor | None:

@@ -42,7 +42,10 @@ class Scores:
 
     reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, where the image
     shows what was asked for, if the reward knows. reward_map: (B, H, W), what each pixel's location earned, on the
-    scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of.
+    scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of. credits: (B, G), what
+    each of the prompt's concepts earned, NaN where the reward cannot say. concepts: for each image the phrases of its
+    prompt, as they stand there, that the columns of `credits` are of; empty: they are of the concepts that
+    `star.concepts.parse` finds, in its order.
     """
 
     reward: Tensor
@@ -50,6 +53,8 @@ class Scores:
     masks: Tensor | None = None
     reward_map: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
+    credits: Tensor | None = None
+    concepts: tuple[tuple[str, ...], ...] = ()
 
 
 Metadata = Sequence[Mapping[str, Any]]
@@ -85,7 +90,8 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None, nam
     """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known. name: of the reward, for
     errors.
 
-    Raises RewardError if it does not say one number an image, or if its masks and maps have another size.
+    Raises RewardError if it does not say one number an image, if its masks and maps have another size, or if its
+    concepts do not fit its credits.
     """
     said = "reward: got" if name is None else f"reward: {name!r}: got"
     try:
@@ -97,7 +103,9 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None, nam
             "terms": {name: _real(value) for name, value in result.terms.items()},
         }
         maps = {name: getattr(result, name) for name in ("masks", "reward_map")}
-        fields |= {name: _real(value) for name, value in maps.items() if value is not None}
+        arrays = {**maps, "credits": result.credits}
+        fields |= {name: _real(value) for name, value in arrays.items() if value is not None}
+        fields["concepts"] = _phrases(result.concepts)
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise RewardError(f"{said} {type(result).__name__}, expected Scores or {count} numbers") from error
     for column, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
@@ -110,7 +118,34 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None, nam
             raise RewardError(f"{said} shape {shape} of {column!r}, expected ({count}, {height}, {width})")
     if "masks" in fields and not ((fields["masks"] >= -ROUNDING) & (fields["masks"] <= 1 + ROUNDING)).all():
         raise RewardError(f"{said} values of 'masks' outside 0..1")
+    _check_credits(fields.get("credits"), fields["concepts"], count, said)
     return Scores(**fields)
+
+
+def _phrases(concepts: Any) -> tuple[tuple[str, ...], ...]:
+    """A list of phrases for each image. Raises TypeError."""
+    if isinstance(concepts, str) or any(isinstance(row, str) for row in concepts):
+        raise TypeError("concepts that are one str")
+    rows = tuple(tuple(row) for row in concepts)
+    if not all(isinstance(phrase, str) for row in rows for phrase in row):
+        raise TypeError("concepts that are no str")
+    return rows
+
+
+def _check_credits(credits: Tensor | None, concepts: tuple[tuple[str, ...], ...], count: int, said: str) -> None:
+    if credits is None:
+        if any(concepts):
+            raise RewardError(f"{said} concepts without credits, expected 'credits' ({count}, G) beside them")
+        return
+    if credits.ndim != 2 or len(credits) != count:
+        raise RewardError(f"{said} shape {tuple(credits.shape)} of 'credits', expected ({count}, G)")
+    if not concepts:
+        return
+    if len(concepts) != count:
+        raise RewardError(f"{said} concepts of {len(concepts)} images, expected {count}")
+    for row, phrases in zip(credits, concepts, strict=True):
+        if len(phrases) > len(row) or row[len(phrases) :].isfinite().any():
+            raise RewardError(f"{said} {len(phrases)} concepts {phrases} for the credits {row.tolist()}")
 
 
 def _numbers(result: Any) -> Tensor:
@@ -132,7 +167,10 @@ def failed(count: int) -> Scores:
 
 
 def concatenate(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches in one. What only some of them say is NaN in the others, their masks empty."""
+    """Scores of several batches in one. What only some of them say is NaN in the others, their masks empty.
+
+    Raises RewardError if only some of them name the concepts of their credits.
+    """
     counts = [len(part.reward) for part in parts]
 
     def column(name: str, key: str) -> Tensor:
@@ -154,7 +192,27 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         field_of("masks", 0.0),
         field_of("reward_map", torch.nan),
         {key: column("terms", key) for key in dict.fromkeys(k for part in parts for k in part.terms)},
+        *_concatenated_credits(parts, counts),
     )
+
+
+def _concatenated_credits(
+    parts: Sequence[Scores], counts: Sequence[int]
+) -> tuple[Tensor | None, tuple[tuple[str, ...], ...]]:
+    """(credits, concepts) of several batches. Their prompts may have different numbers of concepts."""
+    said = [part for part in parts if part.credits is not None]
+    if not said:
+        return None, ()
+    named = any(part.concepts for part in said)
+    if named and not all(part.concepts for part in said):
+        raise RewardError("reward: named the concepts of some batches' credits and not of others")
+    width = max(part.credits.shape[1] for part in said if part.credits is not None)
+    rows = []
+    for part, count in zip(parts, counts, strict=True):
+        credits = torch.full((count, 0), torch.nan) if part.credits is None else part.credits
+        rows.append(torch.nn.functional.pad(credits, (0, width - credits.shape[1]), value=torch.nan))
+    phrases = [part.concepts or ((),) * count for part, count in zip(parts, counts, strict=True)]
+    return torch.cat(rows), tuple(row for part in phrases for row in part) if named else ()
 
 
 def means(scores: Scores) -> dict[str, float]:
@@ -214,6 +272,7 @@ class Weighted:
             torch.stack(masks).amax(0) if masks else None,
             self._map(found),
             terms,
+            *self._credits(found),
         )
 
     def _map(self, found: dict[str, Scores]) -> Tensor | None:
@@ -225,6 +284,35 @@ class Weighted:
             for name, scores in found.items()
         }
         return sum((self.weights[name] * one for name, one in maps.items()), torch.zeros(()))
+
+    def _credits(self, found: dict[str, Scores]) -> tuple[Tensor | None, tuple[tuple[str, ...], ...]]:
+        """The weighted credits of all phrases; those of the same phrase add up, and one that is NaN makes it NaN. A
+        reward without credits says nothing of the concepts."""
+        said = {name: scores for name, scores in found.items() if scores.credits is not None}
+        if not said:
+            return None, ()
+        if len(said) == 1:
+            (name, scores), *_ = said.items()
+            assert scores.credits is not None  # said has those that have some
+            return self.weights[name] * scores.credits, scores.concepts
+        if unnamed := [name for name, scores in said.items() if not scores.concepts]:
+            raise RewardError(
+                f"reward: {unnamed[0]!r} does not name the concepts of its credits, so they cannot be added to those "
+                f"of {', '.join(repr(name) for name in said if name != unnamed[0])}"
+            )
+        rows: list[dict[tuple[str, int], float]] = []  # a reward may have a phrase more than once: its first and so on
+        for i in range(len(next(iter(said.values())).reward)):
+            row: dict[tuple[str, int], float] = {}
+            for name, scores in said.items():
+                assert scores.credits is not None
+                phrases = scores.concepts[i]
+                for g, credit in enumerate(scores.credits[i, : len(phrases)].tolist()):
+                    key = (phrases[g], phrases[:g].count(phrases[g]))
+                    row[key] = row.get(key, 0.0) + self.weights[name] * credit
+            rows.append(row)
+        width = max(len(row) for row in rows)
+        credits = [[*row.values(), *[math.nan] * (width - len(row))] for row in rows]
+        return torch.tensor(credits), tuple(tuple(phrase for phrase, _ in row) for row in rows)
 
 
 def parse(specification: str | Mapping[str, float]) -> dict[str, float]:

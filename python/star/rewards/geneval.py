@@ -9,6 +9,7 @@ GenEval's evaluation_metadata.jsonl: "tag", and "include" and "exclude" lists of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,13 +66,17 @@ ColorsOf = Callable[[list[Detection]], list[str]]
 @dataclass(frozen=True)
 class Verdict:
     """correct: the benchmark's yes or no. strict: Flow-GRPO's, with exact numbers. soft: its partial credit, at most 1
-    (below 0 where more than twice as many objects are there as asked for). found: what the include list matched."""
+    (below 0 where more than twice as many objects are there as asked for). found: what the include list matched.
+    credits: of each entry of the include list, the mean of its part of what soft is the mean of. earned: each object of
+    a class that the list has, with its own credit in 0..1."""
 
     correct: bool
     strict: bool
     soft: float
     found: tuple[Detection, ...]
     reasons: tuple[str, ...]
+    credits: tuple[float, ...]
+    earned: tuple[tuple[Detection, float], ...]
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -134,9 +139,18 @@ def judge(groups: Groups, metadata: Mapping[str, Any], colors_of: ColorsOf) -> V
         return known[name][: len(objects)]
 
     correct, reasons = _correct(groups, metadata, colors)
-    strict, soft = _partial(groups, metadata, colors)
+    strict, parts = _partial(groups, metadata, colors)
+    credits = [credit for part in parts for credit in part]
     found = [d for entry in metadata["include"] for d in groups.get(entry["class"], [])[: entry["count"]]]
-    return Verdict(correct, strict, soft, tuple(found), tuple(reasons))
+    return Verdict(
+        correct,
+        strict,
+        sum(credits) / len(credits),
+        tuple(found),
+        tuple(reasons),
+        tuple(sum(part) / len(part) for part in parts),
+        tuple(_earned(groups, metadata, colors)),
+    )
 
 
 def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, list[str]]:
@@ -163,18 +177,19 @@ def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
     return not reasons, reasons
 
 
-def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, float]:
-    """Exactly as many of each as asked for; the mean credit of numbers, colors and positions. Nothing is excluded.
+def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, list[list[float]]]:
+    """Exactly as many of each as asked for; for each entry the credits of number, color and position. Nothing is
+    excluded.
 
     As the reward server has it: a position that is wrong adds a 0 and a 1 to that mean, one that is right a 1.
     """
-    strict, credits = True, []
+    strict, parts = True, []
     matched: list[list[Detection] | None] = []
     for entry in metadata["include"]:
         name, count = entry["class"], entry["count"]
         objects = groups.get(name, [])
         right = len(objects) == count
-        credits.append(1 - abs(count - len(objects)) / count)
+        credits = [1 - abs(count - len(objects)) / count]
         if not right:
             credits += [0.0] * ("color" in entry or "position" in entry)
         else:
@@ -187,8 +202,63 @@ def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
                 right = _related(objects, matched[index], relation)
                 credits += [1.0] if right else [0.0] if matched[index] is None else [0.0, 1.0]
         matched.append(objects if right else None)
+        parts.append(credits)
         strict = strict and right
-    return strict, sum(credits) / len(credits)
+    return strict, parts
+
+
+def _earned(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> list[tuple[Detection, float]]:
+    """What each object of the classes asked for earned: the mean of 1 for being wanted and of 1 or 0 for its own color
+    and its own position where they are asked for; 0 for one too many. A position counts as missed where there is
+    nothing to be beside. Of more objects than wanted the best ones are taken, and of equal ones the most confident."""
+    free = {name: list(range(len(objects))) for name, objects in groups.items()}
+    earned: list[tuple[Detection, float]] = []
+    for entry in metadata["include"]:
+        name = entry["class"]
+        objects = groups.get(name, [])
+        credits: dict[int, float] = {}
+        for i in free.get(name, []):
+            own = [1.0]
+            if "color" in entry:
+                own.append(float(colors(name, objects)[i] == entry["color"]))
+            if "position" in entry:
+                relation, index = entry["position"]
+                target = metadata["include"][index]
+                beside = groups.get(target["class"], [])[: target["count"]]
+                own.append(float(_related([objects[i]], beside or None, relation)))
+            credits[i] = sum(own) / len(own)
+        best = sorted(credits, key=lambda i: -credits[i])[: entry["count"]]
+        free[name] = [i for i in free.get(name, []) if i not in best]
+        earned += [(objects[i], credits[i]) for i in best]
+    wanted = dict.fromkeys(entry["class"] for entry in metadata["include"])
+    return earned + [(groups[name][i], 0.0) for name in wanted for i in free[name]]
+
+
+def reward_map(verdict: Verdict, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) float32: each object's own credit inside its mask, the more confident one's where masks overlap;
+    elsewhere, where what is missing could have been, what the image earned."""
+    field = np.full(size, verdict.soft, np.float32)
+    for detection, credit in sorted(verdict.earned, key=lambda pair: pair[0].score):
+        field[detection.mask] = credit
+    return field
+
+
+def phrases(prompt: str, include: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """The words of a prompt that ask for each entry: its class, with letters behind it ("benchs"), and its color before
+    it if that is so. None for an entry that the prompt does not name."""
+    names = [entry["class"] for entry in include]
+    found: list[str | None] = [None] * len(names)
+    taken: list[tuple[int, int]] = []
+    for i in sorted(range(len(names)), key=lambda i: -len(names[i])):  # "hot dog" before "dog"
+        color = include[i].get("color")
+        for pattern in [rf"{color} {re.escape(names[i])}"] * bool(color) + [re.escape(names[i])]:
+            spans = [match.span() for match in re.finditer(rf"\b{pattern}\w*", prompt, re.IGNORECASE)]
+            span = next((s for s in spans if all(s[1] <= start or end <= s[0] for start, end in taken)), None)
+            if span is not None:
+                taken.append(span)
+                found[i] = prompt[slice(*span)]
+                break
+    return found
 
 
 def check(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,7 +384,8 @@ class ColorClassifier:
 
 class GenEval:
     """Flow-GRPO's partial credit as the reward; the benchmark's `correct` (also by tag) and Flow-GRPO's `strict` as
-    details; as mask the objects that were asked for and found."""
+    details; as mask the objects that were asked for and found; what each location earned (`reward_map`), and the credit
+    of each entry of the include list."""
 
     def __init__(self, detector: Detector, classifier: ColorClassifier) -> None:
         self.detector, self.classifier = detector, classifier
@@ -329,7 +400,8 @@ class GenEval:
         for image, detections, item in zip(images, self.detector(images), metadata, strict=True):
             groups = select(detections, item.get("tag", ""))
             verdicts.append(judge(groups, item, partial(self.classifier, image)))
-        masks = np.zeros((len(images), *images.shape[-2:]), np.float32)
+        height, width = images.shape[-2:]
+        masks = np.zeros((len(images), height, width), np.float32)
         for mask, verdict in zip(masks, verdicts, strict=True):
             for detection in verdict.found:
                 mask[detection.mask] = 1.0
@@ -339,7 +411,19 @@ class GenEval:
             chosen = torch.tensor([item.get("tag") == tag for item in metadata])
             if chosen.any():
                 details[f"correct_{tag}"] = torch.where(chosen, correct, torch.nan)
-        return Scores(torch.tensor([verdict.soft for verdict in verdicts]), details, torch.from_numpy(masks))
+        named = [phrases(prompt, item["include"]) for prompt, item in zip(prompts, metadata, strict=True)]
+        credits = torch.full((len(images), max((len(row) for row in named), default=0)), torch.nan)
+        for row, verdict, words in zip(credits, verdicts, named, strict=True):
+            known = [c if phrase is not None else np.nan for c, phrase in zip(verdict.credits, words, strict=True)]
+            row[: len(known)] = torch.tensor(known)
+        return Scores(
+            torch.tensor([verdict.soft for verdict in verdicts]),
+            details,
+            torch.from_numpy(masks),
+            torch.from_numpy(np.stack([reward_map(verdict, (height, width)) for verdict in verdicts])),
+            credits=credits,
+            concepts=tuple(tuple(phrase or "" for phrase in row) for row in named),
+        )
 
 
 def load(path: str | None, clip_path: str | None, device: torch.device | str) -> GenEval:

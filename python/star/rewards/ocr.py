@@ -26,11 +26,17 @@ MATCH = 0.5  # similarity from which a line of text counts as a part of what was
 
 def target(prompt: str) -> str:
     """The first text in double quotes, without spaces, in lower case. Raises ValueError if there is none."""
-    for found in QUOTED.finditer(prompt):
-        text = normalize(next(group for group in found.groups() if group is not None))
-        if text:
-            return text
-    raise ValueError(f"reward: 'ocr' found no text in double quotes in the prompt {prompt!r}")
+    return normalize(quoted(prompt)[0])
+
+
+def quoted(prompt: str) -> list[str]:
+    """The texts in double quotes as they stand, those without a letter or sign left out. Raises ValueError if there is
+    none."""
+    found = [next(group for group in match.groups() if group is not None) for match in QUOTED.finditer(prompt)]
+    texts = [text for text in found if normalize(text)]
+    if not texts:
+        raise ValueError(f"reward: 'ocr' found no text in double quotes in the prompt {prompt!r}")
+    return texts
 
 
 def normalize(text: str) -> str:
@@ -49,8 +55,26 @@ def edit_reward(read: str, wanted: str) -> float:
     return 1.0 - min(Levenshtein.distance(read, wanted), len(wanted)) / len(wanted)
 
 
+def line_reward(line: str, wanted: str) -> float:
+    """1 - edit distance of the shorter one to the best part of the longer one / length of the shorter one, in 0..1.
+
+    So a line that is a part of the text, or has the text in it, earns 1. Both normalized; 0 for an empty line.
+    """
+    short, long = sorted((line, wanted), key=len)
+    row = [0] * (len(long) + 1)  # of the edit distance of the beginnings of `short` to a part that ends there
+    for i, sign in enumerate(short, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(long, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (sign != other))
+    return 1.0 - min(row) / len(short) if short else 0.0
+
+
 class OCR:
-    """The reward in 0..1, `exact` as a detail, and as mask the boxes of the lines that are a part of the text.
+    """The reward in 0..1, `exact` as a detail, as mask the boxes of the lines that are a part of the text, what each
+    location earned, and the credit of each quoted text.
+
+    A line that was read earns inside its box what it is worth by itself (`line_reward`) for the quoted text that it is
+    nearest to. Elsewhere, where missing text could have been, a location earns what the image earned.
 
     threads: of onnxruntime per operator; 0 or less: as many as there are cores.
     """
@@ -82,15 +106,33 @@ class OCR:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Scores:
         arrays = pixels(images)
-        rewards, masks = [], np.zeros(arrays.shape[:3], np.float32)
-        for array, prompt, mask in zip(arrays, prompts, masks, strict=True):
-            wanted, lines = target(prompt), self.read(array)
-            rewards.append(edit_reward(normalize("".join(text for text, _ in lines)), wanted))
+        concepts = tuple(tuple(quoted(prompt)) for prompt in prompts)
+        masks, maps = (np.zeros(arrays.shape[:3], np.float32) for _ in range(2))
+        credits = torch.full((len(prompts), max((len(row) for row in concepts), default=0)), torch.nan)
+        for array, texts, row, mask, field in zip(arrays, concepts, credits, masks, maps, strict=True):
+            wanted, lines = [normalize(text) for text in texts], self.read(array)
+            everything = normalize("".join(text for text, _ in lines))
+            row[: len(wanted)] = torch.tensor([edit_reward(everything, text) for text in wanted])
+            field[:] = float(row[0])
             for text, box in lines:
-                similarity = self.similarity(normalize(text), wanted) / 100
+                inside, line = inside_box(box, mask.shape), normalize(text)
+                field[inside] = max(line_reward(line, text) for text in wanted)
+                similarity = self.similarity(line, wanted[0]) / 100
                 if similarity >= MATCH:
-                    canvas = Image.new("1", mask.shape[::-1])
-                    ImageDraw.Draw(canvas).polygon([tuple(point) for point in box.tolist()], fill=1)
-                    np.maximum(mask, similarity * np.asarray(canvas, np.float32), out=mask)
-        reward = torch.tensor(rewards)
-        return Scores(reward, {"exact": (reward == 1).float()}, torch.from_numpy(masks))
+                    mask[inside] = np.maximum(mask[inside], similarity)
+        reward = credits[:, 0].clone() if len(prompts) else torch.zeros(0)
+        return Scores(
+            reward,
+            {"exact": (reward == 1).float()},
+            torch.from_numpy(masks),
+            torch.from_numpy(maps),
+            credits=credits,
+            concepts=concepts,
+        )
+
+
+def inside_box(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """(H, W) bool, the pixels within a quadrangle (4, 2) in (x, y)."""
+    canvas = Image.new("1", size[::-1])
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in box.tolist()], fill=1)
+    return np.asarray(canvas)

@@ -3,7 +3,8 @@
 Request, POST /score, JSON: {"images": [base64 of a PNG, ...], "prompts": [...], "metadata": [{...}, ...]}, with the
 header "Authorization: Bearer TOKEN" where there is a token. Answer, JSON: {"reward": [number or null, ...]} with,
 optionally, "details": {name: [number or null, ...]}, "arrays": base64 of a safetensors file with "masks" and
-"reward_map" (B, H, W) as in Scores, and "errors": [line, ...]. null is a reward that failed. An answer with another
+"reward_map" (B, H, W) and "credits" (B, G) as in Scores, "concepts": [[phrase, ...], ...] with the phrases of each
+image's credits, and "errors": [line, ...]. null is a reward that failed. An answer with another
 status than 200 may say why under "error". A request changes nothing at the server, so that it may be sent again.
 """
 
@@ -37,6 +38,7 @@ TOKEN = "STAR_REWARD_TOKEN"  # environment variable
 AGAIN = (429, 502, 503, 504)  # statuses after which asking again may help
 TOLD = 5  # errors of an answer that are told one by one
 VALUES = 1 << 18  # commas and brackets of a message: each may become an object of many bytes
+ARRAYS = ("masks", "reward_map", "credits")  # of Scores, that an answer may have
 T = TypeVar("T")
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -57,7 +59,9 @@ def pack_answer(scores: Scores, errors: Sequence[str]) -> bytes:
         "details": {name: _numbers(value) for name, value in scores.details.items()},
         "errors": list(errors),
     }
-    arrays = {name: getattr(scores, name) for name in ("masks", "reward_map") if getattr(scores, name) is not None}
+    arrays = {name: getattr(scores, name) for name in ARRAYS if getattr(scores, name) is not None}
+    if scores.concepts:
+        answer["concepts"] = [list(row) for row in scores.concepts]
     if arrays:
         answer["arrays"] = base64.b64encode(save({k: v.contiguous() for k, v in arrays.items()})).decode()
     return json.dumps(answer).encode()
@@ -101,8 +105,8 @@ def unpack_answer(body: bytes, count: int, size: Sequence[int]) -> tuple[Scores,
     scores = Scores(
         column("reward", answer["reward"]),
         {name: column(name, values) for name, values in details.items()},
-        arrays.get("masks"),
-        arrays.get("reward_map"),
+        **{name: arrays[name] for name in ARRAYS if name in arrays},
+        concepts=answer.get("concepts") or (),
     )
     return as_scores(scores, count, size), [one_line(line) for line in errors]
 

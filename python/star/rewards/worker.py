@@ -62,10 +62,12 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
     bad = (~finite).nonzero().flatten().tolist()
     lines = [_missing_number(scores, i, prompts) for i in bad]
     known = torch.where(finite, scores.reward, torch.nan)
-    field = scores.reward_map
+    field, credits = scores.reward_map, scores.credits
     if field is not None:
         field = torch.where(finite.view(-1, 1, 1), field, torch.nan)
-    return replace(scores, reward=known, reward_map=field), lines
+    if credits is not None:
+        credits = torch.where(finite.view(-1, 1), credits, torch.nan)
+    return replace(scores, reward=known, reward_map=field, credits=credits), lines
 
 
 def _missing_number(scores: Scores, row: int, prompts: Sequence[str]) -> str:

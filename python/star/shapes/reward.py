@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from star.rewards import Metadata, Scores
-from star.shapes.scenes import Scene, parse_scene
+from star.shapes.scenes import Scene, Things, parse_scene
 from star.shapes.verifier import Verdict, verify
 
 
@@ -50,17 +50,35 @@ class VerifierReward:
 
 @VerifierReward
 def shapes_reward(verified: Verified) -> Scores:
-    """Soft scores in 0..1, `strict` as a detail, masks of the requested objects, and what each location earned."""
+    """Soft scores in 0..1, `strict` as a detail, masks of the requested objects, what each location earned, and the
+    credit of each requested group of objects."""
     height, width = verified.images.shape[2:]
     size = (height, width)
     masks = np.stack([v.masks.any(0) if len(v.masks) else np.zeros(size, bool) for v in verified.verdicts])
     maps = [reward_map(v, scene, size) for v, scene in zip(verified.verdicts, verified.scenes, strict=True)]
+    credits, concepts = group_credits(verified)
     return Scores(
         reward=torch.tensor([v.soft for v in verified.verdicts], dtype=torch.float32),
         details={"strict": torch.tensor([float(v.strict) for v in verified.verdicts])},
         masks=torch.from_numpy(masks).float(),
         reward_map=torch.from_numpy(np.stack(maps)),
+        credits=credits,
+        concepts=concepts,
     )
+
+
+def group_credits(verified: Verified) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
+    """`credits` and `concepts` of Scores: what each group of things earned, as the verifier has it."""
+    phrases = [tuple(_phrase(things) for things in scene.things) for scene in verified.scenes]
+    credits = torch.full((len(phrases), max((len(row) for row in phrases), default=0)), torch.nan)
+    for i, verdict in enumerate(verified.verdicts):
+        credits[i, : len(phrases[i])] = torch.tensor(verdict.parts[: len(phrases[i])])
+    return credits, tuple(phrases)
+
+
+def _phrase(things: Things) -> str:
+    """The words of a group without its number: the concept that a prompt has for it."""
+    return things.phrase.split(" ", 1)[1]
 
 
 def reward_map(verdict: Verdict, scene: Scene, size: tuple[int, int]) -> np.ndarray:

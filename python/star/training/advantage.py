@@ -63,6 +63,45 @@ def location_advantages(reward_maps: Tensor, groups: Tensor, *, global_std: bool
     return _advantages(reward_maps.flatten(1), groups, global_std, eps).view_as(reward_maps)
 
 
+def concept_advantages(credits: Tensor, groups: Tensor, *, global_std: bool = False, eps: float = 1e-4) -> Tensor:
+    """Group-relative advantages of the concepts of a prompt, for a reward that says what each of them earned.
+
+    (credit of the concept - mean of the group for this concept) / (standard deviation over the group and its concepts +
+    eps): as in `location_advantages`, with concepts for locations. A credit of NaN is left out of both.
+
+    Args:
+        credits: (B, G) floating; a column is of one concept in a group.
+        groups, global_std, eps: as in `group_advantages`; global_std: over all credits.
+
+    Returns:
+        (B, G) in the type of credits, NaN where the credit is; 0 in a group whose credits are all equal.
+
+    Raises:
+        ValueError: shapes that differ. TypeError: groups that are not int64.
+    """
+    if credits.ndim != 2 or groups.shape != credits.shape[:1]:
+        raise ValueError(
+            f"groups: got shape {tuple(groups.shape)} for credits {tuple(credits.shape)}, expected (B,) and (B, G)"
+        )
+    ids, member = _members(groups)
+    valid = credits.isfinite()
+    ones, values = valid.double(), torch.where(valid, credits.double(), 0.0)
+
+    def group_sum(x: Tensor) -> Tensor:  # (B, P), each entry its group's sum
+        return x.new_zeros(len(ids), x.shape[1]).index_add_(0, member, x)[member]
+
+    centered = (values - group_sum(values) / group_sum(ones).clamp_min(1)) * ones
+    equal = group_sum(values.abs()).sum(1) * 1e-12 >= group_sum(centered.abs()).sum(1)
+    if global_std:
+        spread = (values - values.sum() / ones.sum().clamp_min(1)) * ones
+        std = (spread.square().sum() / ones.sum().clamp_min(1)).sqrt()
+    else:
+        number = group_sum(ones).sum(1, keepdim=True).clamp_min(1)
+        std = (group_sum(centered.square()).sum(1, keepdim=True) / number).sqrt()
+    advantages = torch.where(equal[:, None], 0.0, centered / (std + eps))
+    return torch.where(valid, advantages, torch.nan).to(credits.dtype)
+
+
 def weighted_advantages(
     rewards: Mapping[str, Tensor],
     weights: Mapping[str, float],
@@ -85,9 +124,7 @@ def weighted_advantages(
 
 def _advantages(rewards: Tensor, groups: Tensor, global_std: bool, eps: float) -> Tensor:
     """(B, P) rewards of P locations -> (B, P)."""
-    if groups.dtype != torch.int64:
-        raise TypeError(f"groups: got {groups.dtype}, expected int64")
-    ids, member = groups.unique(return_inverse=True)
+    ids, member = _members(groups)
     valid = rewards.isfinite().all(1, keepdim=True)
     values = torch.where(valid, rewards.double(), 0.0)
     ones = valid.double()  # (B, 1)
@@ -107,10 +144,18 @@ def _advantages(rewards: Tensor, groups: Tensor, global_std: bool, eps: float) -
     return torch.where(equal[:, None], 0.0, centered / (std + eps)).to(rewards.dtype)
 
 
+def _members(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct groups, and the index of each sample's among them."""
+    if groups.dtype != torch.int64:
+        raise TypeError(f"groups: got {groups.dtype}, expected int64")
+    return groups.unique(return_inverse=True)
+
+
 def compute_advantages(
     scores: Scores, groups: Tensor, loss: Loss, weights: Mapping[str, float], size: tuple[int, int]
 ) -> Tensor:
-    """What the loss asks for: (B,), or (B, height, width) of the latents with loss.advantage "location".
+    """What the loss asks for: (B,), or (B, height, width) of the latents with loss.advantage "location". Of "concept"
+    it is the part of the image as a whole; `compute_concept_advantages` has the rest.
 
     weights: of the rewards in `scores.terms`. size: latent (height, width). Raises ConfigError if there is no map.
     """
@@ -125,3 +170,21 @@ def compute_advantages(
     if loss.normalize_rewards:
         return weighted_advantages(scores.terms, weights, groups, global_std=std, eps=eps)
     return group_advantages(scores.reward, groups, global_std=std, eps=eps)
+
+
+def compute_concept_advantages(
+    scores: Scores, groups: Tensor, loss: Loss, weights: Mapping[str, float]
+) -> Tensor | None:
+    """(B, G) times loss.concept_strength with loss.advantage "concept", else None.
+
+    scores: of all the iteration's images, their credits as `matched_credits` orders them. weights: of the rewards.
+    Raises ConfigError if there are no credits.
+    """
+    if loss.advantage != "concept" or scores.reward.isnan().all():
+        return None
+    if scores.credits is None:
+        raise ConfigError(
+            f"loss.advantage: 'concept' needs a reward with credits of concepts, not {', '.join(weights)}"
+        )
+    advantages = concept_advantages(scores.credits, groups, global_std=loss.global_std, eps=loss.advantage_eps)
+    return loss.concept_strength * advantages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star.objective import Allocation, allocation_weights
+from star.config import Config
+from star.objective import Allocation, allocation_weights, blend_weights, captured_steps, route_advantages
 from star.training.distributed import Share
 from star.training.rollout import Rollout
 
@@ -17,16 +19,42 @@ from star.training.rollout import Rollout
 @dataclass(frozen=True)
 class Credit:
     """Of a rollout of B samples and S passes of the update. advantages: (B,) or (B, H, W). weights: (S, B, H, W) of
-    mean 1 over each sample. step_weights: (S, B) of mean 1 over the passes. None stands for 1 everywhere."""
+    mean 1 over each sample. step_weights: (S, B) of mean 1 over the passes. None stands for 1 everywhere. concepts:
+    (B, G) advantages of the prompts' concepts, which `located` adds where their maps look, or None."""
 
     advantages: Tensor
+    concepts: Tensor | None
     weights: Tensor | None
     step_weights: Tensor | None
 
     def at(self, k: int, rows: Tensor) -> Credit:
         """The same of some samples in the k-th pass: without the axis of the passes."""
         weights, step_weights = (None if x is None else x[k, rows] for x in (self.weights, self.step_weights))
-        return Credit(self.advantages[rows], weights, step_weights)
+        concepts = None if self.concepts is None else self.concepts[rows]
+        return Credit(self.advantages[rows], concepts, weights, step_weights)
+
+    def located(self, maps: Tensor | None, grid: tuple[int, int], patch: int, strength: Tensor) -> Tensor:
+        """Of a pass: the advantages, (B,) or (B, H, W), with those of the concepts where its maps (B, G, N) look.
+        strength: () or (B,), how much maps count in it."""
+        if self.concepts is None:
+            return self.advantages
+        assert maps is not None  # a run with advantages of concepts reads the maps of every pass
+        return route_advantages(self.advantages, self.concepts, maps, grid, strength=strength, patch=patch)
+
+
+def concept_metrics(credit: Credit, located: Tensor) -> dict[str, Tensor]:
+    """What a pass says of the concepts' advantages, where there are any. located: as `Credit.located` returns it."""
+    if credit.concepts is None:
+        return {}
+    return {"concept_shift": (located - credit.advantages.view(-1, 1, 1)).abs().mean()}
+
+
+def steps_with_maps(config: Config, trained: Sequence[int]) -> tuple[int, ...]:
+    """The sampling steps whose maps a run reads: those that its weights, its advantages or its noise follow."""
+    steps = set(captured_steps(config.allocation.strategy, trained, config.sampling.steps))
+    if config.loss.advantage == "concept" or config.sampling.explore == "maps":
+        steps |= set(trained)
+    return tuple(sorted(steps))
 
 
 class Pass(NamedTuple):
@@ -54,6 +82,7 @@ def rollout_weights(
     share: Share,
     groups: Tensor,
     patch: int,
+    iteration: int,
 ) -> Tensor | None:
     """Allocate the update of a rollout.
 
@@ -62,17 +91,23 @@ def rollout_weights(
         share: this process' part of the iteration's images; the controls look beyond it.
         groups: (B,) int64 of all the iteration's images.
         patch: latent locations per image token and side.
+        iteration: of the run, for the warm-up.
 
     Returns:
         (S, b, H, W) float32 of mean 1 over each sample, or None if the weights are uniform.
     """
+    strength = allocation.strength(rollout.steps.sigmas[list(rollout.steps.trained)], iteration)  # (S,)
     masks = token_masks(masks, rollout.grid, rollout.latents.device)
     # Every step starts from the same state: who gets whose weights does not change from step to step.
     seed = int(torch.randint(2**62, (), generator=generator))
     everyone = allocation.strategy in ("shuffled", "random")
+    if not strength.any():
+        return None
     per_step: list[Tensor] = []
-    for k in range(len(rollout.steps.trained)):
-        maps = None if rollout.maps is None else rollout.maps[min(k, len(rollout.maps) - 1)]
+    for k, step in enumerate(rollout.steps.trained):
+        # Those of the strategy "final_step" are of the last step for all of them.
+        source = captured_steps(allocation.strategy, (step,), len(rollout.steps.timesteps))
+        maps = rollout.maps_at(source[0]) if source else None
         weights = allocation_weights(
             allocation,
             share.gather(maps) if everyone and maps is not None else maps,
@@ -84,5 +119,5 @@ def rollout_weights(
         )
         if weights is None:
             return None
-        per_step.append(weights[share.rows] if everyone else weights)
+        per_step.append(blend_weights(weights[share.rows] if everyone else weights, strength[k]))
     return torch.stack(per_step)

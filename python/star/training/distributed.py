@@ -87,27 +87,33 @@ class Share:
         return torch.empty_like(gathered).index_copy_(0, self.order.to(x.device), gathered)
 
     def gather_scores(self, scores: Scores) -> Scores:
-        """The same of what a reward said. Masks stay with the process whose images they are of."""
+        """The same of what a reward said, its credits in the columns of the prompts' concepts (`matched_credits`).
+        Masks stay with the process whose images they are of."""
         if self.accelerator.num_processes == 1:
             return scores
         # Where the reward failed for every image of a process, it said less than elsewhere.
-        shape = None if scores.reward_map is None else tuple(scores.reward_map.shape[1:])
-        said = gather_object([(list(scores.details), list(scores.terms), shape)])
+        fields = {"reward_map": scores.reward_map, "credits": scores.credits}
+        shapes = {name: tuple(x.shape[1:]) for name, x in fields.items() if x is not None}
+        said = gather_object([(list(scores.details), list(scores.terms), shapes)])
         nothing = torch.full_like(scores.reward, torch.nan)
 
         def columns(values: dict[str, Tensor], which: int) -> dict[str, Tensor]:
             names = dict.fromkeys(name for one in said for name in one[which])
             return {name: self.gather(values.get(name, nothing)) for name in names}
 
-        shape = next((one[2] for one in said if one[2] is not None), None)
-        reward_map = scores.reward_map
-        if shape is not None and reward_map is None:
-            reward_map = nothing.view(-1, 1, 1).expand(-1, *shape)
+        def array(name: str) -> Tensor | None:
+            shape = next((one[2][name] for one in said if name in one[2]), None)
+            if shape is None:
+                return None
+            own = fields[name]
+            return self.gather(nothing.view(-1, *(1,) * len(shape)).expand(-1, *shape) if own is None else own)
+
         return Scores(
             self.gather(scores.reward),
             columns(scores.details, 0),
-            reward_map=None if reward_map is None else self.gather(reward_map),
+            reward_map=array("reward_map"),
             terms=columns(scores.terms, 1),
+            credits=array("credits"),
         )
 
     def reduce(self, metrics: dict[str, float]) -> dict[str, float]:

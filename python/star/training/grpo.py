@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from star.config import Config
-from star.objective import captured_steps, temporal_weights
-from star.training.credit import Credit, Pass, rollout_weights
+from star.objective import temporal_weights
+from star.training.credit import Credit, Pass, concept_metrics, rollout_weights, steps_with_maps
 from star.training.distributed import Share
+from star.training.exploration import StepTensors, explored_loss
 from star.training.policy import Policy
 from star.training.rollout import Rollout, draw_window
-from star_kernels import policy_loss
 
 
 class GRPO:
@@ -22,6 +22,7 @@ class GRPO:
 
     def __init__(self, config: Config, policy: Policy, share: Share, groups: Tensor, patch: int) -> None:
         self.config, self.policy, self.share, self.groups, self.patch = config, policy, share, groups, patch
+        self.iteration = 0
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -33,7 +34,7 @@ class GRPO:
         return draw_window(sampling.trained_steps, sampling.window, f"{self.config.run.seed}/{iteration}")
 
     def captured_steps(self, stochastic: tuple[int, ...]) -> tuple[int, ...]:
-        return captured_steps(self.config.allocation.strategy, stochastic, self.config.sampling.steps)
+        return steps_with_maps(self.config, stochastic)
 
     def passes(self, rollout: Rollout) -> int:
         """Of each image in an iteration: its trained steps."""
@@ -49,16 +50,25 @@ class GRPO:
             share=self.share,
             groups=self.groups,
             patch=self.patch,
+            iteration=self.iteration,
         )
 
     def credit(
-        self, rollout: Rollout, advantages: Tensor, masks: Tensor | None, generator: torch.Generator, iteration: int
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        concepts: Tensor | None,
+        masks: Tensor | None,
+        generator: torch.Generator,
+        iteration: int,
     ) -> Credit:
-        """advantages: (b,) or (b, H, W), masks: (b, height, width) or None, of this process' images."""
+        """advantages: (b,) or (b, H, W), concepts: (b, G) or None, masks: (b, height, width) or None, of this process'
+        images."""
+        self.iteration = iteration
         weights = self.weights(rollout, masks, generator)
         noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
         step_weights = temporal_weights(self.config.allocation.temporal, noise.to(rollout.latents.device), weights)
-        return Credit(advantages, weights, step_weights)
+        return Credit(advantages, concepts, weights, step_weights)
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
         """Of some samples at the k-th trained step."""
@@ -68,23 +78,22 @@ class GRPO:
         if config.kl_coef:
             with self.policy.reference() as transformer:
                 reference = rollout.velocity(transformer, k, rows)
-        loss, statistics = policy_loss(
+        step = rollout.steps.trained[k]
+        strength = self.config.allocation.strength(rollout.steps.sigmas[step], self.iteration)
+        advantages = own.located(rollout.maps_at(step, rows), rollout.grid, self.patch, strength)
+        tensors = StepTensors(
             velocity,
             samples,
             prev_samples,
             transition,
-            own.advantages,
+            advantages,
             own.weights,
-            old_mean=old_means,
-            reference_velocity=reference,
-            step_weights=own.step_weights,
-            ratio=config.ratio,
-            clip_range=config.clip_range,
-            adv_clip=config.adv_clip,
-            kl_coef=config.kl_coef,
-            guard=config.guard,
+            old_means,
+            reference,
+            own.step_weights,
         )
-        return Pass(loss, statistics._asdict(), own.weights)
+        loss, statistics = explored_loss(config, tensors, rollout.explored_at(k, rows))
+        return Pass(loss, statistics._asdict() | concept_metrics(own, advantages), own.weights)
 
     def finish(self) -> None:
         """After an iteration's updates there is nothing to do."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from star.capture import capture
 from star.config import Config
-from star.objective import allocation_weights
-from star.training.credit import Credit, Pass, token_masks
+from star.objective import allocation_weights, blend_weights
+from star.training.credit import Credit, Pass, concept_metrics, steps_with_maps, token_masks
 from star.training.distributed import Share
 from star.training.policy import Policy
 from star.training.rollout import Batch, Rollout
@@ -46,13 +46,19 @@ class NFT:
         return self.config.loss.noise_levels or len(self.config.sampling.trained_steps)
 
     def credit(
-        self, rollout: Rollout, advantages: Tensor, masks: Tensor | None, generator: torch.Generator, iteration: int
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        concepts: Tensor | None,
+        masks: Tensor | None,
+        generator: torch.Generator,
+        iteration: int,
     ) -> Credit:
-        """advantages: (b,) or (b, H, W), masks: (b, height, width) or None, of this process' images. The weights are
-        made in the passes, where the maps are."""
+        """advantages: (b,) or (b, H, W), concepts: (b, G) or None, masks: (b, height, width) or None, of this process'
+        images. The weights are made in the passes, where the maps are."""
         self.iteration = iteration
         self.masks = token_masks(masks, rollout.grid, rollout.latents.device)
-        return Credit(advantages, None, None)
+        return Credit(advantages, concepts, None, None)
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
         """Of some samples at the k-th of their noise levels."""
@@ -67,7 +73,7 @@ class NFT:
 
         with self.policy.old(), torch.no_grad():
             transformer = self.policy.unwrapped()
-            if self.config.allocation.strategy in ("uniform", "oracle"):
+            if not steps_with_maps(self.config, self.config.sampling.trained_steps):
                 old_velocity, maps = velocity(transformer), None
             else:
                 with capture(
@@ -88,6 +94,10 @@ class NFT:
             masks=None if self.masks is None else self.masks[rows],
             generator=self.generator("weights", k, int(self.share.rows[rows[0]])),
         )
+        strength = self.config.allocation.strength(rollout.steps.sigmas[steps], self.iteration)  # (b,)
+        weights = None if weights is None else blend_weights(weights, strength)
+        own = credit.at(k, rows)
+        advantages = own.located(maps, rollout.grid, self.patch, strength.to(image.device))
         reference = None
         if config.kl_coef:
             with self.policy.reference() as transformer:
@@ -98,14 +108,14 @@ class NFT:
             latents,
             image,
             sigma,
-            (credit.advantages[rows] / config.adv_clip).clamp(-1, 1) / 2 + 0.5,
+            (advantages / config.adv_clip).clamp(-1, 1) / 2 + 0.5,
             weights,
             reference_velocity=reference,
             beta=config.beta,
             adv_clip=config.adv_clip,
             kl_coef=config.kl_coef,
         )
-        return Pass(loss, statistics._asdict(), weights)
+        return Pass(loss, statistics._asdict() | concept_metrics(own, advantages), weights)
 
     def draw(self, k: int, rows: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """The step (b,) whose noise level is each sample's k-th one, and the noise (b, C, H, W). An image's own numbers

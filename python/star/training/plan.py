@@ -239,6 +239,9 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
             return own
         return sum(len(group_members(part)[0]) for part in (chunks if step in steps else [groups]))
 
+    # Images that are sampled first, for their masks.
+    first = sampling.steps * (len(group_members(groups)[0]) if sampling.shared_noise else own)
+    first_rows = first if sampling.explore == "masks" else 0
     update_rows = own * count if nft else guided * sum(rows(step) for step in steps)
     largest = max(len(chunk) for chunk in chunks)
     factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
@@ -286,7 +289,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         images=images,
         images_per_gpu=own,
         trained_steps=count,
-        rollout_rows=guided * sum(rows(step) for step in range(sampling.steps)),
+        rollout_rows=guided * (first_rows + sum(rows(step) for step in range(sampling.steps))),
         update_rows=update_rows,
         old_rows=update_rows if nft else 0,
         reference_rows=update_rows if config.loss.kl_coef else 0,

@@ -18,11 +18,15 @@ from torch import Tensor
 from star.capture import capture, unwrapped
 from star.concepts import ConceptTokens, concept_tokens
 from star.config import ConfigError
+from star.objective.allocation import repeat_tokens
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
 DECODED_AT_ONCE = 16  # images
 Normalization = Literal["raw", "content", "concepts"]
+Explore = Callable[[int, Tensor, Tensor | None], Tensor | None]
+"""step of the schedule, rows (b,) of the rollout and their maps (b, G, N) at that step, or None if they were not read
+-> (b, rows, columns) bool, the image tokens that the step noises; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +232,10 @@ class Rollout:
     """B samples and their S trained steps. Samples are cut into chunks, which are also the update's minibatches.
 
     groups: (B,) int64 index of each sample's prompt. conditions: of the distinct prompts. samples, prev_samples,
-    old_means: (S, B, C, H, W), on the device that stores them. maps: (M, B, G, N) at the captured steps, or None.
-    latents: (B, C, H, W), the end. shared: the first `shared` steps of the schedule found the samples of a group at one
-    and the same latents.
+    old_means: (S, B, C, H, W), on the device that stores them. maps: (M, B, G, N) at the steps `captured`, or None.
+    explored: (S, B, rows, columns) bool, the image tokens that the step's noise reached; None: all of them. latents:
+    (B, C, H, W), the end. shared: the first `shared` steps of the schedule found the samples of a group at one and the
+    same latents.
     """
 
     conditions: Conditions
@@ -240,6 +245,8 @@ class Rollout:
     prev_samples: Tensor
     old_means: Tensor
     maps: Tensor | None
+    captured: tuple[int, ...]
+    explored: Tensor | None
     latents: Tensor
     grid: tuple[int, int]
     shared: int
@@ -251,6 +258,10 @@ class Rollout:
             raise ValueError("captured: no step was captured, so the rollout has no maps")
         return self.maps
 
+    def maps_at(self, step: int, rows: Tensor | slice = slice(None)) -> Tensor | None:
+        """(B', G, N) of some samples at a step of the schedule, or None if its maps were not read."""
+        return None if self.maps is None or step not in self.captured else self.maps[self.captured.index(step), rows]
+
     def velocity(self, transformer: torch.nn.Module, k: int, rows: Tensor) -> Tensor:
         """Velocity (B', C, H, W) of some samples at the k-th trained step, from the very batch that `sample` ran when
         `rows` is one of its chunks: matrix products of another batch size may differ in the last bit, and the
@@ -259,6 +270,10 @@ class Rollout:
         batch = Batch(self.conditions, self.groups[rows], step < self.shared)
         samples = self.samples[k, rows].to(self.latents.device)
         return batch.velocity(transformer, samples, self.steps.timesteps[step], self.guidance_scale)
+
+    def explored_at(self, k: int, rows: Tensor) -> Tensor | None:
+        """(B', rows, columns) bool of some samples at the k-th trained step, or None: their noise was everywhere."""
+        return None if self.explored is None else self.explored[k, rows].to(self.latents.device)
 
     def transition(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Transition]:
         """samples, prev_samples, old_means (B', C, H, W) and transition of some samples at the k-th trained step."""
@@ -319,7 +334,8 @@ class Buffers:
     """What a rollout keeps for the update, filled step by step.
 
     samples, prev_samples, old_means: (S, b, C, H, W) at the trained steps. maps: (M, b, G, N) at the captured steps, or
-    None before the first. Noise: the one of a trained step waits where the step's result will be, so that it costs no
+    None before the first. explored: (S, b, rows, columns) bool, the tokens that were noised, or None while that is all
+    of them. Noise: the one of a trained step waits where the step's result will be, so that it costs no
     memory of its own.
     """
 
@@ -340,6 +356,7 @@ class Buffers:
         )
         self.samples, self.prev_samples, self.old_means = stored
         self.maps: Tensor | None = None
+        self.explored: Tensor | None = None
 
     def set_noise(self, k: int, noise: Tensor) -> None:
         self.prev_samples[k] = noise
@@ -359,11 +376,20 @@ class Buffers:
             self.maps = torch.zeros(shape, device=self.device)
         self.maps[self.captured.index(step), rows] = maps
 
+    def maps_at(self, step: int, rows: Tensor) -> Tensor | None:
+        return None if self.maps is None or step not in self.captured else self.maps[self.captured.index(step), rows]
+
+    def store_explored(self, k: int, rows: Tensor, chosen: Tensor) -> None:
+        if self.explored is None:
+            shape = (len(self.trained), self.samples.shape[1], *chosen.shape[1:])
+            self.explored = torch.ones(shape, dtype=torch.bool, device=self.samples.device)
+        self.explored[k, rows] = chosen.to(self.samples.device)
+
 
 @dataclass(frozen=True)
 class Sampler:
     """Takes samples from step to step. shared: the first steps at which the samples of a group have the same
-    latents."""
+    latents. explore: where the noise of the trained steps goes; None: everywhere."""
 
     transformer: torch.nn.Module
     conditions: Conditions
@@ -372,6 +398,7 @@ class Sampler:
     options: SamplerOptions
     buffers: Buffers
     shared: int
+    explore: Explore | None
 
     def advance(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
         """The latents of some samples after a step of the schedule."""
@@ -382,6 +409,13 @@ class Sampler:
         k = self.steps.trained.index(step)
         noise = self.buffers.noise(k, rows)
         prev_sample, mean = gaussian_step(latents, velocity, noise, transition.expand(len(rows)))
+        chosen = None if self.explore is None else self.explore(step, rows, self.buffers.maps_at(step, rows))
+        if chosen is not None:
+            self.buffers.store_explored(k, rows, chosen)
+            noised = repeat_tokens(chosen.to(latents.device), latents.shape[-1] // chosen.shape[-1])[:, None]
+            step_size = float(self.steps.sigmas[step + 1] - self.steps.sigmas[step])
+            deterministic = latents + step_size * velocity
+            prev_sample, mean = (torch.where(noised, x, deterministic) for x in (prev_sample, mean))
         self.buffers.store(k, rows, latents, prev_sample, mean)
         return prev_sample
 
@@ -432,6 +466,7 @@ def sample(
     rows: Tensor | None = None,
     merged: Callable[[], AbstractContextManager[None]] = nullcontext,
     finished: Callable[[Tensor, Tensor], None] | None = None,
+    explore: Explore | None = None,
 ) -> Rollout:
     """Run the sampler, chunk after chunk.
 
@@ -448,6 +483,8 @@ def sample(
             (`Policy.merged`).
         finished: is called with each chunk's rows among the samples, (b',), and its final latents, before the next
             one begins.
+        explore: says which image tokens the noise of a trained step reaches; the others take the deterministic step.
+            None: all of them.
     """
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups, size = len(groups), groups[rows], options.size
@@ -465,7 +502,7 @@ def sample(
     count = len(steps.timesteps)
     alone = min(steps.trained, default=count) if options.shared_noise else 0  # steps that run before samples part
     shared = min(alone + 1, count) if options.shared_noise else 0
-    sampler = Sampler(transformer, conditions, groups, steps, options, buffers, shared)
+    sampler = Sampler(transformer, conditions, groups, steps, options, buffers, shared, explore)
     latents = sampler.run(range(alone), torch.arange(batch), latents, merged)
     for chosen in torch.arange(batch).split(options.chunk or batch):
         latents[chosen] = sampler.run(range(alone, count), chosen, latents[chosen], merged)
@@ -479,6 +516,8 @@ def sample(
         buffers.prev_samples,
         buffers.old_means,
         buffers.maps,
+        buffers.captured,
+        buffers.explored,
         latents,
         grid=(size[0] // model.patch_size, size[1] // model.patch_size),
         shared=shared,

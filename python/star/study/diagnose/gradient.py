@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from star.config import Config
-from star.objective import captured_steps, permute_across_groups
+from star.objective import permute_across_groups
 from star.study.gradient_signal import compare_with_scalar
 from star.study.tables import Table, format_number
 from star.train import Trainer
@@ -131,16 +130,15 @@ def batch_gradients(
 
 def arm_weights(trainer: Trainer, config: Config, rollout: Rollout, masks: Tensor | None, seed: int) -> Tensor | None:
     """The weights that an arm gives to a rollout that has the maps of every step."""
-    captured = captured_steps(config.allocation.strategy, rollout.steps.trained, config.sampling.steps)
-    maps = rollout.maps[list(captured)] if captured and rollout.maps is not None else None
     return rollout_weights(
         config.allocation,
-        dataclasses.replace(rollout, maps=maps),
+        rollout,
         masks,
         torch.Generator().manual_seed(seed),
         share=trainer.share,
         groups=trainer.groups,
         patch=trainer.pipeline.transformer.config.patch_size,
+        iteration=trainer.iteration,
     )
 
 
