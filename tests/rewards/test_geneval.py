@@ -394,3 +394,97 @@ def test_small_models_from_a_folder_run_end_to_end(tmp_path, detector):
     assert scores.reward.isfinite().all() and scores.masks.shape == (2, 24, 36)
     with pytest.raises(rewards.RewardError, match="reward: 'geneval' could not load '/nowhere'"):
         rewards.load("geneval", {"geneval": "/nowhere"})
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def drawn_scores(include, objects, prompt="a photo"):
+    """objects: (name, color, left, score), squares of 20 pixels in an image of 40 x 60. Returns scores and masks."""
+    image, detections, masks = torch.full((3, 40, 60), 0.2), [], []
+    for name, color, left, confidence in objects:
+        mask, value = square(color, left)
+        image[:, torch.from_numpy(mask)] = value[:, None]
+        detections.append(Detection(name, confidence, (left, 10, left + 20, 30), mask))
+        masks.append(torch.from_numpy(mask))
+    reward = GenEval(Drawn([detections]), geneval.ColorClassifier(Eye()))
+    return reward(image[None], [prompt], [{"tag": "colors", "include": include}]), masks
+
+
+def inside(scores, masks):
+    """The one value of the map inside each mask, and that elsewhere."""
+    field = scores.reward_map[0]
+    elsewhere = ~torch.stack(masks).any(0) if masks else torch.ones_like(field, dtype=torch.bool)
+    values = [field[mask].unique() for mask in [*masks, elsewhere]]
+    assert all(len(value) == 1 for value in values)
+    return [value.item() for value in values]
+
+
+def test_each_object_earns_its_own_credit_inside_its_mask():
+    both = [wanted("cup", color="red"), wanted("dog", color="blue")]
+    right, masks = drawn_scores(both, [("cup", "red", 2, 0.9), ("dog", "blue", 32, 0.9)])
+    assert right.reward.item() == 1 and inside(right, masks) == [1, 1, 1]
+    # The cup's color is wrong: it is 1 for being there and 0 for its color; the dog is as it should be.
+    wrong, masks = drawn_scores(both, [("cup", "blue", 2, 0.9), ("dog", "blue", 32, 0.9)])
+    assert wrong.reward.item() == 0.75 and inside(wrong, masks) == [0.5, 1, 0.75]
+
+
+def test_of_too_many_objects_the_worst_are_worth_nothing():
+    # The most confident one has the wrong color: it is the one too many.
+    scores, masks = drawn_scores([wanted("cup", color="red")], [("cup", "blue", 2, 0.95), ("cup", "red", 32, 0.6)])
+    assert scores.reward.item() == 0 and inside(scores, masks) == [0, 1, 0]
+    scores, masks = drawn_scores([wanted("cup")], [("cup", "blue", 2, 0.6), ("cup", "red", 32, 0.95)])
+    assert inside(scores, masks) == [0, 1, 0]
+
+
+def test_what_is_missing_is_nobodys_fault_but_that_of_whoever_should_be_beside_it():
+    pair = [wanted("dog"), wanted("cup", position=["left of", 0])]
+    # Nothing to be left of: the cup is there, its position is not.
+    alone, masks = drawn_scores(pair, [("cup", "red", 2, 0.9)])
+    assert inside(alone, masks) == [0.5, pytest.approx(alone.reward.item())]
+    swapped, masks = drawn_scores(pair, [("cup", "red", 38, 0.9), ("dog", "red", 2, 0.9)])
+    assert inside(swapped, masks) == [0.5, 1, 0.75]
+    fewer, masks = drawn_scores([wanted("cup", 2)], [("cup", "red", 2, 0.9)])
+    assert inside(fewer, masks) == [1, 0.5]
+    nothing, masks = drawn_scores([wanted("cup")], [])
+    assert inside(nothing, masks) == [0] == nothing.reward.tolist()
+
+
+def test_what_nobody_asked_for_earns_what_the_image_does():
+    scores, masks = drawn_scores([wanted("cup", 2)], [("cup", "red", 2, 0.9), ("dog", "red", 32, 0.9)])
+    assert inside(scores, masks) == [1, 0.5, 0.5]
+
+
+def test_objects_of_one_class_are_shared_out_among_its_entries():
+    include = [wanted("cup", color="red"), wanted("cup", color="blue")]
+    scores, masks = drawn_scores(include, [("cup", "blue", 2, 0.9), ("cup", "red", 32, 0.5)])
+    assert inside(scores, masks)[:2] == [1, 1]  # though Flow-GRPO's credit counts two for each entry
+    over, masks = drawn_scores([wanted("cup", color="red")], [("cup", "blue", 2, 0.9), ("cup", "red", 12, 0.8)])
+    field = over.reward_map[0]
+    assert set(field[masks[0]].tolist()) == {0.0} and set(field[masks[1] & ~masks[0]].tolist()) == {1.0}
+
+
+def test_each_entry_has_its_credit_and_its_words():
+    include = [wanted("dog", 2), wanted("cup", color="red")]
+    scores, _ = drawn_scores(
+        include, [("cup", "blue", 2, 0.9), ("dog", "red", 32, 0.9)], "a photo of two dogs and a red cup"
+    )
+    assert scores.concepts == (("dogs", "red cup"),) and scores.credits.tolist() == [[0.5, 0.5]]
+    assert scores.reward.item() == 0.5
+    unknown, _ = drawn_scores([wanted("dog")], [], "two puppies")
+    assert unknown.credits.isnan().all() and unknown.reward.item() == 0
+
+
+@given(detections=DETECTIONS, include=st.lists(ENTRY, min_size=1, max_size=3), seed=st.integers(0, 9))
+def test_own_credits_are_those_of_the_image_where_all_is_right(detections, include, seed):
+    def colors(objects):
+        return [COLORS[(int(d.score * 100) + seed) % 3] for d in objects]
+
+    groups = select(detections, "colors")
+    got = judge(groups, {"include": include}, colors)
+    assert len(got.earned) == sum(len(groups.get(name, [])) for name in {entry["class"] for entry in include})
+    assert all(0 <= credit <= 1 for _, credit in got.earned) and len(got.credits) == len(include)
+    if got.strict:
+        assert {credit for _, credit in got.earned} == {1.0} == set(got.credits)
+    surplus = sum(credit == 0 for _, credit in got.earned)
+    assert surplus >= len(got.earned) - sum(entry["count"] for entry in include)

@@ -205,6 +205,42 @@ def test_other_text_is_no_part_of_the_map(reader):
     assert scores.masks[0, :100].sum() > 0 == scores.masks[0, 110:].sum()
 
 
+def test_each_line_earns_its_own_edit_distance_inside_its_box_and_missing_text_none(reader):
+    image = Image.fromarray(written("OPEN", place=(8, 20)).copy())
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    draw.text((8, 70), "DAYLY", fill=(10, 10, 10), font=font)
+    draw.text((8, 120), "xyzzy", fill=(10, 10, 10), font=font)
+    images = pictures(np.asarray(image), written(""), written("OPEN"))
+    prompts = ['a shop with "open daily" on its door'] * 2 + ['a door with "open" and "closed"']
+    scores = reader(images, prompts, [{}] * 3)
+    field, ink = scores.reward_map, images[:, 0] < 0.5
+    first, second, third = (field[0][top : top + 40][ink[0][top : top + 40]] for top in (15, 65, 115))
+    assert first.median() == 1  # a part of the text
+    assert second.median() == pytest.approx(0.8) == pytest.approx(1 - edit_distance("dayly", "daily") / 5)
+    assert third.median() <= 0.2  # of no text
+    around = field[0, :10]
+    assert (around == scores.reward[0]).all() and 0 < scores.reward[0] < 1
+    assert (field[1] == 0).all() and scores.reward[1] == 0  # nothing was written: nowhere in particular
+    assert scores.reward[2] == 1 and (field[2] == 1).all()
+    assert scores.concepts == (("open daily",), ("open daily",), ("open", "closed"))
+    assert scores.credits[2].tolist() == pytest.approx([1.0, ocr.edit_reward("open", "closed")])
+    assert scores.credits[1].isnan().tolist() == [False, True]
+
+
+def part_distance(short, long):
+    """The smallest edit distance to any part of the longer one."""
+    parts = {long[i:j] for i in range(len(long) + 1) for j in range(i, len(long) + 1)}
+    return min(edit_distance(short, part) for part in parts)
+
+
+@given(line=TEXTS, wanted=TEXTS.filter(lambda text: text.strip()))
+def test_a_line_is_worth_its_distance_to_the_best_part(line, wanted):
+    line, wanted = ocr.normalize(line), ocr.normalize(wanted)
+    short, long = sorted((line, wanted), key=len)
+    expected = 1 - part_distance(short, long) / len(short) if short else 0.0
+    assert ocr.line_reward(line, wanted) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
     [
