@@ -28,13 +28,28 @@ CASES = {
         "loss": {"global_std": True},
         "optimization": {"updates_per_iteration": 2},
     },
-    "guided": {"sampling": {"guidance_scale": 2.0, "shared_noise": False}, "loss": {"kl_coef": 0.1}},
+    # Credits of concepts are gathered, and each process explores where its own maps look.
+    "guided": {
+        "sampling": {"guidance_scale": 2.0, "shared_noise": False, "explore": "maps"},
+        "loss": {"kl_coef": 0.1, "advantage": "concept"},
+    },
     # Each image has its own noise levels, and passes of the old policy come between those with gradients.
     "nft": {
         "sampling": {"trained_steps": [0, 1, 2], "shared_noise": False, "merge_adapter": False},
-        "loss": {"objective": "nft", "noise_levels": 2, "old_decay": 0.9, "old_decay_rate": 0.3},
+        "loss": {
+            "objective": "nft",
+            "noise_levels": 2,
+            "old_decay": 0.9,
+            "old_decay_rate": 0.3,
+            "advantage": "concept",
+        },
     },
-    "full": {"model": {"lora_rank": 0}, "sampling": {"merge_adapter": False}, "optimization": {"learning_rate": 1e-5}},
+    # Every process samples the first image of every prompt.
+    "full": {
+        "model": {"lora_rank": 0},
+        "sampling": {"merge_adapter": False, "explore": "masks"},
+        "optimization": {"learning_rate": 1e-5},
+    },
 }
 SHARDED = ("plain", "nft", "full")
 
