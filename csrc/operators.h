@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -118,6 +119,61 @@ Tensor policy_loss_gradient(const Tensor& grad_loss, const Tensor& log_ratio, co
                old_log_prob, reference_velocity, step_weights, ratio, clip_low, clip_high, adv_clip, kl_coef, guard}});
 }
 
+struct NFTLossInputs {
+  Tensor velocity, old_velocity, sample, clean, sigma, reward_prob;
+  OptionalTensor weights, reference_velocity;
+  double beta;
+  bool adaptive;
+  double adaptive_min, adv_clip, kl_coef;
+};
+
+using NFTLossResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, errors
+using NFTLossWithGradientResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // and the velocity's gradient
+
+// run: nft_loss or nft_loss_with_gradient of a device.
+template <auto run>
+auto nft_loss(const Tensor& velocity, const Tensor& old_velocity, const Tensor& sample, const Tensor& clean,
+              const Tensor& sigma, const Tensor& reward_prob, const OptionalTensor& weights,
+              const OptionalTensor& reference_velocity, double beta, bool adaptive, double adaptive_min,
+              double adv_clip, double kl_coef) {
+  return run({velocity, old_velocity, sample, clean, sigma, reward_prob, weights, reference_velocity, beta, adaptive,
+              adaptive_min, adv_clip, kl_coef});
+}
+
+struct NFTLossGradientInputs {
+  Tensor grad_loss, errors;
+  NFTLossInputs loss;
+};
+
+template <Tensor (*run)(const NFTLossGradientInputs&)>
+Tensor nft_loss_gradient(const Tensor& grad_loss, const Tensor& errors, const Tensor& velocity,
+                         const Tensor& old_velocity, const Tensor& sample, const Tensor& clean, const Tensor& sigma,
+                         const Tensor& reward_prob, const OptionalTensor& weights,
+                         const OptionalTensor& reference_velocity, double beta, bool adaptive, double adaptive_min,
+                         double adv_clip, double kl_coef) {
+  return run({grad_loss, errors,
+              {velocity, old_velocity, sample, clean, sigma, reward_prob, weights, reference_velocity, beta, adaptive,
+               adaptive_min, adv_clip, kl_coef}});
+}
+
+template <typename T>
+NFTOptions<T> nft_options(const NFTLossInputs& inputs) {
+  const Tensor& velocity = inputs.velocity;
+  const int64_t batch = velocity.size(0), channels = velocity.size(velocity.dim() == 3 ? 2 : 1);
+  return {
+      .batch = batch,
+      .channels = channels,
+      .locations = batch * channels == 0 ? 0 : velocity.numel() / (batch * channels),
+      .kl = inputs.reference_velocity.has_value(),
+      .adaptive = inputs.adaptive,
+      .beta = T(inputs.beta),
+      .adaptive_min = T(inputs.adaptive_min),
+      .loss_scale = inputs.adv_clip / inputs.beta,
+      .adv_clip = inputs.adv_clip,
+      .kl_coef = inputs.kl_coef,
+  };
+}
+
 template <typename T>
 LossOptions<T> loss_options(const PolicyLossInputs& inputs) {
   const Tensor& velocity = inputs.velocity;
@@ -157,19 +213,34 @@ bool any_double(const Tensors&... tensors) {
 template <typename V, typename X, typename T>
 struct Types {};
 
-// Calls use(Types<V, X, T>()) with the types that policy_loss has kernels for, to which its tensors are converted.
+// Calls use(Types<V, X, T>()) with the types that the losses have kernels for, to which their tensors are converted.
+// others: velocities beside the first. Latents: first and second.
 template <typename F>
-auto with_types(const PolicyLossInputs& inputs, F use) {
-  const ScalarType type = inputs.velocity.scalar_type();
-  if (any_double(inputs.velocity, inputs.sample, inputs.prev_sample)) return use(Types<double, double, double>());
-  // A reference velocity in another type keeps its bits: both are read in the arithmetic's.
-  if (inputs.reference_velocity && inputs.reference_velocity->scalar_type() != type)
-    return use(Types<float, float, float>());
-  const bool same = inputs.sample.scalar_type() == type && inputs.prev_sample.scalar_type() == type;
+auto with_types(const Tensor& velocity, std::initializer_list<const Tensor*> others, const Tensor& first,
+                const Tensor& second, F use) {
+  const ScalarType type = velocity.scalar_type();
+  if (any_double(velocity, first, second)) return use(Types<double, double, double>());
+  // Another velocity in another type keeps its bits: all are read in the arithmetic's.
+  for (const Tensor* other : others)
+    if (other && other->scalar_type() != type) return use(Types<float, float, float>());
+  const bool same = first.scalar_type() == type && second.scalar_type() == type;
   if (type == ScalarType::BFloat16)
     return same ? use(Types<BFloat16, BFloat16, float>()) : use(Types<BFloat16, float, float>());
   if (type == ScalarType::Half) return same ? use(Types<Half, Half, float>()) : use(Types<Half, float, float>());
   return use(Types<float, float, float>());
+}
+
+inline const Tensor* address(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
+
+template <typename F>
+auto with_types(const PolicyLossInputs& inputs, F use) {
+  return with_types(inputs.velocity, {address(inputs.reference_velocity)}, inputs.sample, inputs.prev_sample, use);
+}
+
+template <typename F>
+auto with_types(const NFTLossInputs& inputs, F use) {
+  return with_types(inputs.velocity, {&inputs.old_velocity, address(inputs.reference_velocity)}, inputs.sample,
+                    inputs.clean, use);
 }
 
 }  // namespace star

@@ -236,6 +236,95 @@ STAR_HD void finish(const LossOptions<T>& options, const BatchSums& all, T* loss
   for (int k = 0; k < STATISTICS; k++) statistics[k] = float(values[k]);
 }
 
+// nft_loss. Sizes of a batch, and what does not change from sample to sample.
+template <typename T>
+struct NFTOptions {
+  int64_t batch, channels, locations;
+  bool kl;  // there is a reference velocity
+  bool adaptive;
+  T beta, adaptive_min;
+  double loss_scale, adv_clip, kl_coef;  // loss_scale: of both branches' terms, adv_clip / beta
+};
+
+// Errors of the predictions of the clean latents: the old policy's, and what the policy has moved, for once and against.
+template <typename T>
+STAR_HD void nft_errors(T sigma, T sigma_beta, T sample, T clean, T velocity, T old, T& deviation, T& positive,
+                        T& negative) {
+  deviation = velocity - old;
+  const T error = sample - sigma * old - clean, moved = sigma_beta * deviation;
+  positive = error - moved, negative = error + moved;
+}
+
+// What is summed over a sample, and which of these sums stands where. POSITIVE and NEGATIVE: of the branches' squared
+// errors times weight and probability; the next two: of the errors' sizes. DEVIATION: of the squared deviations.
+enum NFTSlot { NFT_POSITIVE, NFT_NEGATIVE, NFT_POSITIVE_ERROR, NFT_NEGATIVE_ERROR, NFT_DEVIATION, NFT_KL, NFT_SLOTS };
+
+struct NFTSums {
+  double slot[NFT_SLOTS];
+  double largest;    // squared deviation
+  double nonfinite;  // locations
+};
+
+STAR_HD void add(NFTSums& all, const NFTSums& one) {
+  for (int k = 0; k < NFT_SLOTS; k++) all.slot[k] += one.slot[k];
+  all.largest = larger(all.largest, one.largest), all.nonfinite += one.nonfinite;
+}
+
+// What a branch's squared error is divided by. error: its mean size over the sample.
+template <typename T>
+STAR_HD T nft_size(const NFTOptions<T>& options, T error) {
+  if (!options.adaptive) return T(1);
+  return error < options.adaptive_min ? options.adaptive_min : error;  // a NaN stays
+}
+
+// A sample's sums as means, its terms divided by the sizes of its errors, which this writes.
+template <typename T>
+STAR_HD NFTSums nft_sample(const NFTOptions<T>& options, const NFTSums& sums, T* errors) {
+  NFTSums out = sums;
+  for (int k = 0; k < NFT_SLOTS; k++) out.slot[k] /= double(options.channels * options.locations);
+  for (int k = 0; k < 2; k++) {
+    errors[k] = T(out.slot[NFT_POSITIVE_ERROR + k]);
+    out.slot[NFT_POSITIVE_ERROR + k] = double(errors[k]);
+    out.slot[NFT_POSITIVE + k] /= double(nft_size(options, errors[k]));
+  }
+  return out;
+}
+
+// The gradient is share * weight * ((1 - r) / size * negative - r / size * positive) + pull * (velocity - reference).
+template <typename T>
+struct NFTForces {
+  T up, down;  // one over the size of the positive and of the negative branch's errors
+  T share, pull;
+};
+
+template <typename T>
+STAR_HD NFTForces<T> nft_forces(const NFTOptions<T>& options, T sigma, const T* errors, T grad_loss) {
+  const double elements = double(options.batch * options.channels * options.locations);
+  return {1 / nft_size(options, errors[0]), 1 / nft_size(options, errors[1]),
+          T(2 * options.adv_clip / elements) * sigma * grad_loss, T(2 * options.kl_coef / elements) * grad_loss};
+}
+
+constexpr int NFT_STATISTICS = 8;
+
+// The loss and the statistics, in the order of reference.NFT_STATISTICS, from the sum over the samples.
+template <typename T>
+STAR_HD void nft_finish(const NFTOptions<T>& options, const NFTSums& all, T* loss, float* statistics) {
+  double mean[NFT_SLOTS];
+  for (int k = 0; k < NFT_SLOTS; k++) mean[k] = all.slot[k] / double(options.batch);
+  double value = options.loss_scale * (mean[NFT_POSITIVE] + mean[NFT_NEGATIVE]);
+  if (options.kl) value += options.kl_coef * mean[NFT_KL];
+  *loss = T(value);
+  const double values[NFT_STATISTICS] = {mean[NFT_POSITIVE],
+                                         mean[NFT_NEGATIVE],
+                                         mean[NFT_POSITIVE_ERROR],
+                                         mean[NFT_NEGATIVE_ERROR],
+                                         mean[NFT_DEVIATION],
+                                         all.largest,
+                                         mean[NFT_KL],
+                                         all.nonfinite};
+  for (int k = 0; k < NFT_STATISTICS; k++) statistics[k] = float(values[k]);
+}
+
 // Allocation, in the order in which it is done. A map is usable if every mass is.
 template <typename T>
 STAR_HD bool usable_mass(T mass) {

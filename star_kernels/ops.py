@@ -213,7 +213,7 @@ NFT_LOSS_GRADIENT = Operator(
     schema=f"(Tensor grad_loss, Tensor errors, {_NFT_LOSS_ARGUMENTS}) -> Tensor",
     fake=fake_gradient,
     reference=reference.nft_loss_gradient,
-    native=(),
+    native=("cpu",),
 )
 
 NFT_LOSS_WITH_GRADIENT = Operator(
@@ -221,7 +221,7 @@ NFT_LOSS_WITH_GRADIENT = Operator(
     schema=f"({_NFT_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=fake_nft_loss_with_gradient,
     reference=reference.nft_loss_with_gradient,
-    native=(),
+    native=("cpu",),
 )
 
 NFT_LOSS = Operator(
@@ -229,7 +229,7 @@ NFT_LOSS = Operator(
     schema=f"({_NFT_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=fake_nft_loss,
     reference=reference.nft_loss,
-    native=(),
+    native=("cpu",),
     gradient=NFT_LOSS_GRADIENT,
     with_gradient=NFT_LOSS_WITH_GRADIENT,
 )

@@ -46,7 +46,7 @@ SECONDS = 60  # after which a case counts as hanging
 TIMES, ROUNDINGS = 8, 64
 
 # Of these one in float64 makes the arithmetic so.
-IN_ARITHMETIC = ("query", "key", "maps", "velocity", "sample", "prev_sample")
+IN_ARITHMETIC = ("query", "key", "maps", "velocity", "sample", "prev_sample", "clean")
 
 Arguments = dict[str, Any]
 
@@ -265,8 +265,44 @@ def draw_policy_loss(draw: Draw) -> Arguments:
     return arguments
 
 
+def draw_nft_loss(draw: Draw) -> Arguments:
+    shape = latents_shape(draw)
+    batch, channel = shape[0], 2 if len(shape) == 3 else 1
+    locations = shape[:channel] + shape[channel + 1 :]
+    kind = draw.type()
+    pick = lambda: kind if draw.chance(0.6) else draw.type()
+    sigma = draw.choice((draw.uniform, draw.uniform, draw_mask))((batch,), 0, 1)
+    clean, noise = draw.normal(shape), draw.normal(shape)
+    at = sigma.view(-1, *(1,) * (len(shape) - 1))
+    old_velocity = noise - clean + draw.normal(shape, draw.choice((0.0, 0.1, 1.0)))
+    places = (batch,) if draw.chance(0.6) else locations
+    arguments: Arguments = {
+        "velocity": draw.tensor(old_velocity + draw.normal(shape, draw.choice((0.0, 1e-4, 0.1, 1.0))), kind),
+        "old_velocity": draw.tensor(old_velocity, pick()),
+        "sample": draw.tensor((1 - at) * clean + at * noise, pick()),
+        "clean": draw.tensor(clean, pick()),
+        "sigma": draw.tensor(sigma),
+        "reward_prob": draw.tensor(draw.choice((draw.uniform, draw.uniform, draw_mask))(places, 0, 1)),
+    }
+    if draw.chance(0.6):
+        arguments["weights"] = draw.tensor(draw.choice((draw.uniform, draw.uniform, draw_mask))(locations, 0, 2))
+    if draw.chance(0.4):
+        reference = old_velocity + draw.normal(shape, draw.choice((0.0, 1e-4, 1.0)))
+        arguments |= {
+            "reference_velocity": draw.tensor(reference, pick()),
+            "kl_coef": draw.choice((0, 1e-4, 1.0, -1.0)),
+        }
+    options = {
+        "beta": (1.0, 0.1, 3, 1e-3, np.float32(0.5)),
+        "adaptive": (True, False),
+        "adaptive_min": (1e-5, 1e-30, 0.7, 10),
+        "adv_clip": (5.0, 1, 1e-3, 1e30),
+    }
+    return arguments | {name: draw.choice(values) for name, values in options.items() if draw.chance(0.4)}
+
+
 def draw_mask(shape: tuple[int, ...], low: float, high: float) -> Tensor:
-    """Zeros and twos, as a reward's mask makes of weights."""
+    """Zeros and ones, or of another height, as a reward's mask makes of weights."""
     return (torch.arange(math.prod(shape)) % 2 * high).view(shape).double()
 
 
@@ -275,6 +311,7 @@ CASES: dict[str, Callable[[Draw], Arguments]] = {
     "allocate": draw_allocate,
     "gaussian_step": draw_gaussian_step,
     "policy_loss": draw_policy_loss,
+    "nft_loss": draw_nft_loss,
 }
 
 
@@ -321,14 +358,14 @@ def run(operator: str, arguments: Arguments, impl: str) -> list[Tensor] | Except
     """What a call returns, with the velocity's gradient, or what it raises."""
     arguments = dict(arguments)
     velocity = arguments.get("velocity")
-    has_gradient = operator == "policy_loss" and is_plain(velocity) and velocity.is_floating_point()
+    has_gradient = operator in ("policy_loss", "nft_loss") and is_plain(velocity) and velocity.is_floating_point()
     if has_gradient:
         arguments["velocity"] = velocity.detach().requires_grad_()
     if isinstance(arguments.get("out"), Tensor):
         arguments["out"] = arguments["out"].detach().clone()
     try:
         result = getattr(sk, operator)(**arguments, impl=impl)
-        if isinstance(result, sk.PolicyLoss):
+        if isinstance(result, sk.PolicyLoss | sk.NFTLoss):
             gradient = torch.autograd.grad(result.loss, arguments["velocity"]) if has_gradient else ()
             return [result.loss.detach(), result.statistics.values, *gradient]
         return [result] if isinstance(result, Tensor) else list(result)

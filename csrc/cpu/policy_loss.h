@@ -3,12 +3,10 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "cpu/tiles.h"
 #include "star_math.h"
 
 namespace star {
-
-constexpr int64_t LOSS_TILE = 4096;  // locations that are summed up by themselves: so sums depend on neither threads nor batch
-constexpr int64_t LOSS_TILES = 4;    // neighbors that one call may take: memory is read in longer runs
 
 // V: type of the velocities, X: of the latents, T: of the arithmetic. Tensors are contiguous; optional ones may be null.
 template <typename V, typename X, typename T>

@@ -9,69 +9,12 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/latents.h"
 #include "cpu/ordered_sum.h"
-#include "cpu/simd.h"
 
 namespace star::STAR_ISA {
 
 namespace {
-
-// Where locations [first, last) of a sample lie in tensors of latents and of locations.
-struct Tile {
-  int64_t latents, locations, count;  // the first element, the first location, the number of locations
-
-  template <typename Args>
-  Tile(const Args& args, int64_t index, int64_t first, int64_t last)
-      : latents(index * args.channels * args.locations + (args.packed ? first * args.channels : first)),
-        locations(index * args.locations + first),
-        count(last - first) {}
-
-  template <typename Args>
-  int64_t rows(const Args& args) const { return args.packed ? count : args.channels; }
-};
-
-// Calls vector(at, location, count) for every vector of some rows of a tile, which are channels, or packed locations: its
-// first element, that element's location within the tile and how many elements it has, which is a constant but at the end
-// of a row. Packed, they all have the same location.
-template <bool packed, typename V, typename X, typename T, typename F>
-STAR_INLINE void each_vector(const PolicyLossArgs<V, X, T>& args, const Tile& tile, int64_t begin, int64_t end, F vector) {
-  constexpr int64_t WIDTH = LANES<T>;
-  const int64_t length = packed ? args.channels : tile.count, stride = packed ? args.channels : args.locations;
-  for (int64_t row = begin; row < end; row++) {
-    const int64_t start = tile.latents + row * stride;
-    int64_t i = 0;
-    for (; i + WIDTH <= length; i += WIDTH) vector(start + i, packed ? row : i, WIDTH);
-    if (i < length) vector(start + i, packed ? row : i, length - i);
-  }
-}
-
-// A sum of vectors in double, in an order that their number alone decides.
-template <typename T>
-struct Sum {
-  static constexpr int MANY = 64;  // vectors that are added up in T before the sum goes on in double
-  double lanes[LANES<T>] = {};
-  Vector<T> recent{};
-  int pending = 0;
-
-  STAR_ALWAYS void add_product(Vector<T> left, Vector<T> right) {
-    recent = fma(left, right, recent);
-    if (++pending == MANY) flush();
-  }
-  STAR_ALWAYS void flush() {
-    T values[LANES<T>];
-    store(values, recent);
-#pragma omp simd
-    for (int lane = 0; lane < LANES<T>; lane++) lanes[lane] += double(values[lane]);
-    recent = Vector<T>{};
-    pending = 0;
-  }
-  STAR_ALWAYS double value() {
-    flush();
-    double sum = 0;
-    for (int lane = 0; lane < LANES<T>; lane++) sum += lanes[lane];
-    return sum;
-  }
-};
 
 template <Form form, typename V, typename X, typename T>
 STAR_INLINE Vector<T> old_mean(const PolicyLossArgs<V, X, T>& args, int64_t at, int64_t count) {
@@ -88,19 +31,20 @@ STAR_INLINE Vector<T> direction(Vector<T> a, Vector<T> x, Vector<T> b, Vector<T>
 
 // The sum of a tile's terms, each location's times its weight if there are weights.
 template <Form form, bool packed, typename V, typename X, typename T>
-Sum<T> term_sum(const PolicyLossArgs<V, X, T>& given, const Tile& tile, int64_t begin, int64_t end,
-                const SampleTerms<T>& terms, const T* weights, Sum<T> sum) {
+Sums<T, 1> term_sum(const PolicyLossArgs<V, X, T>& given, const Tile& tile, int64_t begin, int64_t end,
+                const SampleTerms<T>& terms, const T* weights, Sums<T, 1> sum) {
   const PolicyLossArgs<V, X, T> args = given;  // a copy, which no store can change: its pointers stay in registers
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
-  each_vector<packed>(args, tile, begin, end, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+  each_vector<packed, T>(args, tile, begin, end, [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
     const Vector<T> x = load_some<T>(args.sample + at, count), v = load_some<T>(args.velocity + at, count);
     const Vector<T> next = load_some<T>(args.prev_sample + at, count), old = old_mean<form>(args, at, count);
     Vector<T> left, right;
     term_factors<form>(a, x, b, v, next, old, left, right);
     if constexpr (std::is_same_v<V, T>)
       if (args.directions) store_some<T>(args.gradient + at, direction<form, T>(a, x, b, v, next, old), count);
-    if (weights) left *= packed ? broadcast(weights[location]) : load_some<T>(weights + location, count);
-    sum.add_product(left, right);
+    if (weights) left *= load_location<packed>(weights, location, count);
+    sum.add_product(0, left, right);
+    sum.next();
   });
   return sum;
 }
@@ -109,7 +53,7 @@ Sum<T> term_sum(const PolicyLossArgs<V, X, T>& given, const Tile& tile, int64_t 
 template <Form form, bool packed, typename V, typename X, typename T>
 void term_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first, int64_t last,
                const SampleTerms<T>& terms, const T* weights, double* values) {
-  Sum<T> sums[LOSS_TILES];
+  Sums<T, 1> sums[LOSS_TILES];
   const int64_t turns = packed ? 1 : args.channels;
   for (int64_t turn = 0; turn < turns; turn++)
     for (int64_t number = 0, at = first; at < last; number++, at += LOSS_TILE) {
@@ -118,7 +62,7 @@ void term_sums(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first
       const int64_t begin = packed ? 0 : turn, end = packed ? tile.count : turn + 1;
       sums[number] = term_sum<form, packed>(args, tile, begin, end, terms, own, sums[number]);
     }
-  for (int64_t number = 0, at = first; at < last; number++, at += LOSS_TILE) values[number] = sums[number].value();
+  for (int64_t number = 0, at = first; at < last; number++, at += LOSS_TILE) values[number] = sums[number].value(0);
 }
 
 // The sum over the channels at each location of a tile.
@@ -127,7 +71,7 @@ void location_terms(const PolicyLossArgs<V, X, T>& args, const Tile& tile, const
                     T* __restrict delta) {
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b);
   std::fill_n(delta, tile.count, T(0));
-  each_vector<packed>(args, tile, 0, tile.rows(args), [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+  each_vector<packed, T>(args, tile, 0, tile.rows(args), [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
     const Vector<T> value = term<form>(a, load_some<T>(args.sample + at, count), b,
                                        load_some<T>(args.velocity + at, count),
                                        load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count));
@@ -255,14 +199,14 @@ void policy_loss_gradient(const PolicyLossArgs<V, X, T>& given, int64_t index, i
   }
   const Vector<T> a = broadcast(terms.a), b = broadcast(terms.b), pull = broadcast(terms.pull * args.grad_loss);
   with_form(args.form, args.packed, [&]<Form form, bool packed>() STAR_ALWAYS {
-    each_vector<packed>(args, tile, 0, tile.rows(args), [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
+    each_vector<packed, T>(args, tile, 0, tile.rows(args), [&](int64_t at, int64_t location, int64_t count) STAR_ALWAYS {
       Vector<T> value;
       if (args.directions)
         value = load_some<T>(args.gradient + at, count);
       else
         value = direction<form, T>(a, load_some<T>(args.sample + at, count), b, load_some<T>(args.velocity + at, count),
                                    load_some<T>(args.prev_sample + at, count), old_mean<form>(args, at, count));
-      value *= packed ? broadcast(factor[location]) : load_some<T>(factor + location, count);
+      value *= load_location<packed>(factor, location, count);
       if (args.reference_velocity)
         value += pull * (load_some<T>(args.velocity + at, count) - load_some<T>(args.reference_velocity + at, count));
       store_some<T>(args.gradient + at, value, count);

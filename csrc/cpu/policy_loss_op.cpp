@@ -1,6 +1,5 @@
 // star::policy_loss_native, its gradient, and both in one for CPU tensors: make the tensors contiguous and of few types, run
 // the kernels tile by tile, add the tiles up in their order.
-#include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -35,30 +34,6 @@ PolicyLossArgs<V, X, T> arguments(const PolicyLossInputs& inputs, Pointers& poin
   return args;
 }
 
-template <typename Args>
-int64_t tiles(const Args& args) {
-  return (args.locations + LOSS_TILE - 1) / LOSS_TILE;
-}
-
-// Whether every thread can have samples of its own.
-template <typename Args>
-bool enough_samples(const Args& args) {
-  return args.batch >= int64_t(torch::stable::get_num_threads());
-}
-
-// Calls span(sample, first location, last) for all locations of samples, on all threads. A span is one tile where threads
-// are more than the samples, else several.
-template <typename Args, typename F>
-void each_span(const Args& args, int64_t begin, int64_t end, F span) {
-  const int64_t length = LOSS_TILE * (enough_samples(args) ? LOSS_TILES : 1), each = (args.locations + length - 1) / length;
-  parallel_for(begin * each, end * each, 1, [&](int64_t first, int64_t last) {
-    for (int64_t number = first; number < last; number++) {
-      const int64_t at = number % each * length;
-      span(number / each, at, std::min(at + length, args.locations));
-    }
-  });
-}
-
 // Writes the gradient too if there is memory for it.
 template <typename V, typename X, typename T>
 PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
@@ -87,23 +62,12 @@ PolicyLossResult loss_as(PolicyLossArgs<V, X, T>& args, const Tensor& like) {
     const T log_ratio = per_location ? T(0) : args.log_ratio[index];
     samples[index] = sample_sums<T>(args, sample, log_ratio, up, down, args.kl_precision[index]);
   };
-  auto run = [&](int64_t begin, int64_t end) {
-    each_span(args, begin, end, [&](int64_t index, int64_t first, int64_t last) {
-      sum_tiles(args, index, first, last, &sums[index * tiles(args) + first / LOSS_TILE]);
-    });
-    for (int64_t index = begin; index < end; index++) finish_sample(index);
-    if (args.gradient)
-      each_span(args, begin, end,
-                [&](int64_t index, int64_t first, int64_t last) { write_gradient(args, index, first, last); });
-  };
-  // One sample after the other, a sample's inputs are still in cache when its gradient is made. Threads that are more than
-  // the samples share out their tiles instead.
-  if (args.gradient && enough_samples(args))
-    parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; index++) run(index, index + 1);
-    });
-  else
-    run(0, args.batch);
+  each_sample(
+      args,
+      [&](int64_t index, int64_t first, int64_t last) {
+        sum_tiles(args, index, first, last, &sums[index * tiles(args) + first / LOSS_TILE]);
+      },
+      finish_sample, [&](int64_t index, int64_t first, int64_t last) { write_gradient(args, index, first, last); });
 
   BatchSums all = no_sums();
   for (const BatchSums& sample : samples) add(all, sample);
