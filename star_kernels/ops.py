@@ -214,6 +214,7 @@ NFT_LOSS_GRADIENT = Operator(
     fake=fake_gradient,
     reference=reference.nft_loss_gradient,
     native=("cpu",),
+    triton=triton_launcher("nft_loss", "launch_gradient"),
 )
 
 NFT_LOSS_WITH_GRADIENT = Operator(
@@ -230,6 +231,7 @@ NFT_LOSS = Operator(
     fake=fake_nft_loss,
     reference=reference.nft_loss,
     native=("cpu",),
+    triton=triton_launcher("nft_loss"),
     gradient=NFT_LOSS_GRADIENT,
     with_gradient=NFT_LOSS_WITH_GRADIENT,
 )

@@ -87,6 +87,8 @@ DOORS = {
     "star_kernels.triton.policy_loss.launch": "the operator's arguments, as the dispatcher gives them",
     "star_kernels.triton.policy_loss.launch_gradient": "the operator's arguments, as the dispatcher gives them",
     "star_kernels.triton.policy_loss.ratios_kernel": "a kernel: its parts share values in registers",
+    "star_kernels.triton.nft_loss.launch": "the operator's arguments, as the dispatcher gives them",
+    "star_kernels.triton.nft_loss.launch_gradient": "the operator's arguments, as the dispatcher gives them",
     "star_kernels.triton.allocate.allocate_kernel": "a kernel: its parts share values in registers",
     "star.objective.grpo.fused_grpo_loss": "stands where a trainer has its loss, and takes what trainers hold",
 }
