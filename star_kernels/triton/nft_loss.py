@@ -14,7 +14,7 @@ from torch import Tensor
 
 from star_kernels.triton.policy_loss import cut, dense, is_finite, sum_of_tiles
 
-WARPS, GRADIENT_WARPS, STATISTICS_WARPS = 4, 8, 8
+WARPS = 8  # of each kernel: half as many would take more than 128 registers for the sums
 BLOCK_B, BLOCK_T = 16, 64  # samples and tiles that are added up at once
 STATISTICS = 8  # in the order of api.NFTStatistics
 SUMS = 8  # of a tile
@@ -298,7 +298,7 @@ def launch(
             SUMS=SUMS,
             BLOCK_B=BLOCK_B,
             BLOCK_T=BLOCK_T,
-            num_warps=STATISTICS_WARPS,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
     return loss, statistics, errors
@@ -341,7 +341,7 @@ def launch_gradient(
             EACH_REWARD=reward_prob.ndim > 1,
             BLOCK_C=one.block_c,
             BLOCK_P=one.block_p,
-            num_warps=GRADIENT_WARPS,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
     return gradient

@@ -23,7 +23,7 @@ def test_every_build_fits_without_spills_and_multiplies_on_the_matrix_units():
     )
     assert {build["target"] for build, _ in builds} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     kernels = {"maps_kernel", "lse_kernel", "sum_kernel", "step_kernel", "allocate_kernel", "ratios_kernel"}
-    kernels |= {"statistics_kernel", "gradient_kernel"}
+    kernels |= {"statistics_kernel", "gradient_kernel", "sums_kernel"}
     assert {build["kernel"] for build, _ in builds} == kernels
     assert not [(build, problems) for build, problems in builds if problems]
 
@@ -54,7 +54,7 @@ def test_what_is_launched_compiles_at_the_smallest_sizes_too():
     """A size of 1 is a constant for the compiler, where it is not told otherwise."""
     code = """
 import json, torch, triton, triton_offline
-from star_kernels.triton import allocate, attention_maps, gaussian_step, policy_loss
+from star_kernels.triton import allocate, attention_maps, gaussian_step, nft_loss, policy_loss
 triton.runtime.driver.set_active(triton_offline.Driver())
 for shape in ((1, 1, 1, 1), (2, 3, 1, 5, 7), (1, 33, 16)):
     batch, each = shape[0], (*shape[:1], *shape[2:]) if len(shape) != 3 else shape[:2]
@@ -66,6 +66,11 @@ for shape in ((1, 1, 1, 1), (2, 3, 1, 5, 7), (1, 33, 16)):
             given = (x.to(dtype), x, x, *fields, torch.rand(batch), weights, *old, ratio, 0.1, 0.1, 5.0, 0.1)
             loss, statistics, log_ratio = policy_loss.launch(*given, ratio == "token")
             policy_loss.launch_gradient(loss, log_ratio, *given, ratio == "token")
+    for dtype, adaptive in ((torch.float16, True), (torch.float64, False)):
+        options = (torch.rand(batch), None, None) if adaptive else (weights, weights, x)
+        given = (x.to(dtype), x, x, x, torch.rand(batch), *options)
+        loss, statistics, errors = nft_loss.launch(*given, 0.5, adaptive, 1e-5, 5.0, 0.1)
+        nft_loss.launch_gradient(loss, errors, *given, 0.5, adaptive, 1e-5, 5.0, 0.1)
 for rows, columns, concepts in ((1, 1, 1), (1, 7, 2), (3, 5, 0)):
     for combine, smooth, sharpen in (("mean", 0.0, 1.0), ("max", 1.5, 2.0)):
         maps = torch.rand(1, concepts, rows * columns).bfloat16()

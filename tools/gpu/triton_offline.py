@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from occupancy import PROCESSORS, occupancy
-from star_kernels.triton import allocate, attention_maps, gaussian_step, policy_loss
+from star_kernels.triton import allocate, attention_maps, gaussian_step, nft_loss, policy_loss
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -122,6 +122,12 @@ def cases(target: str) -> Iterator[Case]:
         ((9, 4096, 64), "bf16", "token", False),
     ):
         yield from of_loss(shape, dtype, ratio, guard)
+    for shape, dtype, each in (
+        ((9, 16, 128, 128), "fp32", False),
+        ((9, 16, 128, 128), "bf16", True),
+        ((9, 4096, 64), "bf16", False),
+    ):
+        yield from of_nft_loss(shape, dtype, each)
 
 
 def resources(compiled) -> dict[str, int]:
@@ -174,6 +180,24 @@ def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool) -> Iter
     added = {"KL_TERM": guard, "SUMS": code.SUMS, "BLOCK_B": code.BLOCK_B, "BLOCK_T": code.BLOCK_T}
     options = options | {"num_warps": code.STATISTICS_WARPS}
     yield Case(code.statistics_kernel, about, types, fixed | added, options, wide=False)
+
+
+def of_nft_loss(shape: tuple[int, ...], dtype: str, each: bool) -> Iterator[Case]:
+    """Of latents in float32 with weights and velocities in dtype. each: a reward for each location, and a KL term."""
+    one, code = policy_loss.cut(shape), nft_loss
+    layout = "packed" if len(shape) == 3 else "planar"
+    about = f"nft, {layout}, {dtype} velocity{', rewards of locations, KL' if each else ''}"
+    types = dict.fromkeys(("velocity", "old_velocity", "reference_velocity", "gradient"), f"*{dtype}")
+    others = ("sample", "clean", "sigma", "reward_prob", "weights", "errors", "loss", "statistics", "grad_loss")
+    types |= dict.fromkeys(others, "*fp32") | {"sums": "*fp64"}
+    types |= dict.fromkeys(("beta", "adaptive_min", "loss_scale", "kl_coef", "share", "pull"), "fp64")
+    tiled = {"EACH_REWARD": each, "BLOCK_C": one.block_c, "BLOCK_P": one.block_p}
+    tiled |= {"stride_c" if len(shape) == 3 else "stride_p": 1} | ({} if each else {"reference_velocity": None})
+    options = {"num_warps": code.WARPS, "enable_fp_fusion": False}
+    yield Case(code.sums_kernel, about, types, tiled | {"SUMS": code.SUMS}, options)
+    yield Case(code.gradient_kernel, about, types, tiled | {"ADAPTIVE": True}, options)
+    added = {"ADAPTIVE": True, "KL_TERM": each, "SUMS": code.SUMS, "BLOCK_B": code.BLOCK_B, "BLOCK_T": code.BLOCK_T}
+    yield Case(code.statistics_kernel, about, types, added, options, wide=False)
 
 
 def builds() -> Iterator[dict]:
