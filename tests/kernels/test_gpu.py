@@ -56,8 +56,20 @@ def policy_loss():
     return loss, [velocity]
 
 
+def nft_loss():
+    velocity, old_velocity, sample, clean = torch.randn(4, 3, 16, 32, 32).unbind(0)
+    sigma, reward_prob, weights = torch.rand(3), torch.rand(3, 32, 32), sk.allocate(torch.rand(3, 2, 256), (16, 16))
+    velocity = velocity.clone().requires_grad_()
+
+    def loss():
+        out = sk.nft_loss(velocity, old_velocity, sample, clean, sigma, reward_prob, weights)
+        return [out.loss.detach(), out.statistics.values, torch.autograd.grad(out.loss, velocity)[0]]
+
+    return loss, [velocity]
+
+
 # operator: gives a call without arguments, and tensors that its results follow when they change in place
-CALLS = {f.__name__: f for f in (attention_maps, allocate, gaussian_step, policy_loss)}
+CALLS = {f.__name__: f for f in (attention_maps, allocate, gaussian_step, policy_loss, nft_loss)}
 
 
 @pytest.mark.parametrize("operator", list(OPERATORS))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_kernels import native
-from star_kernels.ops import OPERATORS, POLICY_LOSS
+from star_kernels.ops import NFT_LOSS, OPERATORS, POLICY_LOSS
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, LIMIT = time.monotonic(), 230.0
@@ -92,6 +92,13 @@ def loss_arguments(shape: tuple[int, ...], dtype: torch.dtype, ratio: str = "tok
             ratio, CLIP, CLIP, 5.0, 0.0, False)  # fmt: skip
 
 
+def nft_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
+    """With weights and a reward for each sample, without a reference velocity."""
+    velocity, old_velocity, sample, clean = torch.randn(4, *shape).to(dtype).unbind(0)
+    sigma, reward_prob, weights = torch.rand(shape[0]), torch.rand(shape[0]), torch.rand(shape[0], *shape[2:]) + 0.5
+    return velocity, old_velocity, sample, clean, sigma, reward_prob, weights, None, 1.0, True, 1e-5, 5.0, 0.0
+
+
 def maps_arguments(batch: int, heads: int, width: int, side: int, text: int) -> tuple:
     """Of the operator, as capture calls it; bfloat16."""
     tokens = side * side
@@ -119,6 +126,19 @@ def close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> Row:
     return Row("right", name, note=f"error {error:.1e}, at most {tolerance:.1e}", ok=error <= tolerance)
 
 
+def nft_correctness(dtype: torch.dtype) -> Iterator[Row]:
+    name, small = f"nft_loss, {str(dtype)[6:]}", 1e-11 if dtype == torch.float64 else 2e-5
+    arguments = nft_arguments((3, CHANNELS, 40, 40), dtype)
+    exact = to_double(arguments)
+    got, expected = (NFT_LOSS.run(impl)(*some) for impl, some in (("triton", arguments), ("reference", exact)))
+    grad_loss = torch.tensor(2.0**10, dtype=got[0].dtype)
+    gradient = NFT_LOSS.gradient.run("triton")(grad_loss, got[2], *arguments)
+    reference = NFT_LOSS.gradient.run("reference")(grad_loss.double(), expected[2], *exact)
+    yield close(f"{name}: loss", got[0], expected[0], small)
+    yield close(f"{name}: statistics", got[1], expected[1], 1e-6 + small)
+    yield close(f"{name}: gradient", gradient, reference, small + torch.finfo(dtype).eps)
+
+
 def correctness() -> Iterator[Row]:
     """Every operator against the reference in float64."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -139,6 +159,7 @@ def correctness() -> Iterator[Row]:
             yield close(f"{name}: loss", loss, expected, small)
             yield close(f"{name}: statistics", seen[4:7], wanted[4:7].double(), 1e-6)
             yield close(f"{name}: gradient", gradient, reference, small + eps)
+        yield from nft_correctness(dtype)
         sample, velocity, noise = torch.randn(3, 9, CHANNELS, 64, 64).to(dtype).unbind(0)
         step = transition(9)
         got, expected = (
@@ -225,6 +246,15 @@ def loss_rows(rate: float, shape: tuple[int, ...], dtype: torch.dtype) -> Iterat
     yield timed(f"{name}: loss and gradient", make, lambda *a: gradient(one, loss(*a)[2], *a), read + again, rate)
 
 
+def nft_row(rate: float, shape: tuple[int, ...], dtype: torch.dtype) -> Row:
+    """In Triton, the loss and its gradient one after the other."""
+    loss, gradient, one = NFT_LOSS.run("triton"), NFT_LOSS.gradient.run("triton"), torch.ones(())
+    arguments = nft_arguments(shape, dtype)
+    size = 2 * size_of(*arguments) + arguments[0].nbytes  # the inputs twice, the gradient
+    name = f"nft_loss {shape}, {str(dtype)[6:]}: loss and gradient"
+    return timed(name, partial(nft_arguments, shape, dtype), lambda *a: gradient(one, loss(*a)[2], *a), size, rate)
+
+
 def step_row(rate: float, shape: tuple[int, ...]) -> Row:
     step = OPERATORS["gaussian_step"].run("native")
     make = lambda: (*torch.randn(3, *shape).unbind(0), *transition(shape[0])[:3])
@@ -256,6 +286,7 @@ def kernels() -> Iterator[Row]:
         shape = (batch, CHANNELS, side, side)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield from loss_rows(rate, shape, dtype)
+        yield nft_row(rate, shape, torch.bfloat16)
         yield step_row(rate, shape)
         for smooth in (0.0, 1.0):
             yield allocate_row(rate, batch, side // 2, smooth)
@@ -328,6 +359,8 @@ def once() -> None:
         loss, _, log_ratio = POLICY_LOSS.run("native")(*arguments)
         POLICY_LOSS.gradient.run("native")(loss, log_ratio, *arguments)
     OPERATORS["allocate"].run("native")(torch.rand(3, 2, 144), 12, 12, "max", 1.0, 2.0, 4.0, 0.5, 2)
+    nft = nft_arguments((3, CHANNELS, 24, 24), torch.bfloat16)
+    NFT_LOSS.gradient.run("triton")(torch.ones(()), NFT_LOSS.run("triton")(*nft)[2], *nft)
     torch.cuda.synchronize()
 
 
