@@ -139,7 +139,7 @@ class Trainer:
         own_advantages, own_concepts = (
             None if x is None else x[self.share.rows].to(rollout.latents.device) for x in (advantages, concepts)
         )
-        credit = self.objective.credit(rollout, own_advantages, own_concepts, own.masks, generator, self.iteration)
+        credit = self.objective.credit(rollout, own_advantages, own.masks, generator, self.iteration, own_concepts)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)
             self.objective.finish()

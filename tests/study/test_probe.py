@@ -76,6 +76,14 @@ def test_a_probe_measures_every_arm_and_changes_nothing(tmp_path, objective):
     assert text.startswith(f"Recommended: {found.recommended}.")
 
 
+def test_a_run_with_credits_of_concepts_has_an_arm_for_them(tmp_path):
+    changes = {"loss": {"advantage": "concept"}, "sampling": {"explore": "masks"}, "allocation": {"warmup": 5}}
+    found = probing.probe(small_run(tmp_path / "run", **changes), Probe(3, 2, 2))
+    assert set(found.gradients) == {"uniform", "attention", "oracle", "location", "concept"}
+    assert found.gradients["concept"]["norm"] != found.gradients["uniform"]["norm"]
+    assert found.gradients["attention"]["norm"] != found.gradients["uniform"]["norm"]  # the warm-up is not waited for
+
+
 def test_from_the_command_line(tmp_path, capsys):
     options = ["--batches", "3", "--prompts", "2", "--images", "2", "--sampling.steps", "3"]
     assert main(["probe", "--preset", "shapes", *options, "--json", str(tmp_path / "found.json")]) == 0

@@ -108,10 +108,10 @@ def test_the_advantages_of_the_loss_are_the_formulas(tmp_path):
     concepts = compute_concept_advantages(scores, groups, config.loss, {})
     maps, strength = torch.rand(4, 2, 4), torch.tensor(0.5)
     rows = torch.tensor([2, 0])
-    got = Credit(image, concepts, None, None).at(0, rows).located(maps[rows], (2, 2), 2, strength)
+    got = Credit(image, None, None, concepts).at(0, rows).located(maps[rows], (2, 2), 2, strength)
     expected = route_advantages(image, concepts * 2, maps, (2, 2), strength=0.25)[rows]
     torch.testing.assert_close(got, expected)
-    assert Credit(image, None, None, None).located(None, (2, 2), 2, strength) is image
+    assert Credit(image, None, None).located(None, (2, 2), 2, strength) is image
     failed = Scores(torch.full((4,), math.nan))
     assert compute_concept_advantages(failed, groups, config.loss, {}) is None  # every reward of an iteration failed
 

@@ -24,12 +24,11 @@ from tqdm import tqdm
 from star import config as configuration
 from star import rewards
 from star.config import Config, Positive, Range
-from star.objective import captured_steps
 from star.rewards import Scores
 from star.study.gradient_signal import compare_with_scalar, jackknife_error
 from star.study.tables import Table, format_number
 from star.train import Trainer
-from star.training.advantage import compute_advantages
+from star.training.advantage import compute_advantages, compute_concept_advantages
 from star.training.credit import token_masks
 from star.training.rollout import Rollout
 from star.training.task import draw_prompts
@@ -93,6 +92,7 @@ def _probed(config: Config, options: Probe, out: Path) -> Config:
             prompts_per_iteration=options.prompts,
             images_per_prompt=options.images,
         ),
+        allocation=dataclasses.replace(config.allocation, warmup=0),
         optimization=dataclasses.replace(config.optimization, updates_per_iteration=1, micro_batch=0),
         scoring=dataclasses.replace(config.scoring, count=0),
         run=dataclasses.replace(config.run, out=out, trackers=(), figures=False, grid_every=0),
@@ -142,12 +142,15 @@ def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Sco
         torch.Generator().manual_seed(batch),
         captured=captured,
         finished=lambda rows, latents: tickets.append(trainer.submit(prompts, rows, latents)),
+        find=lambda rows, latents: trainer.found_masks(prompts, rows, latents),
     )
-    return rollout, rewards.concatenate([ticket.result() for ticket in tickets])
+    scores = rewards.concatenate([ticket.result() for ticket in tickets])
+    return rollout, trainer.with_matched_credits(scores, [prompt.text for prompt in prompts], rollout)
 
 
 def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
-    """What is compared: no weights, the run's own strategy, the reward's masks and its locations, where it has any."""
+    """What is compared: no weights, the run's own strategy, the reward's masks and its locations, where it has any, and
+    its credits of concepts, where the run uses them."""
 
     def arm(strategy: str, advantage: str) -> Config:
         allocation = {"strategy": strategy, **({"temporal": "none"} if strategy in ("uniform", "oracle") else {})}
@@ -161,6 +164,8 @@ def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
         yield "oracle", arm("oracle", "image")
     if scores.reward_map is not None:
         yield "location", arm("uniform", "location")
+    if config.loss.advantage == "concept" and scores.credits is not None:
+        yield "concept", arm("uniform", "concept")
 
 
 def _gradient(
@@ -171,17 +176,18 @@ def _gradient(
     objective = type(trainer.objective)(
         config, trainer.policy, trainer.share, trainer.groups, trainer.pipeline.transformer.config.patch_size
     )
-    steps = captured_steps(config.allocation.strategy, rollout.steps.trained, config.sampling.steps)
-    own = dataclasses.replace(rollout, maps=rollout.captured_maps()[list(steps)] if steps else None)
-    advantages = compute_advantages(scores, trainer.groups, config.loss, trainer.reward.weights, trainer.size)
-    device = rollout.latents.device
-    credit = objective.credit(own, advantages.to(device), scores.masks, torch.Generator().manual_seed(batch), batch)
+    loss, weights, device = config.loss, trainer.reward.weights, rollout.latents.device
+    advantages = compute_advantages(scores, trainer.groups, loss, weights, trainer.size).to(device)
+    concepts = compute_concept_advantages(scores, trainer.groups, loss, weights)
+    concepts = None if concepts is None else concepts.to(device)
+    generator = torch.Generator().manual_seed(batch)
+    credit = objective.credit(rollout, advantages, scores.masks, generator, batch, concepts)
     total = torch.zeros(len(coordinates))
-    chunks, passes = torch.arange(len(rollout.groups)).split(trainer.chunk), objective.passes(own)
+    chunks, passes = torch.arange(len(rollout.groups)).split(trainer.chunk), objective.passes(rollout)
     for rows in chunks:
         for k in range(passes):
-            loss = objective.loss(own, k, rows, credit).loss / (passes * len(chunks))
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            value = objective.loss(rollout, k, rows, credit).loss / (passes * len(chunks))
+            found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
             total += torch.cat([g.flatten() for g in found])[coordinates.to(device)].float().cpu()
     return total.numpy()
 

@@ -23,15 +23,15 @@ class Credit:
     (B, G) advantages of the prompts' concepts, which `located` adds where their maps look, or None."""
 
     advantages: Tensor
-    concepts: Tensor | None
     weights: Tensor | None
     step_weights: Tensor | None
+    concepts: Tensor | None = None
 
     def at(self, k: int, rows: Tensor) -> Credit:
         """The same of some samples in the k-th pass: without the axis of the passes."""
         weights, step_weights = (None if x is None else x[k, rows] for x in (self.weights, self.step_weights))
         concepts = None if self.concepts is None else self.concepts[rows]
-        return Credit(self.advantages[rows], concepts, weights, step_weights)
+        return Credit(self.advantages[rows], weights, step_weights, concepts)
 
     def located(self, maps: Tensor | None, grid: tuple[int, int], patch: int, strength: Tensor) -> Tensor:
         """Of a pass: the advantages, (B,) or (B, H, W), with those of the concepts where its maps (B, G, N) look.

@@ -57,18 +57,18 @@ class GRPO:
         self,
         rollout: Rollout,
         advantages: Tensor,
-        concepts: Tensor | None,
         masks: Tensor | None,
         generator: torch.Generator,
         iteration: int,
+        concepts: Tensor | None = None,
     ) -> Credit:
-        """advantages: (b,) or (b, H, W), concepts: (b, G) or None, masks: (b, height, width) or None, of this process'
+        """advantages: (b,) or (b, H, W), masks: (b, height, width) or None, concepts: (b, G) or None, of this process'
         images."""
         self.iteration = iteration
         weights = self.weights(rollout, masks, generator)
         noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
         step_weights = temporal_weights(self.config.allocation.temporal, noise.to(rollout.latents.device), weights)
-        return Credit(advantages, concepts, weights, step_weights)
+        return Credit(advantages, weights, step_weights, concepts)
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
         """Of some samples at the k-th trained step."""

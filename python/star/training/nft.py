@@ -49,16 +49,16 @@ class NFT:
         self,
         rollout: Rollout,
         advantages: Tensor,
-        concepts: Tensor | None,
         masks: Tensor | None,
         generator: torch.Generator,
         iteration: int,
+        concepts: Tensor | None = None,
     ) -> Credit:
-        """advantages: (b,) or (b, H, W), concepts: (b, G) or None, masks: (b, height, width) or None, of this process'
+        """advantages: (b,) or (b, H, W), masks: (b, height, width) or None, concepts: (b, G) or None, of this process'
         images. The weights are made in the passes, where the maps are."""
         self.iteration = iteration
         self.masks = token_masks(masks, rollout.grid, rollout.latents.device)
-        return Credit(advantages, concepts, None, None)
+        return Credit(advantages, None, None, concepts)
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
         """Of some samples at the k-th of their noise levels."""
