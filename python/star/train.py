@@ -136,9 +136,9 @@ class Trainer:
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
         concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
-        own_advantages, own_concepts = (
-            None if x is None else x[self.share.rows].to(rollout.latents.device) for x in (advantages, concepts)
-        )
+        device, rows = rollout.latents.device, self.share.rows
+        own_advantages = advantages[rows].to(device)
+        own_concepts = None if concepts is None else concepts[rows].to(device)
         credit = self.objective.credit(rollout, own_advantages, own.masks, generator, self.iteration, own_concepts)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)

@@ -131,7 +131,7 @@ class OCR:
         )
 
 
-def inside_box(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def inside_box(box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool, the pixels within a quadrangle (4, 2) in (x, y)."""
     canvas = Image.new("1", size[::-1])
     ImageDraw.Draw(canvas).polygon([tuple(point) for point in box.tolist()], fill=1)
