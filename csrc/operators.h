@@ -49,8 +49,8 @@ Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& conc
 }
 
 struct AllocateInputs {
-  Tensor maps;
-  int64_t rows, columns;
+  Tensor maps;            // (B, G, frames * rows * columns)
+  int64_t rows, columns;  // of a frame
   std::string combine;
   double smooth, sharpen, cap, mix;
   int64_t patch;

@@ -21,6 +21,7 @@ class Case:
 
     inputs: of a batch and a grid. grid: (rows, columns) of the image tokens, of a video (frames, rows, columns).
     image, text: first image token among the queries and first text token among the keys, of that grid.
+    output: first image token in a packed output.
     calls: slice of the attention calls of a pass, all of F.scaled_dot_product_attention, that read the text.
     """
 
@@ -28,6 +29,7 @@ class Case:
     inputs: Callable[[int, tuple[int, ...]], dict[str, Any]]
     image: int = 0
     text: int = 0
+    output: int = 0
     calls: tuple[int | None, ...] = (None, None)
     grid: tuple[int, ...] = GRID
 

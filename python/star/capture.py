@@ -502,14 +502,15 @@ def _batch(velocity: Tensor | list[Tensor]) -> Tensor:
 
 
 def _velocity_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], shape: Sequence[int]) -> Tensor:
-    """Weights of the locations of a velocity of that shape, (B', C, H, W) or packed (B', L, C), for the B rows of maps:
-    (B, H, W) or (B, L) of the image that is denoised. Raises ValueError for a video."""
-    if len(grid) != 2:
-        raise ValueError(f"grid: got {grid} of a video; weights are made of images' maps alone, read the maps instead")
+    """Weights of the locations of a velocity of that shape, (B', C, [T,] H, W) or packed (B', L, C), for the B rows of
+    maps: (B, [T,] H, W) or (B, L) of the image or the video that is denoised."""
     packed = len(shape) == 3
-    weights = allocation_weights(allocation, maps, grid, patch=1 if packed else shape[-1] // grid[1])
+    weights = allocation_weights(allocation, maps, grid, patch=1 if packed else shape[-1] // grid[-1])
     assert weights is not None  # only of the strategy "uniform" there are none
-    return weights.flatten(1) if packed else weights
+    if packed:
+        return weights.flatten(1)
+    # A token may stand for several latent frames.
+    return weights.repeat_interleave(shape[2] // grid[0], 1) if len(grid) == 3 else weights
 
 
 @dataclass(eq=False)
@@ -519,9 +520,9 @@ class Record:
     maps: list[Tensor] = field(default_factory=list)
     """(B, G, N) float32 of each pass."""
     grid: tuple[int, ...] | None = None
-    """(rows, columns) of the image tokens; None before the first pass."""
+    """(rows, columns) of the image tokens, of a video (frames, rows, columns); None before the first pass."""
     velocity_shape: tuple[int, ...] = ()
-    """Of the passes' output: (B', C, H, W) or packed (B', L, C)."""
+    """Of the passes' output: (B', C, H, W), (B', C, T, H, W) or packed (B', L, C)."""
 
     def add(self, maps: Tensor, grid: tuple[int, ...], velocity_shape: tuple[int, ...]) -> None:
         """Keep a pass. Raises ValueError if its grid is not that of the others."""
@@ -531,7 +532,8 @@ class Record:
         self.grid, self.velocity_shape = grid, velocity_shape
 
     def weights(self, allocation: Allocation | None = None) -> Tensor:
-        """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, L) for packed latents.
+        """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, T, H, W) for a video and
+        (B, S, L) for packed latents.
 
         allocation: strategy "attention" (the default), "topk" or "random", and options. Raises ValueError for another
         one, RuntimeError if no pass was made yet."""

@@ -178,39 +178,35 @@ def test_gradients_through_checkpointed_blocks_and_an_adapter(case):
             assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if len(case.grid) == 2])
-def test_allocated_weights_the_gradient_of_the_image(case):
+@each_case
+def test_allocated_weights_the_gradient_of_the_image_and_the_video(case):
     """As multiplying what the loss gives the output by the weights; reference images have none."""
     model, inputs, tokens = seeded(case.build), case.inputs(2, case.grid), tokens_of(2)
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = output(model, inputs)
-    outside = torch.randn_like(plain)
     packed = plain.ndim == 3
-    if packed:
-        outside[:, torch.Size(case.grid).numel() :] = 0
     with allocated(model, tokens) as maps:
         got = output(model, inputs)
     assert torch.equal(got, plain)
-    weights = allocate(maps.read(), case.grid, patch=1 if packed else plain.shape[-1] // case.grid[1])
-    factor = weights.flatten(1)[..., None] if packed else weights.view(2, *(1,) * (plain.ndim - 3), *weights.shape[1:])
-    weighted = outside.clone()
-    weighted[:, : weights[0].numel() if packed else None] *= factor
+    weights = allocate(maps.read(), case.grid, patch=1 if packed else plain.shape[-1] // case.grid[-1])
+    torch.testing.assert_close(weights.flatten(1).mean(1), torch.ones(2))
+    assert (weights.flatten(1).std(1) > 0.005).all()
+    outside = torch.randn_like(plain)
+    if packed:
+        own = slice(case.output, case.output + weights[0].numel())
+        factor = torch.zeros(2, plain.shape[1], 1)
+        factor[:, own] = weights.flatten(1)[..., None]
+        outside = outside * (factor > 0)
+    else:
+        factor = weights.view(2, *(1,) * (plain.ndim - weights.ndim), *weights.shape[1:])
     gradient = lambda out, outside: torch.autograd.grad(
         (out * outside).sum(), parameters, allow_unused=True, retain_graph=True
     )
-    found, expected, unweighted = gradient(got, outside), gradient(plain, weighted), gradient(plain, outside)
+    found, expected, unweighted = gradient(got, outside), gradient(plain, outside * factor), gradient(plain, outside)
     used = [i for i, one in enumerate(expected) if one is not None]
     for i in used:
         torch.testing.assert_close(found[i], expected[i], rtol=1e-3, atol=1e-4 * expected[i].abs().max().item())
     assert not all(torch.allclose(found[i], unweighted[i], rtol=1e-2) for i in used)
-
-
-@pytest.mark.parametrize("name", ["wan", "ltx"])
-def test_weights_of_a_video_are_refused(name):
-    case = CASES[name]
-    model = seeded(case.build)
-    with allocated(model, tokens_of(2)), pytest.raises(ValueError, match=r"grid: got \(2, 3, 5\) of a video"):
-        output(model, case.inputs(2, case.grid))
 
 
 @each_case
