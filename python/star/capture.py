@@ -19,7 +19,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -109,6 +109,8 @@ class Maps:
     """Use the log-sum-exp of the attention kernel."""
     impl: Implementation = "auto"
     """Of `star_kernels.attention_maps`."""
+    query_mask: bool = False
+    """As in `star.layouts.Layout`."""
     slots: Tensor = field(init=False)
     """(L, B, G, N) float32, NaN where the pass has written nothing yet."""
     written: Tensor = field(init=False)
@@ -136,8 +138,7 @@ class Maps:
             )
         self.empty(shown.tokens)
         self.image, self.keys = shown.image, shown.keys
-        # The tokens' columns among the keys.
-        self.columns = torch.where(self.tokens.index < 0, self.tokens.index, self.tokens.index + shown.text)
+        self.columns = shown.columns(self.tokens.index, slice(None) if self.rows is None else self.rows)
 
     def empty(self, image_tokens: int) -> None:
         """New slots, of so many image tokens."""
@@ -214,6 +215,11 @@ class Observer:
 
     def sees(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None) -> None:
         maps = self.maps
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(
+                f"attention_mask: got a {type(mask).__name__}, expected a tensor; set a processor of the model that "
+                "needs none"
+            )
         if maps.keys is not None and maps.keys != key.shape[2]:
             return  # attention to something else than the text
         if maps.grid is None or self.out is None or self.written is None:
@@ -226,6 +232,8 @@ class Observer:
         if image.stop > query.shape[2]:
             raise ValueError(f"grid: {maps.grid} has {tokens} tokens, the model runs {query.shape[2] - maps.image}")
         rows = slice(None) if maps.rows is None else maps.rows
+        if mask is not None and maps.query_mask and mask.ndim == 4:
+            mask = mask[:, :, image][:, :, :1]  # of the first image token; others have the same
         query, key = query.detach()[rows, :, image], key.detach()[rows]
         if len(query) != len(maps.columns):
             raise ValueError(f"tokens: have {len(maps.columns)} rows, the model runs {len(query)} of those asked for")
@@ -436,6 +444,7 @@ def capture(
         normalize=normalize,
         lse=lse,
         impl=impl,
+        query_mask=layout.query_mask,
     )
     read, images = layout.reader(model), len(tokens.index)
     names = [*inspect.signature(type(model).forward).parameters][1:]
@@ -642,6 +651,7 @@ def allocated(
     """
     allocation = _own_maps_allocation(allocation)
     tokens = _tokens(prompts, pipeline)
+    last = layout_of(unwrapped(transformer)).last
     weights: Tensor | None = None  # of the last pass, or with first_pass of the first
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
@@ -654,11 +664,12 @@ def allocated(
             if weights is None or not first_pass:
                 weights = _velocity_weights(allocation, maps.read().to(velocity.device), maps.grid, velocity.shape)
             every = _repeat_for_rows(weights, maps.rows, len(velocity))
-            if every.ndim == 2:  # packed, with the reference images' tokens behind, which nobody reads
-                every = F.pad(every, (0, velocity.shape[1] - every.shape[1]), value=1.0)
+            if every.ndim == 2:  # packed, with the reference images' tokens and the text's, which nobody reads
+                others = velocity.shape[1] - every.shape[1]
+                every = F.pad(every, (others, 0) if last else (0, others), value=1.0)
             velocity = weighted_gradient(velocity, every)
             result = velocity if isinstance(output[0], Tensor) else [*velocity.unsqueeze(2)]
-            return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
+            return (result, *output[1:]) if isinstance(output, tuple) else replace(output, sample=result)
 
         handle = transformer.register_forward_hook(weight)
         try:

@@ -1,20 +1,24 @@
 """Every class of models that maps are captured from, tiny: what it computes, its maps, and what is done with them."""
 
+import diffusers
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.transformers import transformer_qwenimage21
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from builders import TEXT
-from models import CASES, Case, seeded, small_hunyuan_image
+from models import CASES, Case, seeded, small_hunyuan_image, small_hunyuan_image_2
 from star.capture import allocated, capture
 from star.concepts import ConceptTokens
-from star.layouts import LAYOUTS, Layout, Pass, layout_of
+from star.layouts import LAYOUTS, REFUSED, Layout, Pass, layout_of
 from star_kernels import allocate
 
+WHOLLY = ("sd3", "qwen_image", "wan")  # compiled with the backward pass, and for the rollout too: one of each kind
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -54,8 +58,12 @@ def materialized(case: Case, calls, tokens) -> torch.Tensor:
         scores = query @ key.mT / query.shape[-1] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        p = scores.softmax(-1).mean(1)[:, case.image : case.image + count, case.text :]
-        columns = p.gather(2, tokens.index.clamp_min(0).flatten(1)[:, None].expand(-1, count, -1))
+        p = scores.softmax(-1).mean(1)[:, case.image : case.image + count]
+        if isinstance(case.text, int):
+            keys = tokens.index.clamp_min(0).flatten(1) + case.text
+        else:
+            keys = torch.tensor(case.text).gather(1, tokens.index.clamp_min(0).flatten(1))
+        columns = p.gather(2, keys[:, None].expand(-1, count, -1))
         weighted = columns.unflatten(2, tokens.index.shape[1:]) * tokens.weight[:, None]
         maps.append(weighted.masked_fill(tokens.index[:, None] < 0, 0).sum(-1).mT)
     return torch.stack(maps)
@@ -79,6 +87,39 @@ def test_the_output_keeps_its_bits_and_the_maps_are_the_softmax(case, lse, monke
     torch.testing.assert_close(
         maps.layers().double(), materialized(case, calls, tokens), rtol=1e-4, atol=1e-7, check_dtype=False
     )
+
+
+@each_case
+def test_the_model_itself_says_where_image_and_text_lie(case, monkeypatch):
+    """What changes with a text token is its key, what changes with a patch of the latents its query."""
+    model, inputs = seeded(case.build), case.inputs(2, case.grid)
+    shown = layout_of(model).reader(model)(inputs.get)
+    first = lambda: attention_calls(model, inputs, monkeypatch)[slice(*case.calls)][0]
+    query, key, _ = first()
+    most = lambda new, old: (new - old)[0].square().sum((0, 2)).argmax().item()
+    for token in (0, 1, len(shown.embeds[0]) - 1):
+        text = shown.embeds[0][token]
+        before = text.clone()
+        text.copy_(-before)
+        assert most(first()[1], key) == shown.columns(torch.full((2, 1, 1), token), slice(None))[0].item()
+        text.copy_(before)
+    for token in (0, shown.grid[-1], shown.tokens - 1):
+        patch = patch_of(shown.latents[0], shown.grid, token)
+        before = patch.clone()
+        patch.copy_(torch.randn_like(patch) * 3)
+        assert most(first()[0], query) == shown.image + token
+        patch.copy_(before)
+
+
+def patch_of(latents, grid, token: int) -> torch.Tensor:
+    """A view of an image's latents, packed or (C, [frames,] height, width), that has the token."""
+    if latents.ndim == 2:
+        return latents[token]
+    latents = latents.view(len(latents), *latents.shape[-len(grid) :])
+    found = [slice(None)]
+    for location, size, count in zip(numpy.unravel_index(token, grid), latents.shape[1:], grid, strict=True):
+        found.append(slice(location * (size // count), (location + 1) * (size // count)))
+    return latents[tuple(found)]
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image_masked", "z_image_masked", "wan", "ltx"])
@@ -149,8 +190,10 @@ def test_guidance_reads_the_conditional_half(case):
 @each_case
 def test_gradients_through_checkpointed_blocks_and_an_adapter(case):
     """Of a LoRA adapter, with capture and without, checkpointed and not."""
-    if case.build is small_hunyuan_image:
+    if case.build in (small_hunyuan_image, small_hunyuan_image_2):
         pytest.skip("diffusers 0.42's HunyuanImage gives its checkpoints an argument that they do not take")
+    if case is CASES["chroma_masked"]:
+        pytest.skip("diffusers 0.42's Chroma gives its checkpointed single-stream blocks no mask")
     gradients, found = [], []
     for checkpointing in (False, True):
         for captured in (False, True):
@@ -190,7 +233,7 @@ def test_allocated_weights_the_gradient_of_the_image_and_the_video(case):
     assert torch.equal(got, plain)
     weights = allocate(maps.read(), case.grid, patch=1 if packed else plain.shape[-1] // case.grid[-1])
     torch.testing.assert_close(weights.flatten(1).mean(1), torch.ones(2))
-    assert (weights.flatten(1).std(1) > 0.005).all()
+    assert (weights.flatten(1).std(1) > 0.002).all()
     outside = torch.randn_like(plain)
     if packed:
         own = slice(case.output, case.output + weights[0].numel())
@@ -209,22 +252,29 @@ def test_allocated_weights_the_gradient_of_the_image_and_the_video(case):
     assert not all(torch.allclose(found[i], unweighted[i], rtol=1e-2) for i in used)
 
 
-@each_case
-def test_compiled_blocks_share_graphs_and_give_the_same_maps(case):
-    """Block by block without a graph break, no more graphs than without capture, in the rollout and the update."""
+COMPILED = {type(case.build()).__name__: name for name, case in reversed(CASES.items())}
+"""One case of each class: compiling takes most of the time of this file."""
+
+
+@pytest.mark.parametrize("name", COMPILED.values())
+def test_compiled_blocks_share_graphs_and_give_the_same_maps(name):
+    """Block by block without a graph break, no more graphs than without capture, in the update and the rollout."""
+    case = CASES[name]
     counts, results = {}, []
     inputs, tokens = case.inputs(2, case.grid), tokens_of(2)
     for captured in (False, True):
         torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("aot_eager" if name in WHOLLY else "eager")
         model = seeded(case.build)
         for block in blocks(model):
             block.compile(backend=counter, fullgraph=True)
         context = capture(model, tokens) if captured else torch.enable_grad()
         with context as maps:
-            with torch.no_grad():
-                results.append(output(model, inputs))
-            output(model, inputs).square().sum().backward()
+            results.append(output(model, inputs))
+            results[-1].square().sum().backward()
+            if name in WHOLLY:
+                with torch.no_grad():
+                    assert torch.equal(output(model, inputs), results[-1])
         counts[captured] = counter.frame_count
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     eager = seeded(case.build)
@@ -244,6 +294,48 @@ def blocks(model):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_row_of_the_table_is_tried(name):
     assert name in {type(case.build()).__name__ for case in CASES.values()}
+
+
+def test_what_is_refused_is_told_why():
+    """Not a class that has a row, and one of diffusers, where this version has it."""
+    known = [name for name in REFUSED if hasattr(diffusers, name)]
+    assert len(known) > 3 and not set(REFUSED) & set(LAYOUTS)
+    for name in known:
+        model = object.__new__(getattr(diffusers, name))
+        with pytest.raises(TypeError, match=f"transformer: maps of {name} are not made: .*; a row of your own in star"):
+            layout_of(model)
+
+
+def test_what_a_pass_may_not_have_is_refused():
+    """A cache of reference images in FLUX.2, a block mask in Qwen-Image-2.1, images beside the text in Cosmos."""
+    model, inputs = seeded(CASES["flux2"].build), CASES["flux2"].inputs(2, (3, 5))
+    with capture(model, tokens_of(2)), pytest.raises(ValueError, match="kv_cache_mode: reference images"):
+        model(**inputs, kv_cache_mode="extract", num_ref_tokens=4)
+    model, inputs = seeded(CASES["qwen_image_21"].build), CASES["qwen_image_21"].inputs(2, (4, 6))
+    for block in model.transformer_blocks:
+        block.attn.processor = transformer_qwenimage21.QwenImage21FlexAttnProcessor()
+    with torch.no_grad(), capture(model, tokens_of(2)), pytest.raises(TypeError, match="attention_mask: got a BlockMa"):
+        model(**inputs)
+    model, inputs = seeded(CASES["cosmos"].build), CASES["cosmos"].inputs(2, (2, 3, 5))
+    inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], None)
+    with capture(model, tokens_of(2)), pytest.raises(ValueError, match="encoder_hidden_states that are of the text"):
+        model(**inputs)
+
+
+def test_a_pass_from_the_cache_of_a_text(monkeypatch):
+    """Qwen-Image-2.1 keeps the keys of text and references: later passes run the image's tokens alone."""
+    case = CASES["qwen_image_21_edit"]
+    model, inputs, tokens = seeded(case.build), case.inputs(2, case.grid), tokens_of(2)
+    cache = transformer_qwenimage21.QwenImage21KVCache(2)
+    passes = []
+    with torch.no_grad(), capture(model, tokens) as maps:
+        for mode in ("extract", "cached"):
+            out = model(**inputs, kv_cache=cache, kv_cache_mode=mode, return_dict=False)[0]
+            passes.append((out[:, -24:], maps.read()))
+    torch.testing.assert_close(*passes, rtol=1e-4, atol=1e-5)
+    with allocated(model, tokens):
+        out = model(**inputs, kv_cache=cache, kv_cache_mode="cached", return_dict=False)[0]
+    assert out.shape[1] == 24 and out.requires_grad
 
 
 def test_tokens_beyond_the_text_are_refused():
