@@ -158,10 +158,10 @@ def sana_inputs(batch: int, grid: tuple[int, int]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def small_wan(added: bool = False) -> torch.nn.Module:
+def small_wan(added: bool = False, patch_size: tuple[int, int, int] = (1, 2, 2)) -> torch.nn.Module:
     return diffusers.WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=WIDTH, in_channels=4, out_channels=4, text_dim=24, freq_dim=16,
-        ffn_dim=32, num_layers=3, cross_attn_norm=True, rope_max_seq_len=32,
+        ffn_dim=32, num_layers=3, cross_attn_norm=True, rope_max_seq_len=32, patch_size=patch_size,
         **(dict(added_kv_proj_dim=HEADS * WIDTH, image_dim=24) if added else {}),
     )  # fmt: skip
 

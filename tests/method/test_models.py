@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from builders import TEXT
-from models import CASES, Case, seeded, small_hunyuan_image, small_hunyuan_image_2
-from star.capture import allocated, capture
+from models import CASES, Case, seeded, small_hunyuan_image, small_hunyuan_image_2, small_wan
+from star.capture import allocated, capture, record
 from star.concepts import ConceptTokens
 from star.layouts import LAYOUTS, REFUSED, Layout, Pass, layout_of
 from star_kernels import allocate
@@ -122,7 +122,10 @@ def patch_of(latents, grid, token: int) -> torch.Tensor:
     return latents[tuple(found)]
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image_masked", "z_image_masked", "wan", "ltx"])
+@pytest.mark.parametrize(
+    "name",
+    ["flux", "flux2", "qwen_image_masked", "z_image_masked", "wan", "ltx", "chroma_masked", "hunyuan_video_15", "ltx2"],
+)
 def test_another_backend_keeps_its_bits(name, monkeypatch):
     """It runs through diffusers' dispatcher as it would, and gives no log-sum-exp."""
     case = CASES[name]
@@ -250,6 +253,44 @@ def test_allocated_weights_the_gradient_of_the_image_and_the_video(case):
     for i in used:
         torch.testing.assert_close(found[i], expected[i], rtol=1e-3, atol=1e-4 * expected[i].abs().max().item())
     assert not all(torch.allclose(found[i], unweighted[i], rtol=1e-2) for i in used)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "qwen_image_21_edit"])
+def test_a_record_has_weights_of_every_pass(name):
+    """Of a video over its frames, of packed latents in a row, whatever else a packed output has."""
+    case = CASES[name]
+    model, inputs = seeded(case.build), case.inputs(2, case.grid)
+    with torch.no_grad(), record(model, tokens_of(2)) as passes:
+        output(model, inputs)
+        output(model, inputs | dict(timestep=inputs["timestep"] / 2))
+    patch = 2 if name == "wan" else 1
+    expected = torch.stack([allocate(maps, case.grid, patch=patch) for maps in passes.maps], 1)
+    assert passes.grid == case.grid and not torch.equal(*passes.maps)
+    assert torch.equal(passes.weights(), expected if name == "wan" else expected.flatten(2))
+
+
+def test_a_token_of_several_frames_weights_all_of_them():
+    model, inputs = seeded(lambda: small_wan(patch_size=(2, 2, 2))), CASES["wan"].inputs(2, (4, 3, 5))
+    weights = []
+    model.register_forward_hook(lambda module, inputs, output: output[0].register_hook(weights.append) and None)
+    with allocated(model, tokens_of(2)) as maps:
+        output(model, inputs).sum().backward()  # a gradient of 1, before it is weighted
+    expected = allocate(maps.read(), (2, 3, 5)).repeat_interleave(2, 1)
+    assert maps.grid == (2, 3, 5) and expected.shape == (2, 4, 6, 10)
+    assert torch.equal(weights[0], expected[:, None].expand(-1, 4, -1, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["hunyuan_image_2", "hunyuan_video_15_image"])
+def test_rows_of_a_text_whose_keys_differ(name):
+    case = CASES[name]
+    model, inputs = seeded(case.build), case.inputs(2, case.grid)
+    tokens = tokens_of(2)
+    found = []
+    for rows in ([0, 1], [1, 0]):
+        with torch.no_grad(), capture(model, ConceptTokens(*(x[rows] for x in tokens)), rows=rows) as maps:
+            model(**inputs)
+        found.append(maps.read()[rows])
+    assert torch.equal(*found)
 
 
 COMPILED = {type(case.build()).__name__: name for name, case in reversed(CASES.items())}
