@@ -214,6 +214,36 @@ def flux_like_inputs(batch: int, grid: tuple[int, int], masked: bool = False, **
     return inputs | others
 
 
+def bria_fibo_inputs(batch: int, grid: tuple[int, int]) -> dict[str, Any]:
+    """With a layer of the text encoder for each block, and a mask of keys alone."""
+    mask = flux_like_inputs(batch, grid, masked=True)["attention_mask"].bool()[:, None, None]
+    return flux_like_inputs(
+        batch, grid, pooled_projections=None, text_encoder_layers=[draw(batch, TEXT, 12)] * 4, guidance=None,
+        joint_attention_kwargs=dict(attention_mask=mask),
+    )  # fmt: skip
+
+
+def small_ernie() -> torch.nn.Module:
+    model = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, num_layers=2, ffn_hidden_size=32, in_channels=4,
+        out_channels=4, patch_size=2, text_in_dim=24, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    torch.nn.init.normal_(model.final_linear.weight)  # fresh ones are 0
+    return model
+
+
+def ernie_inputs(batch: int, grid: tuple[int, int]) -> dict[str, Any]:
+    inputs = latents_inputs(batch, grid, 2, text_lens=shorter(batch).sum(1).long())
+    return inputs | dict(text_bth=inputs.pop("encoder_hidden_states"))
+
+
+def small_prx() -> torch.nn.Module:
+    return diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=24, hidden_size=HEADS * WIDTH, num_heads=HEADS, depth=2,
+        axes_dim=[8, 8],
+    )  # fmt: skip
+
+
 def small_qwen_image_21() -> torch.nn.Module:
     return diffusers.QwenImage21Transformer2DModel(
         in_channels=8, out_channels=8, num_layers=2, attention_head_dim=WIDTH, num_attention_heads=HEADS,
@@ -278,6 +308,19 @@ def cog_view_inputs(batch: int, grid: tuple[int, int]) -> dict[str, Any]:
     return latents_inputs(
         batch, grid, 2, original_size=size, target_size=size, crop_coords=0 * size, attention_mask=shorter(batch)
     )
+
+
+def small_cog_view_3() -> torch.nn.Module:
+    return diffusers.CogView3PlusTransformer2DModel(
+        patch_size=2, in_channels=4, num_layers=2, attention_head_dim=WIDTH, num_attention_heads=HEADS, out_channels=4,
+        text_embed_dim=24, time_embed_dim=8, condition_dim=4, pos_embed_max_size=64, sample_size=16,
+    )  # fmt: skip
+
+
+def cog_view_3_inputs(batch: int, grid: tuple[int, int]) -> dict[str, Any]:
+    inputs = cog_view_inputs(batch, grid)
+    del inputs["attention_mask"]
+    return inputs
 
 
 def small_hunyuan_image_2() -> torch.nn.Module:
@@ -423,6 +466,13 @@ CASES = {
         lambda *size: flux_like_inputs(*size, pooled_projections=None),
         image=TEXT,
     ),
+    "bria_fibo": Case(
+        lambda: small_flux_like("BriaFiboTransformer2DModel", guidance_embeds=False, text_encoder_dim=12),
+        bria_fibo_inputs,
+        image=TEXT,
+    ),
+    "ernie": Case(small_ernie, ernie_inputs, text=15),
+    "prx": Case(small_prx, lambda *size: latents_inputs(*size, 2, 0.5, attention_mask=shorter(size[0]))),
     "longcat_image": Case(
         lambda: small_flux_like("LongCatImageTransformer2DModel"),
         lambda *size: flux_like_inputs(*size, img_ids=flux_inputs(*size)["img_ids"] + torch.tensor([1, 100, 100])),
@@ -439,6 +489,7 @@ CASES = {
         output=TEXT + 8,
     ),
     "aura_flow": Case(small_aura_flow, lambda *size: latents_inputs(*size, 2, 0.5), image=8 + TEXT, text=8),
+    "cog_view_3": Case(small_cog_view_3, cog_view_3_inputs, image=TEXT),
     "cog_view": Case(small_cog_view, cog_view_inputs, image=TEXT),
     "hunyuan_image_2": Case(
         small_hunyuan_image_2,

@@ -232,7 +232,7 @@ class Observer:
         if image.stop > query.shape[2]:
             raise ValueError(f"grid: {maps.grid} has {tokens} tokens, the model runs {query.shape[2] - maps.image}")
         rows = slice(None) if maps.rows is None else maps.rows
-        if mask is not None and maps.query_mask and mask.ndim == 4:
+        if mask is not None and maps.query_mask and mask.ndim == 4 and mask.shape[2] == query.shape[2]:
             mask = mask[:, :, image][:, :, :1]  # of the first image token; others have the same
         query, key = query.detach()[rows, :, image], key.detach()[rows]
         if len(query) != len(maps.columns):

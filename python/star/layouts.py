@@ -159,8 +159,9 @@ def _qwen_image_21(model: Any) -> Reader:
     return read
 
 
-def _cross(patches: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], Reader]:
-    """Cross attention from the latents (B, C, [frames,] height, width), in patches of that size, to the text alone."""
+def _cross(patches: Callable[[Any], tuple[int, ...]], alone: bool = True) -> Callable[[Any], Reader]:
+    """Attention from the latents (B, C, [frames,] height, width), in patches of that size, to the text alone, or to the
+    text and then themselves."""
 
     def reader(model: Any) -> Reader:
         patch = patches(model)
@@ -170,7 +171,9 @@ def _cross(patches: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], Reader]
             if not isinstance(embeds, Tensor):
                 raise ValueError("transformer: maps need encoder_hidden_states that are of the text alone")
             grid = _tokens_of(latents.shape[2:], patch)
-            return Pass(latents, embeds, math.prod(grid), grid, image=0, text=0, keys=embeds.shape[1])
+            return Pass(
+                latents, embeds, math.prod(grid), grid, image=0, text=0, keys=embeds.shape[1] if alone else None
+            )
 
         return read
 
@@ -254,7 +257,9 @@ def _hunyuan_video_15(model: Any) -> Reader:
     return read
 
 
-def _image_first(patches: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], Reader]:
+def _image_first(
+    patches: Callable[[Any], tuple[int, ...]], embeds: str = "encoder_hidden_states"
+) -> Callable[[Any], Reader]:
     """The latents (B, C, [frames,] height, width), in patches of that size, then the text."""
 
     def reader(model: Any) -> Reader:
@@ -264,7 +269,7 @@ def _image_first(patches: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], R
             latents = argument("hidden_states")
             grid = _tokens_of(latents.shape[2:], patch)
             tokens = math.prod(grid)
-            return Pass(latents, argument("encoder_hidden_states"), tokens, grid, image=0, text=tokens)
+            return Pass(latents, argument(embeds), tokens, grid, image=0, text=tokens)
 
         return read
 
@@ -324,6 +329,7 @@ LAYOUTS: dict[str, Layout] = {
     "Flux2Transformer2DModel": _FLUX,
     "ChromaTransformer2DModel": replace(_FLUX, query_mask=True),
     "BriaTransformer2DModel": _FLUX,
+    "BriaFiboTransformer2DModel": replace(_FLUX, query_mask=True),
     "LongCatImageTransformer2DModel": _FLUX,
     "OvisImageTransformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": Layout(_blocks([_DOUBLE]), _qwen_image),
@@ -334,7 +340,12 @@ LAYOUTS: dict[str, Layout] = {
         _text_first(lambda model: model.register_tokens.shape[1]),
         default=lambda model: len(model.joint_transformer_blocks),
     ),
+    "CogView3PlusTransformer2DModel": Layout(_blocks([_DOUBLE], "attn1"), _text_first(lambda model: 0)),
     "CogView4Transformer2DModel": Layout(_blocks([_DOUBLE], "attn1"), _text_first(lambda model: 0), query_mask=True),
+    "ErnieImageTransformer2DModel": Layout(_blocks(["layers"], "self_attention"), _image_first(_square, "text_bth")),
+    "PRXTransformer2DModel": Layout(
+        _blocks(["blocks"], "attention"), _cross(lambda model: (model.patch_size,) * 2, alone=False)
+    ),
     "HunyuanImageTransformer2DModel": Layout(_BOTH, _hunyuan_image, default=_doubles),
     "HunyuanVideoTransformer3DModel": Layout(_BOTH, _image_first(_frames_and_square), default=_doubles),
     "HunyuanVideo15Transformer3DModel": Layout(_blocks([_DOUBLE]), _hunyuan_video_15, query_mask=True),
