@@ -497,7 +497,7 @@ def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     allocation = Allocation() if allocation is None else allocation
     if allocation.strategy not in ("attention", "topk", "random"):
         raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention', 'topk' or 'random'")
-    if allocation.warmup or allocation.noise_window != Allocation.noise_window:
+    if allocation.is_limited():
         raise ValueError(
             "allocation: got a noise_window or a warmup, but a pass shows neither sigma nor iteration; "
             "give `blend_weights` the weights and Allocation.strength"

@@ -68,6 +68,10 @@ class Allocation:
         if not self.warmup >= 0:
             raise ValueError(f"warmup: got {self.warmup}, expected iterations, at least 0")
 
+    def is_limited(self) -> bool:
+        """Whether there are noise levels or iterations at which maps do not count in full."""
+        return self.warmup > 0 or tuple(self.noise_window) != (0.0, 1.0)
+
     def strength(self, sigma: Tensor, iteration: int) -> Tensor:
         """How much maps count, 0..1, like sigma: 0 outside the noise window, growing over the warm-up, 1 after it.
 
