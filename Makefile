@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test fuzz lint links install-check bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test fuzz lint links install-check compat bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
 	@echo "make install-check  every documented install line in an empty environment; half an hour"
+	@echo "make compat    operators, capture and drop-ins beside the versions that other trainers pin; hours, HOSTS=\"newest\""
 	@echo "make bench     every benchmark, one table"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
 	@echo "make sanitize  the compiled kernels under the address and undefined-behavior sanitizers"
@@ -46,6 +47,10 @@ links:
 
 install-check:
 	$(PYTHON) tools/install_check.py
+
+# One environment for each host, kept only while its tests run: a few GB. HOSTS= names those to run again.
+compat: setup
+	$(BIN)/python tools/compat.py $(HOSTS)
 
 test: lint
 	$(BIN)/python -m pytest

@@ -32,7 +32,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-OLDEST, NEWEST = (2, 11), (2, 13)  # torch: what the sources need at least, and all that they ask for
+OLDEST = runpy.run_path(str(ROOT / "star_kernels" / "requirements.py"))["OLDEST_TORCH"]
+NEWEST = (2, 13)  # torch: all that the sources ask for
 BUILD = os.environ.get("STAR_BUILD", "auto")
 if BUILD not in ("auto", "cpu", "none"):
     sys.exit(f"STAR_BUILD: got {BUILD!r}, expected 'auto', 'cpu' or 'none'")
@@ -92,6 +93,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512")
     ]
+
+# What makes a wheel of any build run on every glibc from 2.28 on.
+PORTABLE, PORTABLE_MATH = ROOT / "csrc" / "portable.cpp", ["-include", str(ROOT / "csrc" / "portable.h")]
 
 # Every GPU since Ampere, and a form that the driver compiles for later ones.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -230,10 +234,10 @@ def cpu_builds(folder, library):
     builds = []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*_kernel.cpp")):
         for name, flags in INSTRUCTION_SETS.items():
-            command = [*CXX, *FLAGS, *flags, f"-DSTAR_ISA={name}", *macros, *includes]
+            command = [*CXX, *FLAGS, *flags, f"-DSTAR_ISA={name}", *macros, *includes, *PORTABLE_MATH]
             builds.append((folder / f"{source.stem}.{name}.o", source, command))
-    for source in [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*_op.cpp"))]:
-        command = [*CXX, *FLAGS, *macros, *includes, *(f"-I{path}" for path in python)]
+    for source in [ROOT / "csrc" / "bindings.cpp", PORTABLE, *sorted((ROOT / "csrc" / "cpu").glob("*_op.cpp"))]:
+        command = [*CXX, *FLAGS, *macros, *includes, *(f"-I{path}" for path in python), *PORTABLE_MATH]
         builds.append((folder / f"{source.stem}.o", source, command))
     builds = [(target, source, [*command, "-c", source, "-o", target]) for target, source, command in builds]
     objects = [target for target, _, _ in builds]
@@ -270,7 +274,10 @@ def cuda_builds(folder, library, home):
         builds.append((target, source, [*nvcc, "-DUSE_CUDA", *includes, "-c", source, "-o", target]))
     module, source = folder / "cuda_module.o", ROOT / "csrc" / "cuda" / "module.cpp"
     tell = [f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(wanted)}"', f"-I{home}/include"]
-    builds.append((module, source, [*CXX, "-O1", "-fPIC", *tell, *includes, "-c", source, "-o", module]))
+    plain = [*CXX, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+    builds.append((module, source, [*plain, *tell, *includes, "-c", source, "-o", module]))
+    portable = folder / "cuda_portable.o"
+    builds.append((portable, PORTABLE, [*plain, "-c", PORTABLE, "-o", portable]))
     # Before 2.13 the current stream is known to libtorch_cuda alone.
     torch_libraries = ["-ltorch_cpu"] if TORCH >= (2, 13) else ["-ltorch_cpu", "-ltorch_cuda"]
     libraries = [f"-L{TORCH_FOLDER / 'lib'}", *torch_libraries, f"-L{home}/lib64", "-lcudart_static"]

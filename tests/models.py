@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from builders import GRID, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
+from versions import built_or_skip
 
 HEADS, WIDTH = 2, 16
 
@@ -38,7 +39,7 @@ class Case:
 def seeded(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """The model with weights in which maps differ visibly."""
     torch.manual_seed(1)
-    model = build().eval()
+    model = built_or_skip(build).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             of_norm = parameter.ndim == 1 and ("norm_q" in name or "norm_added_q" in name)
