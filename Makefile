@@ -84,12 +84,17 @@ sanitize: setup
 	$(BIN)/python -c "from star_kernels import native; assert native.build_info()['sanitizers'] != 'none', native.REASON" && \
 	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not (gpu or inductor or (gradcheck and cuda_forward))" tests/kernels
 
-# One wheel for every torch from 2.13 on: STAR_CUDA=1 adds the GPU kernels, whatever torch is here; =0 leaves them out.
+# One wheel for every torch from 2.13 on and every Linux from glibc 2.28 on, of this Python: pybind11's modules are of one.
+# torch's libraries stay torch's. STAR_CUDA=1 adds the GPU kernels, whatever torch is here; =0 leaves them out.
 wheel: setup
 	rm -rf dist && mkdir -p dist build
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > build/sdist.log 2>&1 \
 	  || { cat build/sdist.log; exit 1; }
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tools/distribution.py dist
 
 clean:
