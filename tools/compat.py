@@ -11,8 +11,8 @@ unless it is named. Results are kept in tools/compat.json, and docs/trainers.md 
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +25,7 @@ from install_check import ROOT, Environment
 from star import document
 
 RESULTS = ROOT / "tools" / "compat.json"
+ENVIRONMENTS = Path(tempfile.gettempdir()) / "star-compat"  # one that was interrupted goes on there
 LOGS = ROOT / "build" / "compat"
 DOCUMENT, MARKS = ROOT / "docs" / "trainers.md", "versions that were run"
 SHOWN = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -76,6 +77,10 @@ TESTS = [
 ]
 # GPU kernels on the CPU and gradients by differences: slow, and no library's version matters to them.
 LEFT_OUT = "not cuda_ and not gradcheck"
+LIST = """
+import importlib.metadata, json
+print(json.dumps({one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}))
+"""
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b")
 
 
@@ -93,7 +98,9 @@ def install(environment: Environment) -> dict[str, str]:
 
 
 def versions(environment: Environment) -> dict[str, str]:
-    return {one["name"].lower(): one["version"] for one in json.loads(environment.run("pip list -qqq --format=json"))}
+    """Of every distribution that is installed."""
+    (environment.folder / "versions.py").write_text(LIST)
+    return json.loads(environment.run("python versions.py", environment.folder).splitlines()[-1])
 
 
 def counts(printed: str) -> dict[str, int]:
@@ -147,8 +154,8 @@ def main(names: list[str]) -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     done = [name for name, result in results.items() if result["pins"] == list(HOSTS[name].pins)]
     for name in names or [name for name in HOSTS if name not in done]:
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-            results[name] = run(name, Path(folder))
+        results[name] = run(name, ENVIRONMENTS)
+        shutil.rmtree(ENVIRONMENTS / name)
         RESULTS.write_text(json.dumps({one: results[one] for one in HOSTS if one in results}, indent=1) + "\n")
         document.fill(DOCUMENT, {MARKS: table(results)})
         print(row(name, results[name]), flush=True)

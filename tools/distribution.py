@@ -1,7 +1,7 @@
 """Checks what `make wheel` made: `python tools/distribution.py dist`.
 
 The sdist has everything that is compiled, the wheel everything that runs and nothing else, and the compiled modules ask
-libtorch for nothing but its stable ABI. In an empty environment beside the pinned torch the wheel runs compiled operators.
+libtorch for nothing but its stable ABI. In an empty environment with the pinned torch the wheel runs the operators.
 """
 
 from __future__ import annotations

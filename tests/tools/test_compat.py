@@ -52,13 +52,13 @@ class Recorded:
         self.folder, self.constraint, self.variables = folder, constraint, {}
         self.printed, self.code, self.after, self.lines = printed, code, dict(after), []
 
-    def run(self, line):
+    def run(self, line, folder=None):
         self.lines.append(line)
         installed = {library: "1.0" for library in compat.SHOWN}
         if any("--editable" in line for line in self.lines):
             installed |= {"star-kernels": "0.2.0", **self.after}
-        if line.startswith("pip list"):
-            return json.dumps([{"name": name, "version": version} for name, version in installed.items()])
+        if line == "python versions.py":
+            return f"a warning\n{json.dumps(installed)}\n"
         if "pytest" in line and self.code:
             raise subprocess.CalledProcessError(self.code, line, self.printed)
         return self.printed if "pytest" in line else ""
@@ -95,9 +95,11 @@ def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     page.write_text(f"<!-- {compat.MARKS} --><!-- end of {compat.MARKS} -->")
     monkeypatch.setattr(compat, "DOCUMENT", page)
     monkeypatch.setattr(compat, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(compat, "ENVIRONMENTS", tmp_path / "environments")
     ran = []
 
     def run(name, folder):
+        (folder / name).mkdir(parents=True)
         ran.append(name)
         return {"pins": list(compat.HOSTS[name].pins), "versions": {}, "result": "ok", "counts": {}, "date": "today"}
 
@@ -108,3 +110,4 @@ def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     assert compat.main(["newest"]) == 0 and ran[-1] == "newest" and len(ran) == len(compat.HOSTS) + 1
     assert page.read_text().count("| today |") == len(compat.HOSTS)
     assert compat.main(["no host"]) == 2
+    assert not list((tmp_path / "environments").iterdir())
