@@ -142,8 +142,15 @@ def row(name: str, result: dict) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
+    """The rows of all hosts; one without a result for what it pins today was not run."""
     header = f"| | versions | {' | '.join(SHOWN)} | tests | run on |\n|{'---|' * (len(SHOWN) + 4)}"
-    return "\n".join([header, *(row(name, results[name]) for name in HOSTS if name in results)])
+    empty = {"versions": {}, "counts": {}, "result": "not run", "date": ""}
+    return "\n".join([header, *(row(name, results[name] if is_done(name, results) else empty) for name in HOSTS)])
+
+
+def is_done(name: str, results: dict[str, dict]) -> bool:
+    """Whether there is a result for what a host pins today."""
+    return name in results and results[name]["pins"] == list(HOSTS[name].pins)
 
 
 def main(names: list[str]) -> int:
@@ -152,8 +159,7 @@ def main(names: list[str]) -> int:
         print(f"hosts: got {unknown[0]!r}, expected some of {', '.join(HOSTS)}", file=sys.stderr)
         return 2
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    done = [name for name, result in results.items() if result["pins"] == list(HOSTS[name].pins)]
-    for name in names or [name for name in HOSTS if name not in done]:
+    for name in names or [name for name in HOSTS if not is_done(name, results)]:
         results[name] = run(name, ENVIRONMENTS)
         shutil.rmtree(ENVIRONMENTS / name)
         RESULTS.write_text(json.dumps({one: results[one] for one in HOSTS if one in results}, indent=1) + "\n")
