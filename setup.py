@@ -164,6 +164,13 @@ def demand_setuptools():
         demand(old if BUILD == "none" else [*missing, *([] if TORCH_FOLDER else ["torch"])])
 
 
+def too_old():
+    """Why this torch has no compiled operators, or None."""
+    if TORCH_FOLDER is not None and INSTALLED < OLDEST:
+        return f"built beside torch {TORCH_VERSION['__version__']}, the compiled operators need 2.13"
+    return None
+
+
 def reason_without_cpu():
     """None if the CPU kernels are to be built, else why they are not."""
     if BUILD == "none":
@@ -176,8 +183,8 @@ def reason_without_cpu():
         if BUILD == "cpu" or importlib.util.find_spec("pip"):
             demand([*missing_requirements(), "torch"])
         reason = "torch was not installed when it was built"
-    elif INSTALLED < OLDEST:
-        reason = f"built beside torch {TORCH_VERSION['__version__']}, the compiled operators need 2.13"
+    elif too_old():
+        reason = too_old()
     elif CXX is None:
         reason = f"no C++ compiler was found when it was built ({os.environ.get('CXX') or 'g++, c++, clang++'})"
     if reason and BUILD == "cpu":
@@ -194,11 +201,15 @@ def reason_without_cuda(home):
             sys.exit("STAR_CUDA=1: found no nvcc; install the CUDA toolkit or set CUDA_HOME")
         if TORCH_FOLDER is None or CXX is None:
             sys.exit(f"STAR_CUDA=1: found no {'torch' if CXX else 'C++ compiler'}; install one")
+        if too_old():
+            sys.exit(f"STAR_CUDA=1: {too_old()}")
         return None
     if BUILD == "none":
         return "left out by STAR_BUILD=none"
     if TORCH_FOLDER is None:
         return "torch was not installed when it was built"
+    if too_old():
+        return too_old()
     if TORCH_VERSION["cuda"] is None:
         return "built beside a torch without CUDA"
     if home is None:
