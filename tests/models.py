@@ -172,7 +172,8 @@ def wan_inputs(batch: int, grid: tuple[int, ...], image: bool = False) -> dict[s
         hidden_states=draw(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]), timestep=torch.full((batch,), 500.0),
         encoder_hidden_states=draw(batch, 512 if image else TEXT, 24),
     )  # fmt: skip
-    return inputs | (dict(encoder_hidden_states_image=draw(batch, 5, 24)) if image else {})
+    # 257 image tokens as CLIP has: diffusers 0.33 counts on them.
+    return inputs | (dict(encoder_hidden_states_image=draw(batch, 257, 24)) if image else {})
 
 
 def small_ltx() -> torch.nn.Module:
