@@ -199,9 +199,16 @@ def warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors on this type of device."""
+    # torch 2.6 cannot trace the second question, which is for devices that torch.compile does not know.
+    known = device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+    return known and torch.is_autocast_enabled(device)
+
+
 def _run(run: Callable, device: torch.device, *arguments: Any) -> Any:
     """run(*arguments) in the types that they have: autocast would choose others for the reference's products."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocasts(device.type):
         with torch.autocast(device.type, enabled=False):
             return run(*arguments)
     return run(*arguments)

@@ -122,7 +122,7 @@ def checked_integer(name: str, value: Any, expected: str) -> int:
 def checked_clip_range(value: Any) -> tuple[float, float]:
     """(low, high), from e or (low, high)."""
     expected = "e >= 0 or (low, high), both >= 0"
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"clip_range: got {len(pair)} numbers, expected {expected}")
     low, high = (checked_number("clip_range", one, -math.inf, math.inf, expected) for one in pair)

@@ -283,7 +283,7 @@ def _tapped(layer: int, processor: Any, observer: Observer) -> Any:
 
 def _arguments(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """The arguments of a forward pass by their names, however they were given."""
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}  # torch 2.6 can trace this form
     return given.get
 
 
@@ -360,7 +360,7 @@ def _given_rows(rows: Rows, images: int, shown: Pass, conditional: int) -> slice
     """The rows that were asked for, as a slice where they are neighbors: those are read where they are."""
     batch = len(shown.latents)
     if isinstance(rows, slice):
-        chosen = list(range(*rows.indices(batch)))
+        chosen = list(range(batch))[rows]
     else:
         chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
     if len(chosen) != images or not all(0 <= row < batch for row in chosen):

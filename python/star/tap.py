@@ -19,9 +19,15 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from star_kernels.api import autocasts
+
+try:
+    from diffusers.models import attention_dispatch
+except ImportError:  # before diffusers 0.35, where every processor calls F.scaled_dot_product_attention
+    attention_dispatch = None
 
 
 class Observer(Protocol):
@@ -60,7 +66,7 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As F.scaled_dot_product_attention casts under autocast, which the kernels below it do not."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 

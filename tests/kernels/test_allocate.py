@@ -195,6 +195,7 @@ def test_no_gradient_flows_and_an_empty_batch_is_empty(impl):
     assert sk.allocate(maps[:0], (3, 4), impl=impl).shape == (0, 6, 8)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_native_bits_depend_on_neither_threads_nor_batch(at_thread_counts):
     maps = torch.rand(7, 3, 33 * 65)
     first, *others = at_thread_counts(lambda: sk.allocate(maps, (33, 65), smooth=1.2, sharpen=1.5, impl="native"))
