@@ -40,6 +40,7 @@ inline constexpr const char* schema_type<bool> = "bool";
 
 template <typename... Types>
 std::string schema_types(const std::tuple<Types...>*) {
+  static_assert(((schema_type<Types> != nullptr) && ...), "a type without a schema_type");
   std::string out;
   ((out += (out.empty() ? "" : ", ") + std::string(schema_type<Types>)), ...);
   return out;
