@@ -175,7 +175,7 @@ def credit() -> Study:
         changes={
             "scoring": {"every": 16, "count": 512},
             "run": {"save_every": 16, "keep_checkpoints": 1, "figures": False},
-            "optimization": {"iterations": 48, "learning_rate": 2e-4},
+            "optimization": {"iterations": 64, "learning_rate": 1e-4},
             **_allocation("uniform"),
         },
         arms={
