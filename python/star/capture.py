@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from star.concepts import ConceptTokens, concept_tokens
+from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.layouts import Arguments, Batch, Layout, Pass, layout_of
 from star.objective import Allocation, allocation_weights, weighted_gradient
 from star.tap import Tapped, tapped
@@ -481,15 +481,22 @@ def capture(
             attention.processor = before[layer]
 
 
-def _tokens(prompts: Sequence[str] | ConceptTokens, pipeline: DiffusionPipeline | None) -> ConceptTokens:
+def _tokens(
+    prompts: Sequence[str] | ConceptTokens,
+    pipeline: DiffusionPipeline | None,
+    concepts: Sequence[Marks | None] | None,
+    brackets: bool,
+) -> ConceptTokens:
     """Tokens that are ready, or those of the prompts."""
     if isinstance(prompts, ConceptTokens):
         if pipeline is not None:
             raise ValueError("pipeline: got one beside ready tokens; leave it out, or give prompts")
+        if concepts is not None or brackets:
+            raise ValueError("concepts, brackets: got them beside ready tokens; give them to star.concept_tokens")
         return prompts
     if pipeline is None:
         raise ValueError("pipeline: got None, but it is needed to find the tokens of prompts")
-    return concept_tokens(pipeline, prompts)
+    return concept_tokens(pipeline, prompts, concepts=concepts, brackets=brackets)
 
 
 def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
@@ -559,6 +566,8 @@ def record(
     prompts: Sequence[str] | ConceptTokens,
     pipeline: DiffusionPipeline | None = None,
     *,
+    concepts: Sequence[Marks | None] | None = None,
+    brackets: bool = False,
     grid: tuple[int, ...] | None = None,
     rows: Rows | None = None,
     layers: Sequence[int] | None = None,
@@ -572,7 +581,7 @@ def record(
 
     Args:
         transformer: the very module that the sampler calls, in whatever wrapper.
-        prompts, pipeline: as in `allocated`.
+        prompts, pipeline, concepts, brackets: as in `allocated`.
         grid, rows, layers, normalize: of `capture`.
 
     Yields:
@@ -582,7 +591,7 @@ def record(
         What `capture` and `Maps.read` raise. RuntimeError: no pass was made through this module.
     """
     result = Record()
-    tokens = _tokens(prompts, pipeline)
+    tokens = _tokens(prompts, pipeline, concepts, brackets)
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
         def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
@@ -615,6 +624,8 @@ def allocated(
     prompts: Sequence[str] | ConceptTokens,
     pipeline: DiffusionPipeline | None = None,
     *,
+    concepts: Sequence[Marks | None] | None = None,
+    brackets: bool = False,
     grid: tuple[int, ...] | None = None,
     rows: Rows | None = None,
     layers: Sequence[int] | None = None,
@@ -632,9 +643,10 @@ def allocated(
     Args:
         transformer: the very module that is called, in whatever wrapper.
         prompts: one for each image of the batch. Or their tokens, from `star.concept_tokens` or
-            `star.concepts.locate`: needed where the embeddings were made with another max_sequence_length than the
-            pipeline's default; then without pipeline.
-        pipeline: the StableDiffusion3Pipeline or FluxPipeline whose tokenizers split the prompts.
+            `star.concepts.locate`: needed where the embeddings were made otherwise than by the pipeline's call with its
+            defaults, as with another max_sequence_length or an image; then without pipeline.
+        pipeline: of diffusers, whose call would encode the prompts; its text encoders are not needed.
+        concepts, brackets: of `star.concept_tokens`. With brackets the embeddings must be of the prompts without them.
         grid, layers, normalize: of `capture`.
         rows: of `capture`; all of the conditional rows, one after the other. With guidance in one batch the
             unconditional rows get their weights too: guidance is linear, so that weights the guided velocity.
@@ -650,7 +662,7 @@ def allocated(
         without prompts; in the pass an output that does not fit the grid.
     """
     allocation = _own_maps_allocation(allocation)
-    tokens = _tokens(prompts, pipeline)
+    tokens = _tokens(prompts, pipeline, concepts, brackets)
     last = layout_of(unwrapped(transformer)).last
     weights: Tensor | None = None  # of the last pass, or with first_pass of the first
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:

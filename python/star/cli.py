@@ -249,7 +249,7 @@ def evaluate(arguments: list[str]) -> None:
     from star.training import scoring
     from star.training.adapter import load_adapter
     from star.training.pipeline import check_size
-    from star.training.prompts import read_prompts
+    from star.training.prompts import read_prompts, without_brackets
     from star.training.rollout import check_steps
     from star.training.task import load_task_reward
 
@@ -266,6 +266,8 @@ def evaluate(arguments: list[str]) -> None:
         prompts = task.prompts("held_out", HELD_OUT if options.n is None else options.n, str(options.seed))
     if not prompts:
         raise ValueError(f"prompts: {options.prompts or options.task} has none")
+    if options.brackets:
+        prompts = without_brackets(prompts)
     if options.reward:
         task = dataclasses.replace(task, reward=options.reward)
     check_models(options.models, task.reward)
@@ -323,7 +325,7 @@ def compare(arguments: list[str]) -> None:
 def maps(arguments: list[str]) -> None:
     import torch
 
-    from star.concepts import parse
+    from star.concepts import parse, unbracket
     from star.objective import Allocation
     from star.options import Maps
     from star.reports import figures
@@ -332,9 +334,11 @@ def maps(arguments: list[str]) -> None:
     from star.training.rollout import SamplerOptions, check_steps, decode, encode, trace
 
     options = read_options(Maps, arguments, "star maps")
-    names = [concept.text for concept in parse(options.prompt, options.concepts)]
+    (prompt,), (marked,) = unbracket([options.prompt]) if options.brackets else ([options.prompt], [None])
+    concepts = parse(prompt, options.concepts) if marked is None else marked
+    names = [concept.text for concept in concepts]
     if not names:
-        raise ValueError(f"prompt: no concept found in {options.prompt!r}")
+        raise ValueError(f"prompt: no concept found in {prompt!r}")
     if options.layers == ():
         raise ValueError("layers: got none, expected at least one block")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -343,9 +347,7 @@ def maps(arguments: list[str]) -> None:
     pipeline = task.pipeline("cpu", torch.float32)
     check_size(pipeline, images.height, images.width)
     check_steps(pipeline.scheduler, options.steps)
-    conditions = encode(
-        pipeline, [options.prompt], images.max_sequence_length, options.guidance_scale, options.concepts
-    )
+    conditions = encode(pipeline, [prompt], images.max_sequence_length, options.guidance_scale, concepts=[concepts])
     layers = range(len(pipeline.transformer.transformer_blocks)) if options.layers is None else options.layers
     sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
     rollouts = {
@@ -355,7 +357,7 @@ def maps(arguments: list[str]) -> None:
     first = rollouts[layers[0]]
     mean = torch.stack([rollout.captured_maps() for rollout in rollouts.values()]).mean(0)
     figures.concept_maps(
-        options.prompt,
+        prompt,
         decode(pipeline, first.latents)[0].permute(1, 2, 0).cpu().numpy(),
         {
             f"{name}\nblock {layer}": rollout.captured_maps()[:, 0, g].view(-1, *rollout.grid).cpu().numpy()

@@ -132,6 +132,8 @@ class Sampling:
     """Normalization of the maps; see star.capture.capture."""
     concepts: str = "rules"
     """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
+    brackets: bool = False
+    """Prompts mark their concepts, "a [red bench] left of [two cats]"; model and reward see them without brackets."""
     text_cache: Count = 0
     """Prompts whose embeddings stay on the CPU from iteration to iteration; each is then encoded alone. 0: none."""
     rollout_device: Literal["model", "cpu"] = "model"

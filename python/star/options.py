@@ -37,6 +37,8 @@ class Eval:
     """An adapter: a folder or a hub id, in diffusers' or PEFT's format."""
     prompts: Path | None = None
     """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
+    brackets: bool = False
+    """Leave the brackets out of prompts that mark their concepts with them."""
     reward: str | None = None
     """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
     models: dict[str, str] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Maps:
     """File of the figure."""
     concepts: str = "rules"
     """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
+    brackets: bool = False
+    """The prompt marks its concepts, "a [red circle] left of a [blue square]"; the model sees it without brackets."""
     steps: Positive = 8
     """Denoising steps."""
     guidance_scale: NotNegative = 1.0

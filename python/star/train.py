@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from star import config as configuration
 from star import files, rewards
-from star.concepts import parse_all
 from star.config import Config, ConfigError
 from star.messages import one_line
 from star.reports import card, evaluations
@@ -37,6 +36,7 @@ from star.training.grpo import GRPO
 from star.training.nft import NFT
 from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
+from star.training.prompts import concepts_of
 from star.training.rollout import (
     Conditions,
     Explore,
@@ -53,6 +53,7 @@ from star.training.scoring import HeldOut
 from star.training.task import configured_task, draw_prompts, load_task_reward
 
 if TYPE_CHECKING:
+    from star.concepts import Marks
     from star.training.prompts import Prompt
 
 log = logging.getLogger("star")
@@ -124,6 +125,7 @@ class Trainer:
             rollout = self.rollout(
                 [prompt.text for prompt in prompts],
                 generator,
+                [prompt.concepts for prompt in prompts],
                 # Scored while the next chunk is sampled.
                 finished=lambda rows, latents: tickets.append(self.submit(prompts, rows, latents)),
                 find=lambda rows, latents: self.found_masks(prompts, rows, latents),
@@ -131,7 +133,7 @@ class Trainer:
         with timed(seconds, "reward"):
             own = rewards.concatenate([ticket.result() for ticket in tickets])
             failures = self.worker.count_failures()
-        own = self.with_matched_credits(own, [prompt.text for prompt in prompts], rollout)
+        own = self.with_matched_credits(own, prompts, rollout)
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
         concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
@@ -165,13 +167,15 @@ class Trainer:
         self,
         prompts: list[str],
         generator: torch.Generator,
+        concepts: Sequence[Marks | None] | None = None,
         captured: Sequence[int] | None = None,
         finished: Callable[[Tensor, Tensor], None] | None = None,
         find: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Rollout:
-        """Sample the images of an iteration. captured: steps whose maps are read; None means those that the run needs.
-        finished: see `sample`. find: the masks (n, height, width) of some of this process' images, from their rows and
-        latents, for sampling.explore "masks"."""
+        """Sample the images of an iteration. concepts: of each prompt, None for one whose concepts are to be found.
+        captured: steps whose maps are read; None means those that the run needs. finished: see `sample`. find: the
+        masks (n, height, width) of some of this process' images, from their rows and latents, for sampling.explore
+        "masks"."""
         config, sampling = self.config, self.config.sampling
         stochastic = self.objective.stochastic_steps(self.iteration)
         if captured is None:
@@ -187,7 +191,7 @@ class Trainer:
             stored_on_cpu=sampling.rollout_device == "cpu",
         )
         steps = make_steps(self.pipeline.scheduler, sampling.steps, stochastic, sampling.sampler, sampling.noise_level)
-        conditions = self.encode(prompts, sampling.guidance_scale)
+        conditions = self.encode(prompts, sampling.guidance_scale, concepts)
         explore: Explore | None = None
         if sampling.explore == "maps":
             explore = explore_maps(config.allocation, sampling.explore_share, steps.sigmas, self.grid)
@@ -241,14 +245,14 @@ class Trainer:
             raise ConfigError(f"sampling.explore: 'masks' needs a reward with masks, not {names}")
         return torch.zeros(len(rows), 1, 1).expand(-1, *self.grid) if scores.masks is None else scores.masks
 
-    def with_matched_credits(self, scores: Scores, prompts: list[str], rollout: Rollout) -> Scores:
+    def with_matched_credits(self, scores: Scores, prompts: list[Prompt], rollout: Rollout) -> Scores:
         """This process' scores with credits in the order of the concepts whose maps the run reads, or without."""
         if self.config.loss.advantage != "concept" or scores.credits is None:
             return dataclasses.replace(scores, credits=None, concepts=())
         groups = self.groups[self.share.rows].tolist()
-        found = parse_all(prompts, self.config.sampling.concepts)
+        found = concepts_of(prompts, self.config.sampling.concepts)
         columns = rollout.conditions.tokens.index.shape[1]
-        return matched_credits(scores, [prompts[i] for i in groups], [found[i] for i in groups], columns)
+        return matched_credits(scores, [prompts[i].text for i in groups], [found[i] for i in groups], columns)
 
     def submit(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Ticket:
         """Have some of this process' images scored beside what comes next."""

@@ -29,6 +29,7 @@ from star.training import checkpoint
 from star.training.distributed import Termination
 from star.training.pipeline import load_pipeline as load_from
 from star.training.pipeline import reason
+from star.training.task import draw_prompts
 
 
 def losses(trainer, iterations):
@@ -571,3 +572,36 @@ def test_a_figure_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog
     assert training.train(config)["iterations"] == 2
     assert sum("could not be drawn (OSError: no font)" in r.message for r in caplog.records) == 3
     assert (tmp_path / "run/allocation.png").exists()
+
+
+def test_prompts_mark_their_concepts_with_brackets(tmp_path):
+    """Model and reward see the prompts without brackets; the maps follow what stood in them."""
+    plain = ["a red circle above a blue square", "two green rings", "three yellow circles"]
+    marked = ["a red [circle] above a blue square", "[two green] rings", "three yellow circles"]
+    files = {}
+    for name, lines in (("plain", plain), ("marked", marked)):
+        files[name] = tmp_path / f"{name}.txt"
+        files[name].write_text("\n".join(lines))
+    run = {"prompts_per_iteration": 3, "images_per_prompt": 2}
+    trainers = {
+        name: Trainer(
+            small_run(
+                tmp_path / name,
+                sampling={**run, "prompts": str(path), "brackets": name == "marked"},
+                allocation={"strategy": "attention"},
+            )
+        )
+        for name, path in files.items()
+    }  # fmt: skip
+    drawn = {name: draw_prompts(one.task, one.config, 0) for name, one in trainers.items()}
+    assert [p.text for p in drawn["marked"]] == [p.text for p in drawn["plain"]]
+    texts = {p.text: [c.text for c in p.concepts or ()] for p in drawn["marked"]}
+    assert texts == {plain[0]: ["circle"], plain[1]: ["two green"], plain[2]: []}
+    steps = {name: one.step() for name, one in trainers.items()}
+    assert steps["marked"]["reward"] == steps["plain"]["reward"]
+    assert steps["marked"]["weights_max"] != steps["plain"]["weights_max"]
+    files["marked"] = tmp_path / "wrong.txt"
+    files["marked"].write_text("red [circle")
+    with pytest.raises(ConfigError, match=r"prompts: 'red \[circle' has a '\[' that nothing closes"):
+        wrong = dict(prompts_per_iteration=1, prompts=str(files["marked"]), brackets=True)
+        Trainer(small_run(tmp_path / "wrong", sampling=wrong))

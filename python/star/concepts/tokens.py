@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from star.concepts.brackets import unbracket
+from star.concepts.encoding import Part, Span, read_prompts
 from star.concepts.parsing import parse_all
 from star.concepts.spans import Concept, mark
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+Marks = Sequence[Concept | str | tuple[int, int]]
+Call = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
 
 class ConceptTokens(NamedTuple):
     """Which text tokens say which concept.
 
-    index: (B, G, K) int64 columns of the joint text sequence (CLIP's tokens first, then T5's), -1 for none.
+    index: (B, G, K) int64 rows of the text embeddings that the transformer gets, -1 for none.
     weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept that no token says).
     """
 
@@ -30,6 +36,188 @@ class ConceptTokens(NamedTuple):
     def rows(self, index: Tensor | slice | Sequence[int]) -> ConceptTokens:
         """The concepts of some rows, for instance repeated for each sample of a group."""
         return ConceptTokens(self.index[index], self.weight[index])
+
+
+@dataclass(frozen=True)
+class Said:
+    """A concept of a prompt and the tokens that say it.
+
+    tokens: (row of the text embeddings, characters that the token stands for), for each encoder that says it.
+    cut: whether an encoder left out the end of the prompt, so that the concept may be beyond it.
+    """
+
+    concept: Concept
+    tokens: tuple[tuple[tuple[int, str], ...], ...]
+    cut: bool
+
+
+def said(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    concepts: Sequence[Marks | None] | None = None,
+    source: str = "rules",
+    brackets: bool = False,
+    max_sequence_length: int | None = None,
+    call: Call | None = None,
+) -> list[list[Said]]:
+    """For each prompt its concepts and the tokens that say them: what `concept_tokens` makes its tensors of.
+
+    Takes and raises what `concept_tokens` does, and warns of nothing."""
+    if isinstance(prompts, str):
+        raise TypeError("prompts: got a str, expected a list of them")
+    texts, spans = _concepts(prompts, concepts, source, brackets)
+    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    options = (
+        {**(call or {}), **length} if call is None or isinstance(call, Mapping) else [{**one, **length} for one in call]
+    )
+    return [
+        [_said(text, parts, concept) for concept in row]
+        for text, parts, row in zip(texts, read_prompts(pipeline, texts, options), spans, strict=True)
+    ]
+
+
+def concept_tokens(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    concepts: Sequence[Marks | None] | None = None,
+    source: str = "rules",
+    brackets: bool = False,
+    max_sequence_length: int | None = None,
+    call: Call | None = None,
+) -> ConceptTokens:
+    """Which text tokens of a pipeline's embeddings say what its prompts ask for.
+
+    The pipeline's own call tells what its encoders read and what becomes of their tokens, so templates, dropped tokens,
+    padding and masks need no table. Encoders do not run, and may be offloaded or None; one that is None counts as there
+    if its tokenizer is.
+
+    Args:
+        pipeline: one of diffusers' with `encode_prompt` and fast tokenizers.
+        prompts: B prompts, one for each image of a batch, as they are encoded together: padding may depend on the
+            others.
+        concepts: for each prompt a list of what it asks for: a text that it has, characters (start, end), or a Concept;
+            or None for what `star.concepts.parse` finds, noun spans and quoted texts.
+        source: of `star.concepts.parse`, "rules", "spacy" or "spacy:MODEL"; none where all concepts are given.
+        brackets: the prompts mark their concepts with `[...]`. The model must have read them without; see `unbracket`.
+        max_sequence_length: as it was given to the pipeline. None: the pipeline's own default.
+        call: what else the pipeline was called with, by name: the image of an edit, complex_human_instruction. Or a
+            sequence of these, one for each prompt, which was then encoded alone.
+
+    Returns:
+        ConceptTokens with B rows and G the largest number of concepts (at least 1). A concept said to several encoders
+        gives each an equal part of its weight.
+
+    Warns:
+        UserWarning: no token says a concept, mostly because its prompt is longer than the pipeline reads; it has no
+        map then. `star.concepts.said` and `star check` show which. And what `parse` warns of.
+
+    Raises:
+        TypeError: another pipeline, a slow tokenizer, prompts that are one str. ValueError: concepts that the prompts
+        do not have, concepts beside a source or brackets, brackets that do not pair, embeddings of other texts than
+        the prompts, or what the pipeline says of its call.
+    """
+    found = said(
+        pipeline,
+        prompts,
+        concepts=concepts,
+        source=source,
+        brackets=brackets,
+        max_sequence_length=max_sequence_length,
+        call=call,
+    )
+    if any(not one.tokens for row in found for one in row):
+        # The same words each time: Python then says them once.
+        warnings.warn(
+            f"concepts: no text token of {type(pipeline).__name__} says some of them, which have no map; prompts that "
+            "are longer than it reads are cut. `star check` and star.concepts.said show which",
+            stacklevel=2,
+        )
+    return _tensors([[[[row for row, _ in part] for part in one.tokens] for one in row] for row in found])
+
+
+def _concepts(
+    prompts: Sequence[str], concepts: Sequence[Marks | None] | None, source: str, brackets: bool
+) -> tuple[list[str], list[list[Concept]]]:
+    """The prompts without brackets, and the concepts of each."""
+    texts = list(prompts)
+    given: Sequence[Marks | None] = [None] * len(texts)
+    if concepts is not None:
+        if source != "rules" and None not in concepts:
+            raise ValueError(f"source: got {source!r} beside concepts; leave one of them out")
+        if brackets:
+            raise ValueError("brackets: got True beside concepts; leave one of them out")
+        if len(concepts) != len(texts):
+            raise ValueError(f"concepts: got {len(concepts)} lists, expected one for each of {len(texts)} prompts")
+        given = concepts
+    elif brackets:
+        texts, given = unbracket(texts)
+    parsed = iter(parse_all([text for text, row in zip(texts, given, strict=True) if row is None], source))
+    return texts, [
+        next(parsed) if row is None else [mark(text, one) for one in row]
+        for text, row in zip(texts, given, strict=True)
+    ]
+
+
+def _said(prompt: str, parts: Sequence[Part], concept: Concept) -> Said:
+    """The tokens of a concept in each part that has some."""
+    tokens = []
+    for part in parts:
+        found = _where(prompt, part.text[part.prompt.start : part.prompt.end], concept)
+        if found is not None:
+            start, end = (part.prompt.start + at for at in found)
+            of_part = tuple(
+                (row, part.text[first:last])
+                for row, (first, last) in zip(part.rows, part.offsets, strict=True)
+                if row >= 0 and first < min(end, last) and last > start
+            )
+            tokens += [of_part] if of_part else []
+    return Said(concept, tuple(tokens), any(part.cut for part in parts))
+
+
+def _where(prompt: str, read: str, concept: Concept) -> Span | None:
+    """The concept's characters in a prompt as it is read: pipelines strip prompts, put spaces together, lower them, or
+    clean them in other ways. None where the concept cannot be told for certain."""
+    if read == prompt:
+        return Span(concept.start, concept.end)
+    ours, theirs = _letters(prompt), _letters(read)
+    said = [i for i, (_, at) in enumerate(ours) if concept.start <= at < concept.end]
+    if not said:
+        return None
+    our_text, their_text = ("".join(letter for letter, _ in text) for text in (ours, theirs))
+    first, length = said[0], len(said)
+    if our_text != their_text:  # the same one of as many
+        word = our_text[first : first + length]
+        before, after = _all(word, our_text), _all(word, their_text)
+        if len(before) != len(after):
+            return None
+        first = after[before.index(first)]
+    return Span(theirs[first][1], theirs[first + length - 1][1] + 1)
+
+
+def _letters(text: str) -> list[tuple[str, int]]:
+    """Its characters in lower case without spaces, and where they are."""
+    return [(lower, i) for i, character in enumerate(text) for lower in character.lower() if not lower.isspace()]
+
+
+def _all(word: str, text: str) -> list[int]:
+    """Where a text has a word."""
+    return [i for i in range(len(text)) if text.startswith(word, i)]
+
+
+def _tensors(rows: Sequence[Sequence[Sequence[Sequence[int]]]]) -> ConceptTokens:
+    """Of B prompts, their concepts, the parts that say each, the tokens of a part."""
+    groups = max((len(row) for row in rows), default=0) or 1
+    slots = max((sum(map(len, parts)) for row in rows for parts in row), default=0) or 1
+    index = torch.full((len(rows), groups, slots), -1, dtype=torch.int64)
+    weight = torch.zeros(len(rows), groups, slots, dtype=torch.float32)
+    for b, row in enumerate(rows):
+        for g, parts in enumerate(row):
+            shares = [(token, 1 / (len(parts) * len(tokens))) for tokens in parts for token in tokens]
+            for k, (token, share) in enumerate(shares):
+                index[b, g, k], weight[b, g, k] = token, share
+    return ConceptTokens(index, weight)
 
 
 def _overlapping_tokens(
@@ -65,8 +253,9 @@ def locate(
     clip_tokenizer: PreTrainedTokenizerBase | None,
     t5_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    concepts: Sequence[Sequence[Concept | str | tuple[int, int]]] | None = None,
+    concepts: Sequence[Marks | None] | None = None,
     source: str = "rules",
+    brackets: bool = False,
     max_sequence_length: int = 256,
     tokens: Literal["both", "clip", "t5"] = "both",
 ) -> ConceptTokens:
@@ -79,8 +268,7 @@ def locate(
         clip_tokenizer: the pipeline's `tokenizer`; `tokenizer_2` splits the same way. None where the joint sequence has
             no CLIP part, as in FLUX: T5's tokens then begin at 0.
         t5_tokenizer: the pipeline's `tokenizer_3` (FLUX: `tokenizer_2`), or None.
-        concepts: for each prompt the concepts that it asks for, as in `mark`. None: those of `parse`.
-        source: of `parse`, "rules", "spacy" or "spacy:MODEL"; where concepts are given there is none.
+        concepts, source, brackets: as for `concept_tokens`.
         max_sequence_length: of the T5 part, as given to the pipeline.
         tokens: which parts to use. A concept said in both gives each part half of its weight.
 
@@ -94,12 +282,6 @@ def locate(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, expected a list of them")
-    if concepts is None:
-        concepts = parse_all(prompts, source)
-    elif source != "rules":
-        raise ValueError(f"source: got {source!r} beside concepts; leave one of them out")
-    elif len(prompts) != len(concepts):
-        raise ValueError(f"concepts: got {len(concepts)} lists, expected one for each of {len(prompts)} prompts")
     if tokens not in ("both", "clip", "t5"):
         raise ValueError(f"tokens: got {tokens!r}, expected 'both', 'clip' or 't5'")
     if tokens == "t5" and t5_tokenizer is None:
@@ -108,66 +290,17 @@ def locate(
         raise ValueError("clip_tokenizer, t5_tokenizer: got None for both, expected at least one")
     if tokens == "clip" and clip_tokenizer is None:
         raise ValueError("tokens: 'clip' needs clip_tokenizer")
-    spans = [[mark(prompt, concept) for concept in row] for prompt, row in zip(prompts, concepts, strict=True)]
+    texts, spans = _concepts(prompts, concepts, source, brackets)
     parts = []
     clip_length = 0 if clip_tokenizer is None else clip_tokenizer.model_max_length
     if tokens != "t5" and clip_tokenizer is not None:
-        parts.append((0, _overlapping_tokens(prompts, spans, clip_tokenizer, clip_length, "clip_tokenizer")))
+        parts.append((0, _overlapping_tokens(texts, spans, clip_tokenizer, clip_length, "clip_tokenizer")))
     if tokens != "clip" and t5_tokenizer is not None and max_sequence_length > 0:
-        in_t5 = _overlapping_tokens(prompts, spans, t5_tokenizer, max_sequence_length, "t5_tokenizer")
+        in_t5 = _overlapping_tokens(texts, spans, t5_tokenizer, max_sequence_length, "t5_tokenizer")
         parts.append((clip_length, in_t5))
-    rows: list[list[list[tuple[int, float]]]] = []
-    for b, row in enumerate(spans):
-        entries: list[list[tuple[int, float]]] = []
-        for g in range(len(row)):
-            said = [(offset, overlapping[b][g]) for offset, overlapping in parts if overlapping[b][g]]
-            entries.append([(offset + i, 1 / (len(said) * len(indices))) for offset, indices in said for i in indices])
-        rows.append(entries)
-    groups = max((len(row) for row in rows), default=0) or 1
-    slots = max((len(entries) for row in rows for entries in row), default=0) or 1
-    index = torch.full((len(prompts), groups, slots), -1, dtype=torch.int64)
-    weight = torch.zeros(len(prompts), groups, slots, dtype=torch.float32)
-    for b, groups_of_row in enumerate(rows):
-        for g, shares in enumerate(groups_of_row):
-            for k, (token, share) in enumerate(shares):
-                index[b, g, k] = token
-                weight[b, g, k] = share
-    return ConceptTokens(index, weight)
-
-
-def concept_tokens(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    concepts: Sequence[Sequence[Concept | str | tuple[int, int]]] | None = None,
-    source: str = "rules",
-    max_sequence_length: int | None = None,
-) -> ConceptTokens:
-    """Which text tokens of a pipeline's embeddings say what its prompts ask for.
-
-    Args:
-        pipeline: a StableDiffusion3Pipeline or one of its relatives, with T5 or without (tokenizer_3=None), or a
-            FluxPipeline, whose joint sequence has T5's tokens alone.
-        prompts: B prompts, one for each image of a batch.
-        concepts: for each prompt a list of what it asks for: a text that it has, characters (start, end), or a Concept.
-            None: what `star.concepts.parse` finds, noun spans and quoted texts.
-        source: of `star.concepts.parse`, "rules", "spacy" or "spacy:MODEL"; where concepts are given there is none.
-        max_sequence_length: of T5's tokens, as it was given to the pipeline. None: the pipeline's own default.
-
-    Returns:
-        ConceptTokens with B rows.
-
-    Raises:
-        TypeError: another pipeline, or what `locate` raises. ValueError: what `locate` raises.
-    """
-    if max_sequence_length is None:
-        parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-        max_sequence_length = 256 if parameter is None else parameter.default
-    if hasattr(pipeline, "tokenizer_3"):
-        clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
-    elif hasattr(pipeline, "tokenizer_2") and hasattr(pipeline, "transformer"):
-        clip, t5 = None, pipeline.tokenizer_2
-    else:
-        kind = type(pipeline).__name__
-        raise TypeError(f"pipeline: got {kind}, expected a StableDiffusion3Pipeline or a FluxPipeline")
-    return locate(prompts, clip, t5, concepts=concepts, source=source, max_sequence_length=max_sequence_length)
+    return _tensors(
+        [
+            [[[first + i for i in of_part[b][g]] for first, of_part in parts if of_part[b][g]] for g in range(len(row))]
+            for b, row in enumerate(spans)
+        ]
+    )

@@ -13,14 +13,14 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from star.concepts import parse_all
+from star.concepts import Marks
 from star.config import Config
 from star.messages import one_line
 from star.objective import Allocation, allocation_weights
 from star.reports import tracking
 from star.reports.evaluations import read_evaluations
 from star.training.pipeline import latent_size
-from star.training.prompts import Prompt
+from star.training.prompts import Prompt, concepts_of
 from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
 from star.training.scoring import SHOWN, read_images
 
@@ -58,8 +58,14 @@ def of_rollout(
     )
 
 
-def trace_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[str]) -> Rollout:
-    """An image of each prompt with the maps of every step, as a run with this configuration reads them."""
+def trace_prompts(
+    pipeline: StableDiffusion3Pipeline,
+    config: Config,
+    prompts: Sequence[str],
+    concepts: Sequence[Marks | None] | None = None,
+) -> Rollout:
+    """An image of each prompt with the maps of every step, as a run with this configuration reads them. concepts: as
+    for `encode`."""
     sampling = config.sampling
     options = SamplerOptions(
         size=latent_size(pipeline, config.model.height, config.model.width),
@@ -68,13 +74,19 @@ def trace_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: S
         normalize=sampling.normalize,
     )
     length, scale = config.model.max_sequence_length, sampling.guidance_scale
-    conditions = encode(pipeline, prompts, length, scale, sampling.concepts)
+    conditions = encode(pipeline, prompts, length, scale, sampling.concepts, concepts)
     return trace(pipeline, conditions, sampling.steps, options, config.scoring.seed)
 
 
-def of_prompts(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[str]) -> Preview:
-    """An image of each prompt with the weights that attention would allocate at every step."""
-    rollout = trace_prompts(pipeline, config, prompts)
+def of_prompts(
+    pipeline: StableDiffusion3Pipeline,
+    config: Config,
+    prompts: Sequence[str],
+    concepts: Sequence[Marks | None] | None = None,
+) -> Preview:
+    """An image of each prompt with the weights that attention would allocate at every step. concepts: as for
+    `encode`."""
+    rollout = trace_prompts(pipeline, config, prompts, concepts)
     return Preview(
         prompts=list(prompts),
         images=_arrays(decode(pipeline, rollout.latents)),
@@ -117,10 +129,13 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
     With several processes all of them sample; only one may write.
     """
     # Prompts of several concepts say most about where the maps look.
-    texts = list(dict.fromkeys(p.text for p in prompts[:512]))
-    counts = {text: len(found) for text, found in zip(texts, parse_all(texts, config.sampling.concepts), strict=True)}
-    texts = sorted(texts, key=lambda text: -counts[text])[:TRACED]
-    traced = of_prompts(pipeline, config, texts)
+    distinct = list({prompt.text: prompt for prompt in prompts[:512]}.values())
+    counts = {
+        prompt: len(found)
+        for prompt, found in zip(distinct, concepts_of(distinct, config.sampling.concepts), strict=True)
+    }
+    shown = sorted(distinct, key=lambda prompt: -counts[prompt])[:TRACED]
+    traced = of_prompts(pipeline, config, [p.text for p in shown], [p.concepts for p in shown])
     if not write:
         return
     from star.reports import figures  # matplotlib is slow to import

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from star import files
+from star.concepts import Concept, parse_all, unbracket
 from star.config import ConfigError
 from star.rewards import without_nulls
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its metadata, which go to the reward."""
+    """A prompt and its metadata, which go to the reward. concepts: those that it marks itself; None: to be found."""
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    concepts: tuple[Concept, ...] | None = field(default=None, compare=False)
 
     @property
     def category(self) -> str | None:
@@ -49,6 +51,26 @@ def pick_from_file(path: str, count: int, seed: str) -> list[Prompt]:
         chosen = sorted(random.Random(seed).sample(range(len(prompts)), count))
         return [prompts[i] for i in chosen]
     return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def without_brackets(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts that mark their concepts with brackets, with these concepts and without the brackets.
+
+    Raises ConfigError for brackets that do not pair."""
+    try:
+        texts, concepts = unbracket([prompt.text for prompt in prompts])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return [
+        replace(prompt, text=text, concepts=None if marked is None else tuple(marked))
+        for prompt, text, marked in zip(prompts, texts, concepts, strict=True)
+    ]
+
+
+def concepts_of(prompts: Sequence[Prompt], source: str) -> list[Sequence[Concept]]:
+    """Those that each prompt marks, or that are found in it by a source of `star.concepts.parse`."""
+    found = iter(parse_all([prompt.text for prompt in prompts if prompt.concepts is None], source))
+    return [next(found) if prompt.concepts is None else prompt.concepts for prompt in prompts]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

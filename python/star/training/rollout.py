@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
 from star.capture import capture, unwrapped
-from star.concepts import ConceptTokens, concept_tokens
+from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.config import ConfigError
 from star.objective.allocation import repeat_tokens
 from star.transition import schedule
@@ -63,9 +63,10 @@ def encode(
     max_sequence_length: int,
     guidance_scale: float,
     source: str = "rules",
+    concepts: Sequence[Marks | None] | None = None,
 ) -> Conditions:
     """Encode distinct prompts once. max_sequence_length: of the T5 part; 0 for a pipeline without T5. source: of the
-    concepts, see star.concepts.parse."""
+    concepts, see star.concepts.parse. concepts: of each prompt, or None for one whose concepts are to be found."""
     guided = guidance_scale > 1
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
         list(prompts),
@@ -75,7 +76,9 @@ def encode(
         do_classifier_free_guidance=guided,
         max_sequence_length=max_sequence_length,
     )
-    tokens = concept_tokens(pipeline, prompts, source=source, max_sequence_length=max_sequence_length)
+    tokens = concept_tokens(
+        pipeline, prompts, concepts=concepts, source=source, max_sequence_length=max_sequence_length
+    )
     # The empty prompt is the same in every row.
     negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
     return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
@@ -103,10 +106,12 @@ class PromptEncoder:
         self.encoders = [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e]
         self.device = pipeline.transformer.device
 
-    def __call__(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+    def __call__(
+        self, prompts: Sequence[str], guidance_scale: float, concepts: Sequence[Marks | None] | None = None
+    ) -> Conditions:
         if not self.cached:
             with self.on_device():
-                return encode(self.pipeline, prompts, self.length, guidance_scale, self.source)
+                return encode(self.pipeline, prompts, self.length, guidance_scale, self.source, concepts)
         wanted = [*prompts, ""] if guidance_scale > 1 else list(prompts)
         missing = [prompt for prompt in wanted if prompt not in self.cache]
         found = {prompt: self.cache[prompt] for prompt in wanted if prompt in self.cache}
@@ -122,7 +127,9 @@ class PromptEncoder:
         negative_embeds, negative_pooled = None, None
         if guidance_scale > 1:
             negative_embeds, negative_pooled = (x.to(self.device) for x in found[""])
-        tokens = concept_tokens(self.pipeline, prompts, source=self.source, max_sequence_length=self.length)
+        tokens = concept_tokens(
+            self.pipeline, prompts, concepts=concepts, source=self.source, max_sequence_length=self.length
+        )
         return Conditions(tuple(prompts), embeds, pooled, negative_embeds, negative_pooled, tokens)
 
     def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from star.messages import one_line
 from star.rewards import Reward, Weighted, models_for
 from star.rewards import load as load_reward
 from star.training.pipeline import load_pipeline
-from star.training.prompts import Prompt, draw_from_file, pick_from_file
+from star.training.prompts import Prompt, draw_from_file, pick_from_file, without_brackets
 
 Split = Literal["train", "held_out"]
 DrawPrompts = Callable[["Split", int, str], list[Prompt]]
@@ -99,7 +99,8 @@ def configured_task(config: Config) -> Task:
     if config.run.reward:
         task = replace(task, reward=config.run.reward)
     files = {"train": config.sampling.prompts, "held_out": config.scoring.prompts}
-    return replace(task, prompts=partial(_prompts, files, task.prompts))
+    task = replace(task, prompts=partial(_prompts, files, task.prompts))
+    return replace(task, prompts=partial(_unbracketed, task.prompts)) if config.sampling.brackets else task
 
 
 def draw_prompts(task: Task, config: Config, iteration: int) -> list[Prompt]:
@@ -126,3 +127,7 @@ def _prompts(files: dict[str, str | None], default: DrawPrompts, split: Split, c
     if path is None:
         return default(split, count, seed)
     return draw_from_file(path, count, seed) if split == "train" else pick_from_file(path, count, seed)
+
+
+def _unbracketed(draw: DrawPrompts, split: Split, count: int, seed: str) -> list[Prompt]:
+    return without_brackets(draw(split, count, seed))

@@ -62,7 +62,8 @@ def measure_untrained(arms: dict[str, Config], config: Config, out: Path, batche
         trainer.iteration = i
         prompts = draw_prompts(trainer.task, config, i)
         generator = torch.Generator().manual_seed(i)
-        rollout = trainer.rollout([prompt.text for prompt in prompts], generator, captured=range(steps))
+        texts, concepts = [prompt.text for prompt in prompts], [prompt.concepts for prompt in prompts]
+        rollout = trainer.rollout(texts, generator, concepts, captured=range(steps))
         assert rollout.maps is not None  # captured
         verified = world.add(
             decode(trainer.pipeline, rollout.latents),
