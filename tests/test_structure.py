@@ -24,7 +24,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"star.cli": "the commands"},
     {"star.study": "star compare: arms and seeds, their statistics and why"},
     {
-        "star.options": "what star eval and star maps take",
+        "star.options": "what star eval, star maps and star check take",
+        "star.check": "what holds for a pipeline before a run",
         "star.train": "the loop: rollout, reward, advantage, allocation, update",
         "star.shapes": "the embedded world, a guest: a model, its prompts and its reward",
     },

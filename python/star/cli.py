@@ -1,4 +1,4 @@
-"""`star train | plan | eval | compare | maps | report | info`."""
+"""`star train | plan | probe | check | eval | compare | maps | report | info`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from star.messages import WHOLE, one_line
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from star.training.task import Task
 
 log = logging.getLogger("star")
+PHOTOGRAPHED = ("a photo of a red bench left of two green cats", 'a blue door with a sign that says "OPEN"')
+DRAWN = ("a red circle left of a blue square", "two green rings")  # by the embedded model
 FAULT = "a fault of star itself"
 Values = TypeVar("Values", bound="DataclassInstance")
 
@@ -33,6 +36,7 @@ USAGE = """usage: star COMMAND [--help]
   train    post-train a model: --preset NAME, --config FILE.yaml, and any option
   plan     predict what a run will take, before anything is loaded: --gpus N and the options of train
   probe    say beforehand whether knowing the locations will help: --batches N and the options of train
+  check    before a run, on a pipeline: bits, maps, words, noise of the log-ratio, what falls back: star check MODEL
   eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
   compare  train arms with several seeds side by side, and report which differ
   maps     draw a prompt's concept maps by layer and step
@@ -236,6 +240,58 @@ def probe(arguments: list[str]) -> None:
     console.print(f"\n{probing.verdict(found)}", highlight=False)
 
 
+def check(arguments: list[str]) -> int:
+    import inspect
+
+    import torch
+
+    from star import files
+    from star.check import Question
+    from star.check import check as judge
+    from star.options import Check
+    from star.training.pipeline import load_any
+    from star.training.prompts import read_prompts
+
+    options = read_options(Check, arguments, "star check")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype)
+    if options.model is None:
+        pipeline, usual = chosen_task(None, None).pipeline(device, dtype), DRAWN
+    else:
+        pipeline, usual = load_any(options.model, device, dtype), PHOTOGRAPHED
+    prompts = [prompt.text for prompt in read_prompts(options.prompts)[: options.n]] if options.prompts else []
+    prompts = prompts or list(options.prompt) or list(usual)
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    sizes = {"height": options.height, "width": options.width}
+    call: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    call["num_inference_steps"] = options.steps
+    if "num_frames" in takes:
+        call["num_frames"] = options.frames
+    if options.image is not None:
+        from PIL import Image
+
+        call["image"], prompts = Image.open(options.image).convert("RGB"), prompts[:1]
+    question = Question(
+        prompts,
+        call,
+        source=options.concepts,
+        brackets=options.brackets,
+        clip_range=options.clip_range,
+        noise_level=options.noise_level,
+        seed=options.seed,
+    )
+    verdicts = judge(pipeline, question)
+    if options.json is not None:
+        files.replace_text(options.json, json.dumps([dataclasses.asdict(one) for one in verdicts], indent=2) + "\n")
+    model = pipeline.transformer
+    print(f"{type(pipeline).__name__} on {model.device.type}, {str(model.dtype)[6:]}, {options.steps} steps")
+    for verdict in verdicts:
+        print(f"{verdict.level:8} {verdict.name:7} {verdict.words}")
+        for line in verdict.lines:
+            print(f"{'':17}{line}")
+    return int(any(verdict.level == "wrong" for verdict in verdicts))
+
+
 def evaluate(arguments: list[str]) -> None:
     import torch
     from rich.console import Console
@@ -428,10 +484,12 @@ def info(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns 0, or 1 after printing one line about what was wrong."""
+    """Entry point. Returns 0, or 1 after printing what was wrong, which is one line but for `star check`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "plan": plan, "eval": evaluate, "compare": compare, "maps": maps}
-    commands |= {"probe": probe, "report": report, "info": info}
+    commands: dict[str, Callable[[list[str]], int | None]] = {
+        **{"train": train, "plan": plan, "probe": probe, "check": check, "eval": evaluate},
+        **{"compare": compare, "maps": maps, "report": report, "info": info},
+    }
     if not arguments or arguments[0] not in commands:
         print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments in ([], ["--help"], ["-h"]) else 2
@@ -440,7 +498,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] != "info":  # which needs torch alone
             quiet_third_parties()
         show_warnings_once()
-        commands[arguments[0]](arguments[1:])
+        return commands[arguments[0]](arguments[1:]) or 0
     except ModuleNotFoundError as error:
         from star_kernels.requirements import install_line
 
@@ -458,7 +516,6 @@ def main(arguments: list[str] | None = None) -> int:
             error = RuntimeError(f"{FAULT} ({type(error).__name__}: {one_line(error)}); STAR_DEBUG=1 shows where")
         print(f"star: {one_line(error, WHOLE)}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

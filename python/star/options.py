@@ -1,4 +1,4 @@
-"""What `star eval` and `star maps` take. Their help tells the defaults that stand in code."""
+"""What `star eval`, `star maps` and `star check` take. Their help tells the defaults that stand in code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from star.config import AboveZero, Count, Finite, NotNegative, Positive
+from star.config import AboveZero, Count, Finite, NotNegative, Positive, Range
 from star.training.task import NO_TASK
 
 HELD_OUT = 512  # prompts of a task
@@ -97,3 +97,41 @@ class Maps:
     """Blocks to show. None: all."""
     seed: Count = 0
     """Seed of the noise."""
+
+
+@dataclass
+class Check:
+    """Check a pipeline before a run."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A pipeline's folder or hub id. None: the embedded model."""
+    prompt: tuple[str, ...] = ()
+    """Prompts to look at. None: two of the model's kind."""
+    prompts: Path | None = None
+    """A prompt file, instead of these."""
+    n: Positive = 4
+    """Only the first n prompts of the file."""
+    image: Path | None = None
+    """An image that the pipeline edits, with the first prompt alone."""
+    concepts: str = "rules"
+    """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
+    brackets: bool = False
+    """The prompts mark their concepts: "a [red circle] left of a [blue square]"."""
+    steps: Annotated[int, Range(least=2)] = 3
+    """Denoising steps."""
+    height: Positive | None = None
+    """Pixels. None: the pipeline's own."""
+    width: Positive | None = None
+    """Pixels. None: the pipeline's own."""
+    frames: Positive = 9
+    """Of a video."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    clip_range: NotNegative = 1e-4
+    """Of the run."""
+    noise_level: AboveZero = 0.7
+    """Of the run's stochastic steps."""
+    seed: Count = 0
+    """Seed of all noise."""
+    json: Path | None = None
+    """A file for the verdicts."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
@@ -50,6 +51,22 @@ def load_pipeline(
     except Exception as error:  # of a damaged file the libraries raise many kinds
         raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
     check_tokenizers(pipeline, path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def load_any(path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Any pipeline of diffusers from a folder or hub id, in evaluation mode."""
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        raise ConfigError(f"model: {path!r} is no pipeline (there is no such folder)")
+    try:
+        index = DiffusionPipeline.load_config(path)
+        # Parts that a pipeline was saved without are left out only if told so.
+        absent = [name for name, kind in index.items() if isinstance(kind, list) and kind[:1] == [None]]
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **dict.fromkeys(absent))
+    except Exception as error:  # of a damaged file the libraries raise many kinds
+        raise ConfigError(f"model: {path!r} cannot be loaded ({reason(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -130,11 +130,8 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
     """
     # Prompts of several concepts say most about where the maps look.
     distinct = list({prompt.text: prompt for prompt in prompts[:512]}.values())
-    counts = {
-        prompt: len(found)
-        for prompt, found in zip(distinct, concepts_of(distinct, config.sampling.concepts), strict=True)
-    }
-    shown = sorted(distinct, key=lambda prompt: -counts[prompt])[:TRACED]
+    found = concepts_of(distinct, config.sampling.concepts)
+    shown = [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -len(found[i]))[:TRACED]]
     traced = of_prompts(pipeline, config, [p.text for p in shown], [p.concepts for p in shown])
     if not write:
         return

@@ -1,0 +1,150 @@
+"""The forward passes that a pipeline makes, kept so that they can be made again in other ways."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star.capture import unwrapped
+from star.layouts import Layout, Pass, layout_of
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Of one forward pass."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def row(self, rows: Sequence[int], batch: int) -> Arguments:
+        """Those of some rows of the batch; what has not one entry for each row is shared."""
+        shared = {name: value for name, value in self.kwargs.items() if name.endswith("_ids")}  # of positions
+        own = {name: _rows(value, rows, batch) for name, value in self.kwargs.items()}
+        return Arguments(tuple(_rows(value, rows, batch) for value in self.args), own | shared)
+
+
+def _rows(value: Any, rows: Sequence[int], batch: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+        return value[list(rows)]
+    return [value[row] for row in rows] if isinstance(value, list) and len(value) == batch else value
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a pipeline's denoising of B prompts asked its transformer for.
+
+    steps: the passes of each step, two where the pipeline guides in two. sigmas: (S+1,) of the schedule. scale: of its
+    guidance, if it has one.
+    """
+
+    transformer: torch.nn.Module
+    images: int
+    steps: tuple[tuple[Arguments, ...], ...]
+    sigmas: Tensor
+    scale: float
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(unwrapped(self.transformer))
+
+    def shown(self, one: Arguments) -> Pass:
+        """What a pass shows of its texts and images."""
+        model = unwrapped(self.transformer)
+        names = [*inspect.signature(type(model).forward).parameters][1:]
+        given = dict(zip(names, one.args, strict=False)) | one.kwargs
+        return self.layout.reader(model)(given.get)
+
+    @property
+    def guidance(self) -> float | None:
+        """The scale by which conditional and unconditional outputs are combined; None where they are not."""
+        first = self.steps[0]
+        guided = len(first) == 2 or len(self.shown(first[0]).latents) == 2 * self.images
+        return self.scale if guided else None
+
+    def rows(self, shown: Pass) -> slice:
+        """The rows of the prompts in a pass."""
+        first = self.layout.conditional * self.images if len(shown.latents) == 2 * self.images else 0
+        return slice(first, first + self.images)
+
+    def output(self, one: Arguments) -> Tensor:
+        """What the transformer gives in a pass, in one tensor."""
+        return first_tensor(self.transformer(*one.args, **one.kwargs))
+
+    def velocity(self, step: int, alone: bool = False) -> Tensor:
+        """(B, ...) float32, guided as the pipeline does. alone: each image in a pass of its own."""
+        outputs = [self._each_alone(one) if alone else self.output(one) for one in self.steps[step]]
+        conditional, *others = outputs
+        if not others and len(conditional) == 2 * self.images:
+            halves = conditional.chunk(2)
+            conditional, others = halves[self.layout.conditional], [halves[1 - self.layout.conditional]]
+        conditional = conditional.float()
+        return others[0].float() + self.scale * (conditional - others[0].float()) if others else conditional
+
+    def _each_alone(self, one: Arguments) -> Tensor:
+        batch = len(self.shown(one).latents)
+        parts = [tuple(range(image, batch, self.images)) for image in range(self.images)]
+        outputs = [self.output(one.row(rows, batch)) for rows in parts]
+        order = [row for rows in parts for row in rows]
+        return torch.cat(outputs)[torch.tensor(order).argsort().to(outputs[0].device)]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor of a transformer's output; the images of a list in one."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, list) and output and all(isinstance(one, Tensor) for one in output):
+            return torch.stack(output)
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output
+
+
+def record(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Passes:
+    """The passes of one call of a pipeline, whose images are not decoded. call: what it is given besides prompts."""
+    kept: list[Arguments] = []
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kept.append(Arguments(*_copies((args, kwargs))))
+
+    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        pipeline(prompt=list(prompts), output_type="latent", **call)
+    finally:
+        handle.remove()
+    count = call["num_inference_steps"]
+    if not kept or len(kept) % count:
+        raise ValueError(
+            f"pipeline: made {len(kept)} passes of its transformer in {count} steps, expected one or more each"
+        )
+    each = len(kept) // count
+    steps = tuple(tuple(kept[step * each : step * each + min(each, 2)]) for step in range(count))
+    return Passes(pipeline.transformer, len(prompts), steps, _sigmas(pipeline, count), _scale(pipeline, call))
+
+
+def _copies(value: Any) -> Any:
+    """Tensors as they are now: a sampler may write into its latents."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list | tuple):
+        return type(value)(_copies(one) for one in value) if type(value) in (list, tuple) else value
+    return {name: _copies(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _sigmas(pipeline: Any, count: int) -> Tensor:
+    """(S+1,) of the pipeline's schedule; evenly spaced ones where it does not show any that decrease from 1 to 0."""
+    sigmas = getattr(pipeline.scheduler, "sigmas", None)
+    if isinstance(sigmas, Tensor) and len(sigmas) == count + 1:
+        sigmas = sigmas.detach().double().cpu()
+        if bool((sigmas.diff() < 0).all()) and sigmas[0] <= 1 and sigmas[-1] >= 0:
+            return sigmas
+    return torch.linspace(1, 0, count + 1, dtype=torch.float64)
+
+
+def _scale(pipeline: Any, call: Mapping[str, Any]) -> float:
+    """Of the guidance of a call: Qwen-Image's by its name, else what the pipeline has kept."""
+    true = inspect.signature(type(pipeline).__call__).parameters.get("true_cfg_scale")
+    scale = getattr(pipeline, "guidance_scale", None) if true is None else call.get("true_cfg_scale", true.default)
+    return float(scale) if isinstance(scale, int | float) else 1.0
