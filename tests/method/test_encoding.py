@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from pipelines import ENCODINGS, flux, flux2, picture, qwen_image, sd3, wan
+from star.capture import allocated, record
 from star.concepts import concept_tokens, said, unbracket
 
 PROMPTS = [
@@ -249,3 +250,28 @@ def test_tokens_of_bracketed_prompts():
     assert torch.equal(found.index, expected.index) and torch.equal(found.weight, expected.weight)
     with pytest.raises(ValueError, match="brackets: got True beside concepts; leave one of them out"):
         concept_tokens(pipeline, bracketed, concepts=[["red"], ["blue"]], brackets=True)
+
+
+def test_concepts_and_brackets_of_allocated_and_record():
+    pipeline, marked = flux(), ["a red [bench]", "[two green] cats"]
+    pipeline.set_progress_bar_config(disable=True)
+    texts, concepts = unbracket(marked)
+    tokens = concept_tokens(pipeline, texts, concepts=concepts)
+    ways = [(tokens, {}), (marked, {"brackets": True}), (texts, {"concepts": [["bench"], ["two green"]]})]
+    found = []
+    for prompts, options in ways:
+        of = None if prompts is tokens else pipeline
+        noise = torch.Generator().manual_seed(0)
+        with record(pipeline.transformer, prompts, of, **options) as kept:
+            pipeline(texts, num_inference_steps=2, height=32, width=48, output_type="latent", generator=noise)
+        with allocated(pipeline.transformer, prompts, of, **options) as maps:
+            noise = torch.Generator().manual_seed(0)
+            pipeline(texts, num_inference_steps=2, height=32, width=48, output_type="latent", generator=noise)
+        found.append((kept.maps[-1], maps.read()))
+    for kept, read in found:
+        assert torch.equal(kept, found[0][0]) and torch.equal(read, found[0][0])
+    with (
+        pytest.raises(ValueError, match="concepts, brackets: got them beside ready tokens"),
+        allocated(pipeline.transformer, tokens, brackets=True),
+    ):
+        pass

@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from star.capture import capture, unwrapped
@@ -264,12 +263,11 @@ def native(passes: Passes) -> Verdict:
     """What runs in kernels, and what falls back."""
     model = unwrapped(passes.transformer)
     device = next(passes.transformer.parameters()).device
-    used, slow = [], []
+    used: dict[str, list[str]] = {}
     for operator in OPERATORS:
         found = implementations(operator, device)
-        name = next(name for name, reason in found.items() if reason is None)
-        used.append(f"{operator} {name}")
-        slow += [operator] if name == "reference" else []
+        used.setdefault(next(name for name, reason in found.items() if reason is None), []).append(operator)
+    slow = used.get("reference", [])
     attentions = passes.layout.attentions(model)
     default = len(attentions) if passes.layout.default is None else passes.layout.default(model)
     blocks = range(default)
@@ -279,7 +277,7 @@ def native(passes: Passes) -> Verdict:
     compiled = len(blocks) if _is_compiled(passes.transformer) else compiled
     backends = sorted({_backend(attentions[block].processor) for block in blocks})
     lines = (
-        f"operators on {device.type}: {', '.join(used)}",
+        *(f"{name} on {device.type}: {', '.join(operators)}" for name, operators in used.items()),
         f"attention: {', '.join(backends)}; its log-sum-exp is used in {given} of {len(blocks)} blocks"
         + ("" if given == len(blocks) else ", in the others the operator makes its own"),
         f"compiled: {compiled} of {len(blocks)} blocks",
@@ -297,5 +295,9 @@ def _is_compiled(module: Any) -> bool:
 def _backend(processor: Any) -> str:
     asked = getattr(processor, "_attention_backend", None)
     if asked is None:
-        asked = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
+        try:
+            from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+        except ImportError:  # older versions have one backend
+            return "native"
+        asked = registry.get_active_backend()[0]
     return str(getattr(asked, "value", asked))

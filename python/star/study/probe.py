@@ -140,6 +140,7 @@ def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Sco
     rollout = trainer.rollout(
         [prompt.text for prompt in prompts],
         torch.Generator().manual_seed(batch),
+        [prompt.concepts for prompt in prompts],
         captured=captured,
         finished=lambda rows, latents: tickets.append(trainer.submit(prompts, rows, latents)),
         find=lambda rows, latents: trainer.found_masks(prompts, rows, latents),
