@@ -279,21 +279,25 @@ def ltx() -> Any:
     )  # fmt: skip
 
 
-def ltx2() -> Any:
-    """LTX-2.3's connectors without blocks, which mix tokens: with them a word changes every row."""
+def ltx2_connectors(**changes: Any) -> Any:
+    """LTX-2.3's without blocks, which mix tokens: with them a word changes every row."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
     torch.manual_seed(0)
-    heads = {f"{name}_connector_num_attention_heads": HEADS for name in ("video", "audio")}
-    widths = {f"{name}_connector_attention_head_dim": WIDTH for name in ("video", "audio")}
-    connectors = LTX2TextConnectors(
-        caption_channels=4, text_proj_in_factor=40, **heads, **widths, video_connector_num_layers=0,
-        audio_connector_num_layers=0, per_modality_projections=True, video_hidden_dim=HEADS * WIDTH,
+    options: dict[str, Any] = dict(
+        caption_channels=4, text_proj_in_factor=40, per_modality_projections=True, video_hidden_dim=HEADS * WIDTH,
         audio_hidden_dim=HEADS * WIDTH,
     )  # fmt: skip
+    for name in ("video", "audio"):
+        options |= {f"{name}_connector_num_attention_heads": HEADS, f"{name}_connector_attention_head_dim": WIDTH}
+        options[f"{name}_connector_num_layers"] = 0
+    return LTX2TextConnectors(**options | changes)
+
+
+def ltx2() -> Any:
     return diffusers.LTX2Pipeline(
         scheduler=scheduler(), vae=None, audio_vae=None, text_encoder=WordWise(4), tokenizer=gemma_tokenizer(),
-        connectors=connectors, transformer=None, vocoder=None,
+        connectors=ltx2_connectors(), transformer=None, vocoder=None,
     )  # fmt: skip
 
 

@@ -211,6 +211,20 @@ def test_velocities_are_guided_as_the_pipeline_does(name, guidance):
         torch.testing.assert_close(velocity, expected.float())
 
 
+def test_of_two_transformers_the_first_is_looked_at():
+    """As Wan 2.2 has them, for the steps before and after a boundary."""
+    pipeline = ENCODINGS["wan"].build()
+    pipeline.register_modules(transformer_2=ENCODINGS["wan"].build().transformer)
+    pipeline.register_to_config(boundary_ratio=0.6)
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        passes = record(pipeline, PROMPTS, {**CALLS["wan"], "generator": torch.Generator().manual_seed(0)})
+    assert passes.transformer is pipeline.transformer and len(passes.steps) < 3
+    assert len(passes.sigmas) == len(passes.steps) + 1
+    found = verdicts(pipeline, call=CALLS["wan"], clip_range=1e-3)
+    assert all(found[name].level == "ok" for name in ("bits", "maps", "words", "noise"))
+
+
 # --- what runs --------------------------------------------------------------------------------------------------------
 
 

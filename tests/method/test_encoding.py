@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from pipelines import ENCODINGS, flux, flux2, picture, qwen_image, sd3, wan
+from pipelines import ENCODINGS, flux, flux2, ltx2_connectors, picture, qwen_image, sd3, wan
 from star.capture import allocated, record
 from star.concepts import concept_tokens, said, unbracket
 
@@ -203,6 +203,26 @@ def test_slow_tokenizers_and_other_pipelines_are_refused():
     with pytest.raises(TypeError, match="prompts: got a str"):
         concept_tokens(pipeline, PROMPTS[0])
     assert concept_tokens(flux(), []).index.shape == (0, 1, 1)
+
+
+def test_connectors_of_ltx_2_and_2_3_leave_tokens_in_the_same_rows():
+    newer, older = ENCODINGS["ltx2"].build(), ENCODINGS["ltx2"].build()
+    older.connectors = ltx2_connectors(per_modality_projections=False)
+    plain = ENCODINGS["ltx2"].build()
+    plain.connectors = ltx2_connectors(video_connector_num_learnable_registers=None)
+    expected = concept_tokens(newer, PROMPTS)
+    assert torch.equal(concept_tokens(older, PROMPTS).index, expected.index)
+    behind = concept_tokens(plain, PROMPTS)  # without registers the padding stays in front
+    assert (behind.index >= expected.index).all() and behind.index.max() > expected.index.max()
+
+
+def test_a_prompt_in_chinese():
+    """A letter of several bytes may be several tokens, which all say it."""
+    pipeline, prompt = qwen_image(), "一张红色的长椅的照片"
+    found = rows(pipeline, prompt, "红色的长椅")
+    assert {text for _, text in found} == set("红色的长椅") and len(found) > 5
+    ids = pipeline.tokenizer("红色的长椅").input_ids
+    assert len(ids) == len(found)
 
 
 # --- brackets ---------------------------------------------------------------------------------------------------------

@@ -103,25 +103,31 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def record(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Passes:
-    """The passes of one call of a pipeline, whose images are not decoded. call: what it is given besides prompts."""
-    kept: list[Arguments] = []
+    """The passes of one call of a pipeline, whose images are not decoded; of two transformers those of the first that
+    runs. call: what the pipeline is given besides prompts."""
+    kept: list[tuple[torch.nn.Module, Arguments]] = []
 
     def keep(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        kept.append(Arguments(*_copies((args, kwargs))))
+        kept.append((module, Arguments(*_copies((args, kwargs)))))
 
-    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    models = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
+    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in models if isinstance(m, torch.nn.Module)]
     try:
         pipeline(prompt=list(prompts), output_type="latent", **call)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     count = call["num_inference_steps"]
-    if not kept or len(kept) % count:
+    each, rest = divmod(len(kept), count)
+    if not each or rest:
         raise ValueError(
-            f"pipeline: made {len(kept)} passes of its transformer in {count} steps, expected one or more each"
+            f"pipeline: made {len(kept)} passes of its transformer in {count} steps, expected as many in each"
         )
-    each = len(kept) // count
-    steps = tuple(tuple(kept[step * each : step * each + min(each, 2)]) for step in range(count))
-    return Passes(pipeline.transformer, len(prompts), steps, _sigmas(pipeline, count), _scale(pipeline, call))
+    every = [kept[step * each : step * each + min(each, 2)] for step in range(count)]
+    # Wan 2.2 leaves the later steps to a second transformer.
+    steps = tuple(tuple(one for _, one in step) for step in every if step[0][0] is kept[0][0])
+    sigmas = _sigmas(pipeline, count)[: len(steps) + 1]
+    return Passes(kept[0][0], len(prompts), steps, sigmas, _scale(pipeline, call))
 
 
 def _copies(value: Any) -> Any:
