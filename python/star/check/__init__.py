@@ -197,7 +197,8 @@ def maps(passes: Passes, tokens: ConceptTokens) -> Verdict:
     if seen is None:
         return Verdict("maps", "wrong", f"block {block} makes no attention call to the text")
     chosen = torch.linspace(0, found.shape[-1] - 1, min(QUERIES, found.shape[-1])).long()
-    expected = _softmax(passes, tokens, seen, chosen)
+    columns = captured.columns[:, : tokens.index.shape[1], : tokens.index.shape[2]].cpu()
+    expected = _softmax(passes, columns, tokens.weight.double().cpu(), seen, chosen)
     found = found[:, : expected.shape[1], chosen.to(found.device)].double().cpu()
     low = seen[0].dtype in (torch.bfloat16, torch.float16)
     allowed = 2e-2 if low else 1e-4
@@ -207,24 +208,26 @@ def maps(passes: Passes, tokens: ConceptTokens) -> Verdict:
 
 
 def _softmax(
-    passes: Passes, tokens: ConceptTokens, seen: tuple[Tensor, Tensor, Tensor | None, float], chosen: Tensor
+    passes: Passes,
+    columns: Tensor,
+    weight: Tensor,
+    seen: tuple[Tensor, Tensor, Tensor | None, float],
+    chosen: Tensor,
 ) -> Tensor:
-    """(B, G, chosen) float64 on the CPU: mean over the heads of each concept's columns, for some image tokens."""
+    """(B, G, chosen) float64 on the CPU, for some image tokens: the mean over the heads of the weighted columns."""
     shown = passes.shown(_pass(passes))
     rows, (query, key, mask, scale) = passes.rows(shown), seen
-    query = query[rows][:, :, shown.image + chosen.to(query.device)].double().cpu()
+    image = shown.image + chosen
+    query = query[rows][:, :, image.to(query.device)].double().cpu()
     key = key[rows].double().cpu().repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query @ key.mT * scale
     if mask is not None:
         mask = (mask[rows] if len(mask) > 1 else mask).cpu()
+        mask = mask if mask.shape[2] == 1 else mask[:, :, image]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     probability = scores.softmax(-1).mean(1)
-    index, weight = tokens.index.cpu(), tokens.weight.double().cpu()
-    columns = [
-        (probability[b][:, shown.text + index[b].clamp_min(0)] * weight[b] * (index[b] >= 0)).sum(-1).T
-        for b in range(len(index))
-    ]
-    return torch.stack(columns)
+    said = [probability[b][:, columns[b].clamp_min(0)] * weight[b] * (columns[b] >= 0) for b in range(len(columns))]
+    return torch.stack([one.sum(-1).T for one in said])
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

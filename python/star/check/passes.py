@@ -76,8 +76,11 @@ class Passes:
         return first_tensor(self.transformer(*one.args, **one.kwargs))
 
     def velocity(self, step: int, alone: bool = False) -> Tensor:
-        """(B, ...) float32, guided as the pipeline does. alone: each image in a pass of its own."""
+        """(B, ...) float32, guided as the pipeline does, of what is denoised. alone: each image in its own pass."""
         outputs = [self._each_alone(one) if alone else self.output(one) for one in self.steps[step]]
+        tokens = self.shown(self.steps[step][0]).tokens
+        if outputs[0].ndim == 3 and outputs[0].shape[1] > tokens:  # packed, with an edit's reference beside
+            outputs = [output[:, :tokens] for output in outputs]
         conditional, *others = outputs
         if not others and len(conditional) == 2 * self.images:
             halves = conditional.chunk(2)
