@@ -153,7 +153,8 @@ def _sigmas(pipeline: Any, count: int) -> Tensor:
 
 
 def _scale(pipeline: Any, call: Mapping[str, Any]) -> float:
-    """Of the guidance of a call: Qwen-Image's by its name, else what the pipeline has kept."""
+    """Of the guidance of a call: Qwen-Image's by its name, a guider's, else what the pipeline has kept."""
     true = inspect.signature(type(pipeline).__call__).parameters.get("true_cfg_scale")
-    scale = getattr(pipeline, "guidance_scale", None) if true is None else call.get("true_cfg_scale", true.default)
+    kept = getattr(getattr(pipeline, "guider", None) or pipeline, "guidance_scale", None)
+    scale = kept if true is None else call.get("true_cfg_scale", true.default)
     return float(scale) if isinstance(scale, int | float) else 1.0

@@ -146,7 +146,7 @@ def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Sco
         find=lambda rows, latents: trainer.found_masks(prompts, rows, latents),
     )
     scores = rewards.concatenate([ticket.result() for ticket in tickets])
-    return rollout, trainer.with_matched_credits(scores, [prompt.text for prompt in prompts], rollout)
+    return rollout, trainer.with_matched_credits(scores, prompts, rollout)
 
 
 def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
