@@ -80,7 +80,8 @@ class Passes:
         outputs = [self._each_alone(one) if alone else self.output(one) for one in self.steps[step]]
         tokens = self.shown(self.steps[step][0]).tokens
         if outputs[0].ndim == 3 and outputs[0].shape[1] > tokens:  # packed, with an edit's reference beside
-            outputs = [output[:, :tokens] for output in outputs]
+            own = slice(-tokens, None) if self.layout.last else slice(tokens)
+            outputs = [output[:, own] for output in outputs]
         conditional, *others = outputs
         if not others and len(conditional) == 2 * self.images:
             halves = conditional.chunk(2)
