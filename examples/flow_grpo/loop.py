@@ -1,4 +1,4 @@
-"""Flow-GRPO's loop in small, on the embedded model: its tensors, its names, and the lines of star.diff.
+"""Flow-GRPO's loop in small, on the embedded model: its tensors, its names, and the lines of sd3.diff.
 
 `python examples/flow_grpo/loop.py` runs two epochs in some seconds and prints what the trainer would log.
 """

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -547,16 +547,21 @@ class Record:
         self.maps.append(maps)
         self.grid, self.velocity_shape = grid, velocity_shape
 
-    def weights(self, allocation: Allocation | None = None) -> Tensor:
+    def weights(self, allocation: Allocation | None = None, *, steps: Iterable[int] | None = None) -> Tensor:
         """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, T, H, W) for a video and
         (B, S, L) for packed latents.
 
-        allocation: strategy "attention" (the default), "topk" or "random", and options. Raises ValueError for another
-        one, RuntimeError if no pass was made yet."""
+        allocation: strategy "attention" (the default), "topk" or "random", and options. steps: numbers of the passes,
+        for a trainer that trains on some of them; None: all. Raises ValueError for another strategy or a number that
+        no pass has, RuntimeError if no pass was made yet."""
         allocation = _own_maps_allocation(allocation)
         if self.grid is None:
             raise RuntimeError("weights: no pass was made inside `record` yet")
-        weights = [_velocity_weights(allocation, maps, self.grid, self.velocity_shape) for maps in self.maps]
+        chosen = range(len(self.maps)) if steps is None else [int(step) for step in steps]
+        if not chosen or not all(0 <= step < len(self.maps) for step in chosen):
+            raise ValueError(f"steps: got {list(chosen)}, expected numbers of passes in 0..{len(self.maps) - 1}")
+        maps = [self.maps[step] for step in chosen]
+        weights = [_velocity_weights(allocation, each, self.grid, self.velocity_shape) for each in maps]
         return torch.stack(weights, 1)
 
 
@@ -651,11 +656,11 @@ def allocated(
         rows: of `capture`; all of the conditional rows, one after the other. With guidance in one batch the
             unconditional rows get their weights too: guidance is linear, so that weights the guided velocity.
         allocation: strategy "attention" (the default) or "random", and options.
-        first_pass: every pass inside the context gets the weights of the first: for guidance in two passes, the
-            conditional one before the unconditional one.
+        first_pass: every pass inside the context gets the weights of the first, and no later one is read, whose texts
+            may be shorter: for guidance in two passes, the conditional one before the unconditional one.
 
     Yields:
-        The Maps of the last pass.
+        The Maps of the last pass; with first_pass of the first.
 
     Raises:
         What `capture` and `Maps.read` raise. ValueError: another strategy, prompts without a pipeline or a pipeline
@@ -665,16 +670,23 @@ def allocated(
     tokens = _tokens(prompts, pipeline, concepts, brackets)
     last = layout_of(unwrapped(transformer)).last
     weights: Tensor | None = None  # of the last pass, or with first_pass of the first
-    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
+    with ExitStack() as capturing:
+        maps = capturing.enter_context(
+            capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize)
+        )
 
         def weight(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
             nonlocal weights
             velocity = _batch(output[0])
-            if not velocity.requires_grad:
+            if not (velocity.requires_grad or first_pass):
                 return None
             assert maps.grid is not None and maps.rows is not None  # the pass has shown them
             if weights is None or not first_pass:
                 weights = _velocity_weights(allocation, maps.read().to(velocity.device), maps.grid, velocity.shape)
+            if first_pass:
+                capturing.close()
+            if not velocity.requires_grad:
+                return None
             every = _repeat_for_rows(weights, maps.rows, len(velocity))
             if every.ndim == 2:  # packed, with the reference images' tokens and the text's, which nobody reads
                 others = velocity.shape[1] - every.shape[1]

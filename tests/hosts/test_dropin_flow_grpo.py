@@ -58,18 +58,19 @@ def gradients(loss, pipeline):
 
 
 def test_the_diff_is_short_and_runs_in_the_example():
-    added = check_diff("flow_grpo/star.diff", "flow_grpo/loop.py")
+    added = check_diff("flow_grpo/sd3.diff", "flow_grpo/loop.py")
     assert 'weights=sample["weights"][:, j],' in added
 
 
 @pytest.mark.parametrize(
     ("page", "source"),
     [
-        ("flow_grpo.md", "flow_grpo/star.diff"),
+        ("flow_grpo.md", "flow_grpo/sd3.diff"),
         ("dance_and_mix_grpo.md", "dance_grpo/star.diff"),
         ("dance_and_mix_grpo.md", "mix_grpo/star.diff"),
         ("flow_factory.md", "flow_factory/star_adapter.py"),
         ("verl_omni.md", "verl_omni/verl_star.py"),
+        ("unirl.md", "unirl/star.diff"),
     ],
 )
 def test_the_pages_show_what_the_examples_run(page, source):
