@@ -55,8 +55,7 @@ def tapped_attention(maps: Maps, text: int) -> list[Callable[..., torch.Tensor]]
     calls = []
     for number in range(len(maps.blocks)):
         call = Tapped()
-        call.star_observer = Observer(maps)
-        call.star_observer.begin(number)
+        call.star_observer = Observer(maps, number)
         calls.append(call.star_scaled_dot_product_attention)
     return calls
 

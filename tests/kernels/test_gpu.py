@@ -120,8 +120,7 @@ def test_capture_keeps_the_bits_of_the_layer(dtype):
         finally:
             F.scaled_dot_product_attention = attention
         maps.begin(Pass(image, text, 64, (8, 8), image=0, text=64))
-        observer = Observer(maps)
-        observer.begin(0)
+        observer = Observer(maps, 0)
         block.attn.processor = tapped(block.attn.processor, observer)
         captured = block(image, text, condition)
     assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
