@@ -151,7 +151,8 @@ class Maps:
         self.image, self.keys = 0, None
         self._text: tuple[int, int] | None = None  # where the columns point: text tokens, the first's key
         self._doubts: list[tuple[Tensor, str]] = []
-        self._kind: tuple | None = None
+        self._kind: tuple | None = None  # of the block that was checked, with its mask
+        self._mask: Tensor | None = None
         self.set_tokens(self.tokens)
         self._new_slots(0 if self.grid is None else math.prod(self.grid))
 
@@ -239,10 +240,8 @@ class Maps:
         What is checked and chosen for one block holds for those that follow with the same shapes."""
         if not self.lse:
             lse = None
-        # The heads of a mask, and the same mask given again, are views of one memory, which is held while it is known.
-        held = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
-        kind = (query.shape, key.shape, query.dtype, key.dtype, query.device, scale, held, lse is None or lse.shape)
-        if kind != self._kind:
+        kind = (query.shape, key.shape, query.dtype, key.dtype, query.device, scale, lse is None or lse.shape)
+        if kind != self._kind or (mask is not self._mask and not _same_mask(mask, self._mask)):
             self._prepare(query, key, mask, scale, lse)
             self._kind, self._mask = kind, mask
         self._call(*self._part(query, key, lse), self._outs[number])
@@ -336,6 +335,16 @@ def _key_bias(mask: Tensor, query: Tensor, key: Tensor, rows: slice | Tensor) ->
         bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
     bias = bias.detach().float()
     return bias[rows] if len(bias) > 1 else bias.expand(len(query), -1)
+
+
+def _same_mask(mask: Tensor | None, other: Tensor | None) -> bool:
+    """Whether a mask is one that is known to have the same values without waiting for a device: models give one to all
+    blocks, or make it in each anew."""
+    if mask is None or other is None or mask.shape != other.shape or mask.dtype != other.dtype:
+        return False
+    if mask.is_cpu:
+        return torch.equal(mask, other)
+    return mask.data_ptr() == other.data_ptr() and mask.stride() == other.stride() and not mask.is_meta
 
 
 class Observer:

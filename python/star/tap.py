@@ -128,15 +128,17 @@ LSE_LAYOUTS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
 
 
 @functools.cache
-def probed_lse_argument(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> LseArgument | None:
+def probed_lse_argument(
+    backend: Any, run: Callable, device: torch.device, dtype: torch.dtype, width: int
+) -> LseArgument | None:
     """What a small attention shows of the log-sum-exp that a backend offers; None where it gives none that is right.
 
     Asked once for each kind of call, since nothing says what a backend returns: layouts differ, some ignore the
     argument, some raise without sequence parallelism, and a kernel might count in another base or leave out the scale.
+    run: the backend's function.
     """
-    registry = attention_dispatch._AttentionBackendRegistry
-    known = {getattr(name, "value", name): names for name, names in registry._supported_arg_names.items()}
-    name = next((name for name in ("return_lse", "return_attn_probs") if name in known.get(backend, ())), None)
+    parameters = inspect.signature(run).parameters
+    name = next((name for name in ("return_lse", "return_attn_probs") if name in parameters), None)
     if name is None:
         return None
     batch, heads, length = 2, 3, 40
@@ -151,14 +153,14 @@ def probed_lse_argument(backend: str, device: torch.device, dtype: torch.dtype, 
             out, lse = attention_dispatch.dispatch_attention_fn(
                 query, key, value, attention_kwargs={name: True}, backend=backend
             )
-            if not torch.equal(out, plain):
+            if not isinstance(lse, Tensor) or not torch.equal(out, plain):
                 return None
     except Exception:  # backends raise whatever they like where they have no log-sum-exp, or not for such tensors
         return None
     for layout, arrange in LSE_LAYOUTS.items():
         try:
             found = arrange(lse, batch, heads, length)
-        except RuntimeError:  # another shape
+        except (RuntimeError, IndexError):  # another shape
             continue
         fits = found.shape[:2] == (batch, heads) and found.shape[2] >= length
         # Quantized scores are off by a percent or so, another layout or base by whole units.
@@ -170,7 +172,9 @@ def probed_lse_argument(backend: str, device: torch.device, dtype: torch.dtype, 
 @torch.compiler.assume_constant_result
 def lse_argument(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> LseArgument | None:
     """`probed_lse_argument`, outside of the graph where torch.compile traces."""
-    return probed_lse_argument(backend, device, dtype, width)
+    name = attention_dispatch.AttentionBackendName(backend)
+    run = attention_dispatch._AttentionBackendRegistry._backends[name]
+    return probed_lse_argument(name, run, device, dtype, width)
 
 
 class Tapped:
@@ -218,7 +222,7 @@ class Tapped:
     ) -> Tensor:
         """diffusers' dispatch_attention_fn. query, key, value: (B, S, H, D)."""
         if parallel_config is not None:
-            raise TypeError(PARALLEL)
+            raise TypeError(f"transformer: {PARALLEL}")
         name = active_backend(backend)
         plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
         heads_first = query.transpose(1, 2), key.transpose(1, 2)
