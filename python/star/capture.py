@@ -178,9 +178,18 @@ class Maps:
                 self.columns = torch.empty(shape, dtype=torch.int64, device=self.device)
                 self.weights = torch.empty(shape, dtype=torch.float32, device=self.device)
         _, groups, width = index.shape
-        self.columns.fill_(-1)
         self.weights.zero_()[:, :groups, :width] = weight.to(self.device, non_blocking=True)
-        self._text = self._kind = None
+        self._kind = None
+        self._place()
+
+    def _place(self) -> None:
+        """The tokens' columns among the keys of a pass, once one has shown where its text is."""
+        if self._text is None:
+            return
+        texts, first = self._text
+        _, groups, width = self._index.shape
+        inside = torch.where(self._index < texts, self._index + first, BEYOND)
+        self.columns.fill_(-1)[:, :groups, :width] = torch.where(self._index < 0, self._index, inside)
 
     def begin(self, shown: Pass) -> None:
         """Empty the slots for a pass. Raises ValueError for tokens beyond its texts."""
@@ -194,10 +203,8 @@ class Maps:
         self.written = [False] * len(self.blocks)
         self.image, self.keys = shown.image, shown.keys
         if self._text != (texts, shown.text):
-            _, groups, width = self._index.shape
-            inside = torch.where(self._index < texts, self._index + shown.text, BEYOND)
-            self.columns[:, :groups, :width] = torch.where(self._index < 0, self._index, inside)
             self._text = (texts, shown.text)
+            self._place()
         if self.slots.shape[1:] != (*self.columns.shape[:2], shown.tokens):
             self._new_slots(shown.tokens)
         else:

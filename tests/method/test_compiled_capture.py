@@ -64,16 +64,24 @@ def test_24_of_24_compiled_blocks_run_compiled_in_the_rollout_and_in_the_update(
     assert found[1][1] <= 2 * found[0][1] and len({graphs for _, graphs in found[1:]}) == 1
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("one_capture", [True, False])
-@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def flat_transformer():
+    return small_transformer(layers=2, dual=())
+
+
+# Of the whole model one capture serves every prompt: another one hangs a hook of its own on the model, into its graph.
+@pytest.mark.parametrize(
+    ("build", "make", "one_capture", "whole"),
+    [
+        (flat_transformer, small_inputs, True, False),
+        (small_flux, flux_inputs, False, False),
+        (flat_transformer, small_inputs, True, True),
+    ],
+)
 def test_50_prompts_of_different_shape_compile_nothing_again(build, make, one_capture, whole):
     """Other numbers of concepts and of their tokens, and texts of other lengths, in the rollout and in the update."""
-    if whole and not one_capture:
-        pytest.skip("a capture of its own hangs another hook on the model, which the graph of the whole model holds")
     lengths = [TEXT + 3 + number % 17 for number in range(50)]
     graphs = []
-    for captured in (False, True):
+    for captured in (True,) if whole else (False, True):
         torch._dynamo.reset()
         counter, model = CompileCounter(), build()
         blocks = [model] if whole else [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
@@ -95,20 +103,23 @@ def test_50_prompts_of_different_shape_compile_nothing_again(build, make, one_ca
                         model(**inputs)
                     if number % 10 == 0:
                         model(**inputs)
+                    if number == 0:
+                        first = counter.frame_count
                     if captured:
                         assert maps.read().shape == (2, tokens.index.shape[1], N)
-        graphs.append(counter.frame_count)
-    assert graphs[0] == graphs[1] > 0
+        assert counter.frame_count == first > 0
+        graphs.append(first)
+    assert graphs[0] == graphs[-1]
 
 
-@pytest.mark.parametrize("mode", ["rollout", "update", "checkpointed"])
+@pytest.mark.parametrize("mode", ["rollout", "checkpointed"])
 def test_compiled_attention_keeps_its_bits_and_its_log_sum_exp(mode, monkeypatch):
     seen, write = [], Maps.write
     monkeypatch.setattr(Maps, "write", lambda *arguments: seen.append(arguments[-1]) or write(*arguments))
     results = []
     for captured in (False, True):
         torch._dynamo.reset()
-        model, inputs = small_transformer(layers=2), small_inputs()
+        model, inputs = flat_transformer(), small_inputs()
         if mode == "checkpointed":
             model.enable_gradient_checkpointing()
         for block in model.transformer_blocks:
@@ -135,7 +146,9 @@ def test_one_long_capture_gives_the_maps_of_a_new_one_in_the_same_buffers(normal
         before = addresses(one)
         for tokens in prompts:
             one.set_tokens(tokens)
+            placed = one.columns.clone(), one.weights.clone()  # what a CUDA graph would find, without a pass
             model(**small_inputs())
+            assert torch.equal(placed[0], one.columns) and torch.equal(placed[1], one.weights)
             found = one.read(), one.layers()
             assert addresses(one) == before
             new_model = small_transformer()
