@@ -217,9 +217,8 @@ def _run_checked(run: Callable, chosen: str, check: Callable[[], None], device: 
         return _run(run, device, *arguments)
     if chosen != "native":
         check()
-        return _run(run, device, *arguments)
     try:
-        return run(*arguments)  # whose types no autocast changes
+        return _run(run, device, *arguments)
     except (RuntimeError, ValueError):
         check()
         raise
@@ -361,9 +360,8 @@ def checked_attention_maps(
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
     run: Callable = ATTENTION_MAPS.run(chosen)
-    compiled_here = chosen == "native" and device.type == "cpu" and not torch.compiler.is_compiling()
-    if compiled_here:  # without the search among overloads, which takes as long as the checks
-        run = ATTENTION_MAPS.run(chosen).default._op
+    if chosen == "native" and not torch.compiler.is_compiling():
+        run = run.default._op  # without the search among overloads, which takes as long as the checks
     launch = None
     if chosen == "triton" and ATTENTION_MAPS.triton is not None and not torch.compiler.is_compiling():
         direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
@@ -375,14 +373,7 @@ def checked_attention_maps(
         arguments = (query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias)
         if launch is not None:
             return launch(*arguments, out=out)
-        if not compiled_here:
-            maps = _run_checked(run, chosen, lambda: _check_columns(concept_index, key.shape[2]), device, *arguments)
-            return maps if out is None else out.copy_(maps)
-        try:
-            maps = run(*arguments)
-        except (RuntimeError, ValueError):  # which of them depends on torch's version
-            _check_columns(concept_index, key.shape[2])
-            raise
+        maps = _run_checked(run, chosen, lambda: _check_columns(concept_index, key.shape[2]), device, *arguments)
         return maps if out is None else out.copy_(maps)
 
     def call(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
