@@ -359,7 +359,7 @@ def checked_attention_maps(
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
-    run: Callable = ATTENTION_MAPS.run(chosen)
+    run: Any = ATTENTION_MAPS.run(chosen)
     if chosen == "native" and not torch.compiler.is_compiling():
         run = run.default._op  # without the search among overloads, which takes as long as the checks
     launch = None

@@ -148,7 +148,8 @@ class Maps:
             count = len(self.blocks)
             self.layer_weights = torch.full((count,), 1 / count, dtype=torch.float32, device=self.device)
         self.written = [False] * len(self.blocks)
-        self.image, self.keys = 0, None
+        self.image = 0
+        self.keys: int | None = None
         self._text: tuple[int, int] | None = None  # where the columns point: text tokens, the first's key
         self._doubts: list[tuple[Tensor, str]] = []
         self._kind: tuple | None = None  # of the block that was checked, with its mask
@@ -172,7 +173,7 @@ class Maps:
         self._index = index.to(self.device, non_blocking=True)
         self.groups = tokens.index.shape[1]
         with torch.inference_mode(False):  # buffers of a pass in that mode could not be written by another pass
-            shape = self.columns.shape if hasattr(self, "columns") else (0, 0, 0)
+            shape = tuple(self.columns.shape) if hasattr(self, "columns") else (0, 0, 0)
             if shape[0] != len(index) or any(have < want for have, want in zip(shape, index.shape, strict=True)):
                 shape = tuple(index.shape)
                 self.columns = torch.empty(shape, dtype=torch.int64, device=self.device)
@@ -548,8 +549,9 @@ class Passes:
 
 def _tensors(rows: Batch) -> tuple[list[Tensor], bool]:
     """A batch as a list, and whether its rows were one tensor."""
-    stacked = isinstance(rows, Tensor)
-    return [row.detach() for row in ([rows] if stacked else rows)], stacked
+    if isinstance(rows, Tensor):
+        return [rows.detach()], True
+    return [row.detach() for row in rows], False
 
 
 @contextmanager

@@ -58,10 +58,9 @@ def traced_choice(
 ) -> int:
     """torch._fused_sdp_choice where torch.compile traces, which cannot follow it: asked on real tensors outside the
     graph, once for each graph, as PyTorch itself chooses when it compiles the call."""
-    with torch.no_grad():
-        sample = torch.empty(1, 8, 256, width, device=device, dtype=dtype)
+    sample = torch.empty(1, 8, 256, width, device=device, dtype=dtype, requires_grad=requires_grad)
     with sdpa_only(only):
-        return torch._fused_sdp_choice(*(sample.detach().requires_grad_(requires_grad) for _ in range(3)))
+        return torch._fused_sdp_choice(sample, sample, sample)
 
 
 def attention_with_lse(
