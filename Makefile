@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test fuzz lint links install-check bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test fuzz lint links install-check compat bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
 	@echo "make install-check  every documented install line in an empty environment; half an hour"
+	@echo "make compat    operators, capture and drop-ins beside the versions that other trainers pin; hours, HOSTS=\"newest\""
 	@echo "make bench     every benchmark, one table"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
 	@echo "make sanitize  the compiled kernels under the address and undefined-behavior sanitizers"
@@ -46,6 +47,10 @@ links:
 
 install-check:
 	$(PYTHON) tools/install_check.py
+
+# One environment for each host, kept only while its tests run: a few GB. HOSTS= names those to run again.
+compat: setup
+	$(BIN)/python tools/compat.py $(HOSTS)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -79,12 +84,17 @@ sanitize: setup
 	$(BIN)/python -c "from star_kernels import native; assert native.build_info()['sanitizers'] != 'none', native.REASON" && \
 	$(BIN)/python -m pytest -p no:cacheprovider --capture=sys -k "(native or instruction_set or cuda_forward) and not (gpu or inductor or (gradcheck and cuda_forward))" tests/kernels
 
-# One wheel for every torch from 2.13 on: STAR_CUDA=1 adds the GPU kernels, whatever torch is here; =0 leaves them out.
+# One wheel for every torch from 2.13 on and every Linux from glibc 2.28 on, of this Python: pybind11's modules are of one.
+# torch's libraries stay torch's. STAR_CUDA=1 adds the GPU kernels, whatever torch is here; =0 leaves them out.
 wheel: setup
 	rm -rf dist && mkdir -p dist build
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > build/sdist.log 2>&1 \
 	  || { cat build/sdist.log; exit 1; }
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tools/distribution.py dist
 
 clean:

@@ -32,7 +32,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-OLDEST, NEWEST = (2, 11), (2, 13)  # torch: what the sources need at least, and all that they ask for
+OLDEST = runpy.run_path(str(ROOT / "star_kernels" / "requirements.py"))["OLDEST_TORCH"]
+NEWEST = (2, 13)  # torch: all that the sources ask for
 BUILD = os.environ.get("STAR_BUILD", "auto")
 if BUILD not in ("auto", "cpu", "none"):
     sys.exit(f"STAR_BUILD: got {BUILD!r}, expected 'auto', 'cpu' or 'none'")
@@ -92,6 +93,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512")
     ]
+
+# What makes a wheel of any build run on every glibc from 2.28 on.
+PORTABLE, PORTABLE_MATH = ROOT / "csrc" / "portable.cpp", ["-include", str(ROOT / "csrc" / "portable.h")]
 
 # Every GPU since Ampere, and a form that the driver compiles for later ones.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -160,6 +164,13 @@ def demand_setuptools():
         demand(old if BUILD == "none" else [*missing, *([] if TORCH_FOLDER else ["torch"])])
 
 
+def too_old():
+    """Why this torch has no compiled operators, or None."""
+    if TORCH_FOLDER is not None and INSTALLED < OLDEST:
+        return f"built beside torch {TORCH_VERSION['__version__']}, the compiled operators need 2.13"
+    return None
+
+
 def reason_without_cpu():
     """None if the CPU kernels are to be built, else why they are not."""
     if BUILD == "none":
@@ -172,8 +183,8 @@ def reason_without_cpu():
         if BUILD == "cpu" or importlib.util.find_spec("pip"):
             demand([*missing_requirements(), "torch"])
         reason = "torch was not installed when it was built"
-    elif INSTALLED < OLDEST:
-        reason = f"built beside torch {TORCH_VERSION['__version__']}, the compiled operators need 2.13"
+    elif too_old():
+        reason = too_old()
     elif CXX is None:
         reason = f"no C++ compiler was found when it was built ({os.environ.get('CXX') or 'g++, c++, clang++'})"
     if reason and BUILD == "cpu":
@@ -190,11 +201,15 @@ def reason_without_cuda(home):
             sys.exit("STAR_CUDA=1: found no nvcc; install the CUDA toolkit or set CUDA_HOME")
         if TORCH_FOLDER is None or CXX is None:
             sys.exit(f"STAR_CUDA=1: found no {'torch' if CXX else 'C++ compiler'}; install one")
+        if too_old():
+            sys.exit(f"STAR_CUDA=1: {too_old()}")
         return None
     if BUILD == "none":
         return "left out by STAR_BUILD=none"
     if TORCH_FOLDER is None:
         return "torch was not installed when it was built"
+    if too_old():
+        return too_old()
     if TORCH_VERSION["cuda"] is None:
         return "built beside a torch without CUDA"
     if home is None:
@@ -230,10 +245,10 @@ def cpu_builds(folder, library):
     builds = []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*_kernel.cpp")):
         for name, flags in INSTRUCTION_SETS.items():
-            command = [*CXX, *FLAGS, *flags, f"-DSTAR_ISA={name}", *macros, *includes]
+            command = [*CXX, *FLAGS, *flags, f"-DSTAR_ISA={name}", *macros, *includes, *PORTABLE_MATH]
             builds.append((folder / f"{source.stem}.{name}.o", source, command))
-    for source in [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*_op.cpp"))]:
-        command = [*CXX, *FLAGS, *macros, *includes, *(f"-I{path}" for path in python)]
+    for source in [ROOT / "csrc" / "bindings.cpp", PORTABLE, *sorted((ROOT / "csrc" / "cpu").glob("*_op.cpp"))]:
+        command = [*CXX, *FLAGS, *macros, *includes, *(f"-I{path}" for path in python), *PORTABLE_MATH]
         builds.append((folder / f"{source.stem}.o", source, command))
     builds = [(target, source, [*command, "-c", source, "-o", target]) for target, source, command in builds]
     objects = [target for target, _, _ in builds]
@@ -270,7 +285,10 @@ def cuda_builds(folder, library, home):
         builds.append((target, source, [*nvcc, "-DUSE_CUDA", *includes, "-c", source, "-o", target]))
     module, source = folder / "cuda_module.o", ROOT / "csrc" / "cuda" / "module.cpp"
     tell = [f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(wanted)}"', f"-I{home}/include"]
-    builds.append((module, source, [*CXX, "-O1", "-fPIC", *tell, *includes, "-c", source, "-o", module]))
+    plain = [*CXX, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+    builds.append((module, source, [*plain, *tell, *includes, "-c", source, "-o", module]))
+    portable = folder / "cuda_portable.o"
+    builds.append((portable, PORTABLE, [*plain, "-c", PORTABLE, "-o", portable]))
     # Before 2.13 the current stream is known to libtorch_cuda alone.
     torch_libraries = ["-ltorch_cpu"] if TORCH >= (2, 13) else ["-ltorch_cpu", "-ltorch_cuda"]
     libraries = [f"-L{TORCH_FOLDER / 'lib'}", *torch_libraries, f"-L{home}/lib64", "-lcudart_static"]

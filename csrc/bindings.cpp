@@ -6,8 +6,10 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "signatures.h"
 
 PYBIND11_MODULE(_C, module) {
+  module.attr("SIGNATURES") = star::signatures();
   module.def("build_info", [] {
     const char* names[] = {"baseline", "avx2", "avx512"};
     std::string compiled = "baseline";

@@ -11,14 +11,53 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "floats.h"
+#include "signatures.h"
 
 namespace star {
 
 using torch::stable::new_empty;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// A type as torch.library prints it.
+template <typename T>
+constexpr const char* schema_type = nullptr;
+template <>
+inline constexpr const char* schema_type<Tensor> = "Tensor";
+template <>
+inline constexpr const char* schema_type<OptionalTensor> = "Optional[Tensor]";
+template <>
+inline constexpr const char* schema_type<std::string> = "str";
+template <>
+inline constexpr const char* schema_type<int64_t> = "int";
+template <>
+inline constexpr const char* schema_type<double> = "float";
+template <>
+inline constexpr const char* schema_type<bool> = "bool";
+
+template <typename... Types>
+std::string schema_types(const std::tuple<Types...>*) {
+  std::string out;
+  ((out += (out.empty() ? "" : ", ") + std::string(schema_type<Types>)), ...);
+  return out;
+}
+
+template <typename T>
+std::string schema_types(const T*) {
+  return schema_type<T>;
+}
+
+// Keeps the signature of a function that is registered as an operator's; true, for a variable to hold.
+template <typename Result, typename... Arguments>
+bool keep_signature(const char* name, Result (*)(Arguments...)) {
+  const std::tuple<std::remove_cvref_t<Arguments>...>* arguments = nullptr;
+  const Result* result = nullptr;
+  signatures()[name] = schema_types(arguments) + " -> " + schema_types(result);
+  return true;
+}
 
 template <typename T>
 constexpr ScalarType scalar_type = torch::headeronly::CppTypeToScalarType<T>::value;
@@ -49,8 +88,8 @@ Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& conc
 }
 
 struct AllocateInputs {
-  Tensor maps;
-  int64_t rows, columns;
+  Tensor maps;            // (B, G, frames * rows * columns)
+  int64_t rows, columns;  // of a frame
   std::string combine;
   double smooth, sharpen, cap, mix;
   int64_t patch;

@@ -199,9 +199,16 @@ def warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors on this type of device."""
+    # torch 2.6 cannot trace the second question, which is for devices that torch.compile does not know.
+    known = device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+    return known and torch.is_autocast_enabled(device)
+
+
 def _run(run: Callable, device: torch.device, *arguments: Any) -> Any:
     """run(*arguments) in the types that they have: autocast would choose others for the reference's products."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocasts(device.type):
         with torch.autocast(device.type, enabled=False):
             return run(*arguments)
     return run(*arguments)
@@ -387,7 +394,7 @@ def checked_attention_maps(
 
 def allocate(
     maps: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     *,
     combine: Literal["mean", "max"] = "mean",
     smooth: float = 0.0,
@@ -397,32 +404,35 @@ def allocate(
     patch: int = 2,
     impl: Implementation = "auto",
 ) -> Tensor:
-    """Turn concept maps into weights of mean 1 over the latent locations.
+    """Turn concept maps into weights of mean 1 over the latent locations of an image or of a whole video.
 
     Each map is divided by its mean, concepts are combined, the field is smoothed, raised to a power, brought to mean 1
     and capped; then w = (1 - mix) + mix * field, brought to mean 1, and each token's weight repeated over its patch.
 
     Args:
         maps: (B, G, N) attention mass, not negative. A map that is all zero (a missing concept) is left out.
-        grid: (rows, columns) of the image tokens, N = rows * columns, row-major.
+        grid: (rows, columns) of the image tokens, N = rows * columns, row-major. Of a video (frames, rows, columns): a
+            map is divided by its mean over all frames, so a frame that shows more of the concepts weighs more.
         combine: over concepts, "mean" or "max".
         smooth: standard deviation of a Gaussian in tokens, 0 for none, infinite for a flat field; renormalized at the
-            borders.
+            borders. Of a video each frame is smoothed by itself.
         sharpen: exponent of the field, between 1e-6 and 1e6.
         cap: largest value of the field in units of its mean, at least 1e-6; infinite for none.
         mix: 0 (uniform) to 1 (the map alone).
-        patch: latent locations per token and side; 1 for packed latents. A sample has at most 2**30 locations.
+        patch: latent locations per token and side of a frame; 1 for packed latents. A sample has at most 2**30
+            locations.
         impl: "auto" or one of `implementations("allocate")`.
 
     Returns:
-        (B, rows*patch, columns*patch) float32. A sample without concepts, with only zero maps or with a value that is
-        negative or not finite gets weights of exactly 1.
+        (B, rows*patch, columns*patch) float32, of a video (B, frames, rows*patch, columns*patch). A sample without
+        concepts, with only zero maps or with a value that is negative or not finite gets weights of exactly 1.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or range. RuntimeError: `impl` cannot run here.
     """
     check_tensor("maps", maps, ("B", "G", "N"))
-    rows, columns = checked_grid(grid, maps.shape[2])
+    grid = checked_grid(grid, maps.shape[2])
+    *frames, rows, columns = grid
     check_choice("combine", combine, ("mean", "max"))
     options = (
         checked_number("smooth", smooth, 0.0, math.inf, "a number >= 0"),
@@ -430,11 +440,12 @@ def allocate(
         checked_number("cap", cap, LEAST_CAP, math.inf, "a number >= 1e-6"),
         checked_number("mix", mix, 0.0, 1.0, "a number between 0 and 1"),
     )
-    patch = checked_patch(patch, rows, columns)
-    check_elements("maps", (maps.shape[0], rows * patch, columns * patch))
+    patch = checked_patch(patch, grid)
+    shape = (maps.shape[0], *frames, rows * patch, columns * patch)
+    check_elements("maps", shape)
     run = ALLOCATE.run(resolve("allocate", impl, maps.device))
     with torch.no_grad():
-        return _run(run, maps.device, maps.detach(), rows, columns, combine, *options, patch)
+        return _run(run, maps.device, maps.detach(), rows, columns, combine, *options, patch).view(shape)
 
 
 def gaussian_step(

@@ -122,7 +122,7 @@ def checked_integer(name: str, value: Any, expected: str) -> int:
 def checked_clip_range(value: Any) -> tuple[float, float]:
     """(low, high), from e or (low, high)."""
     expected = "e >= 0 or (low, high), both >= 0"
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"clip_range: got {len(pair)} numbers, expected {expected}")
     low, high = (checked_number("clip_range", one, -math.inf, math.inf, expected) for one in pair)
@@ -135,26 +135,27 @@ def checked_adv_clip(name: str, value: Any) -> float:
     return checked_number(name, value, LEAST_POSITIVE, math.inf, "a number > 0")
 
 
-def checked_grid(value: Any, tokens: int) -> tuple[int, int]:
-    """(rows, columns) of the tokens."""
-    expected = f"(rows, columns) with rows * columns = {tokens}"
+def checked_grid(value: Any, tokens: int) -> tuple[int, ...]:
+    """(rows, columns) of the tokens, or (frames, rows, columns)."""
+    expected = f"(rows, columns) or (frames, rows, columns) of product {tokens}"
     try:
-        rows, columns = value
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"grid: got {shown(value)}, expected {expected}") from None
-    rows, columns = checked_integer("grid", rows, expected), checked_integer("grid", columns, expected)
-    if rows < 1 or columns < 1 or rows * columns != tokens:
-        raise ValueError(f"grid: got {shown((rows, columns))}, expected {expected}")
-    return rows, columns
+        sizes = tuple(value)
+    except TypeError:
+        raise TypeError(f"grid: got {shown(value)}, expected {expected}") from None
+    sizes = tuple(checked_integer("grid", size, expected) for size in sizes)
+    if len(sizes) not in (2, 3) or min(sizes) < 1 or math.prod(sizes) != tokens:
+        raise ValueError(f"grid: got {shown(sizes)}, expected {expected}")
+    return sizes
 
 
-def checked_patch(value: Any, rows: int, columns: int) -> int:
+def checked_patch(value: Any, grid: tuple[int, ...]) -> int:
     """Latent locations per token and side."""
     patch = checked_integer("patch", value, "a number >= 1")
     if patch < 1:
         raise ValueError(f"patch: got {shown(value)}, expected a number >= 1")
-    if rows * columns * patch * patch > MOST_LOCATIONS:
-        raise ValueError(f"patch: got {shown(value)}, expected at most 2**30 locations of a grid of {rows} x {columns}")
+    if math.prod(grid) * patch * patch > MOST_LOCATIONS:
+        sizes = " x ".join(map(str, grid))
+        raise ValueError(f"patch: got {shown(value)}, expected at most 2**30 locations of a grid of {sizes}")
     return patch
 
 

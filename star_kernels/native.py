@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from star_kernels.requirements import REBUILD, REBUILD_CUDA
+from star_kernels.ops import OPERATORS
+from star_kernels.requirements import OLDEST_TORCH, REBUILD, REBUILD_CUDA
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,27 +48,47 @@ def is_built(name: str) -> bool:
     return importlib.util.find_spec(f"star_kernels.{name}") is not None
 
 
-def load(name: str, left_out: str | None, remedy: str) -> tuple[Any, str | None]:
-    """An extension, or the reason why there is none and what to do.
+def of_other_sources(module: Any, device: str) -> str | None:
+    """The first operator whose kernel for the device is not there, or does not take and give what the schema says."""
+    compiled = getattr(module, "SIGNATURES", {})
+    entries = [one for operator in OPERATORS.values() for one in (operator, *operator.companions)]
+    names = [one.name for one in entries if device in one.native]
+    return next((name for name in names if compiled.get(name) != signature(name)), None)
+
+
+def signature(name: str) -> str:
+    """Types of the arguments and results of an operator, in the words of csrc/operators.h."""
+    schema = getattr(torch.ops.star, f"{name}_native").default._schema
+    takes, gives = (", ".join(str(one.type) for one in some) for some in (schema.arguments, schema.returns))
+    return f"{takes} -> {gives}"
+
+
+def load(name: str, device: str, left_out: str | None, remedy: str) -> tuple[Any, str | None]:
+    """The extension of a device, or the reason why there is none and what to do.
 
     left_out: why setup.py did not build it, if it said so. remedy: how to build it.
     """
+    version = str(torch.__version__)
     if not is_built(name):
         if sys.platform != "linux":
             return None, "the compiled operators are for Linux"
+        if numbers(version) < OLDEST_TORCH:
+            return None, f"the compiled operators need torch 2.13 or later, and this is torch {version}"
         return None, f"{left_out or f'nothing was built in {HERE}'}; {remedy}"
-    version = str(torch.__version__)
     if RECORD is not None and numbers(version) < numbers(RECORD.TORCH):
         return None, f"built for torch {RECORD.TORCH} and later, but this is torch {version}; {remedy}"
     try:
-        return importlib.import_module(f"star_kernels.{name}"), None
+        module = importlib.import_module(f"star_kernels.{name}")
     except ImportError as error:
         text = " ".join(str(error).split())
         return None, f"star_kernels.{name} could not be imported beside torch {version} ({text}); {remedy}"
+    if other := of_other_sources(module, device):
+        return None, f"star_kernels.{name} was compiled from other sources than these, {other} differs; {remedy}"
+    return module, None
 
 
-_C, REASON = load("_C", RECORD and RECORD.CPU, REBUILD)
-_cuda, CUDA_REASON = load("_cuda", RECORD and RECORD.CUDA, REBUILD_CUDA)
+_C, REASON = load("_C", "cpu", RECORD and RECORD.CPU, REBUILD)
+_cuda, CUDA_REASON = load("_cuda", "cuda", RECORD and RECORD.CUDA, REBUILD_CUDA)
 HIDDEN = None if is_built("_C") else hidden_package()
 if HIDDEN is not None:
     REASON = (

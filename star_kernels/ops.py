@@ -43,7 +43,8 @@ def fake_allocate(
     mix: float,
     patch: int,
 ) -> Tensor:
-    return maps.new_empty((maps.shape[0], rows * patch, columns * patch), dtype=reference.compute_dtype(maps))
+    shape = (maps.shape[0], maps.shape[2] // columns * patch, columns * patch)
+    return maps.new_empty(shape, dtype=reference.compute_dtype(maps))
 
 
 def fake_gaussian_step(

@@ -95,7 +95,7 @@ def allocate(
     mix: float,
     patch: int,
 ) -> Tensor:
-    """Maps (B, G, N) to weights (B, rows*patch, columns*patch) of mean 1; see api.allocate."""
+    """Maps (B, G, frames*rows*columns) to weights (B, frames*rows*patch, columns*patch) of mean 1; see api.allocate."""
     dtype = compute_dtype(maps)
     maps = maps.to(dtype)
     mean = maps.mean(-1, dtype=torch.float64).to(dtype)  # (B, G)
@@ -107,16 +107,14 @@ def allocate(
     else:
         field = relative.amax(1) if maps.shape[1] else relative.sum(1)
     if smooth > 0:
-        field = (
-            smoothing(rows, smooth).to(field) @ field.view(-1, rows, columns) @ smoothing(columns, smooth).to(field).T
-        )
-        field = field.flatten(1)
+        frames = field.view(len(field), -1, rows, columns)
+        field = (smoothing(rows, smooth).to(field) @ frames @ smoothing(columns, smooth).to(field).T).flatten(1)
     if sharpen != 1:
         field = (field / field.amax(-1, keepdim=True)) ** sharpen  # the largest value cancels, but would overflow
     field = (field / field.mean(-1, keepdim=True)).clamp(max=cap)
     weights = (1 - mix) + mix * field
     weights = weights / weights.mean(-1, keepdim=True)
-    weights = torch.where(healthy[:, None], weights, 1.0).view(-1, rows, columns)
+    weights = torch.where(healthy[:, None], weights, 1.0).unflatten(1, (-1, columns))
     return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
 
 

@@ -9,6 +9,8 @@ import importlib.metadata
 import re
 import shlex
 
+OLDEST_TORCH = (2, 11)  # of the compiled operators, which are tested with 2.13 and later
+
 REBUILD = "to build it for this torch, in a clone of star-kernels: pip install --no-deps ."
 REBUILD_CUDA = "to build it, in a clone of star-kernels and with nvcc: STAR_CUDA=1 pip install --no-deps ."
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import cuda_on_host
+import versions
 from star_kernels import api
 
 ROOMS = ("kernels", "method", "rewards", "shapes", "training", "reports", "study", "hosts", "tools")
@@ -51,6 +52,8 @@ def on_its_device(request):
 @pytest.fixture(scope="session")
 def cuda_kernels():
     """The CUDA kernels, compiled for the CPU, as implementations that the operators take."""
+    if not cuda_on_host.has_stable_abi():
+        versions.skip_without("torch", "stable ABI of libtorch, which the CUDA kernels use")
     build = Path(__file__).parents[1] / "build"
     if os.environ.get("STAR_SANITIZE") == "1":
         library = cuda_on_host.build(build / "sanitize" / "cuda_on_host", cuda_on_host.SANITIZE)
@@ -65,9 +68,17 @@ def cuda_kernels():
         yield
 
 
+@pytest.fixture
+def compiled():
+    """For tests that call the compiled operators by name."""
+    versions.compiled_or_skip()
+
+
 @pytest.fixture(autouse=True)
 def loaded_where_asked_for(request):
     parameters = getattr(request.node, "callspec", None)
+    if parameters and "native" in parameters.params.values():
+        request.getfixturevalue("compiled")
     if parameters and any("cuda_" in str(parameters.params.get(name)) for name in ("impl", "loss")):
         request.getfixturevalue("cuda_kernels")
 

@@ -67,6 +67,27 @@ def test_binaries_for_a_newer_torch_are_named(tmp_path):
         assert "built for torch 99.1 and later, but this is torch 2." in text and requirements.REBUILD in text
 
 
+@pytest.mark.parametrize("before", ["(Tensor maps, int rows", "-> Tensor"], ids=["one argument less", "a result more"])
+def test_binaries_of_other_sources_are_named_and_not_called(before, tmp_path):
+    """As after a pull without a build."""
+    folder = copy(tmp_path, {"TORCH": "2.13", "CPU": None, "CUDA": None}, binaries=True)
+    source = folder / "star_kernels" / "ops.py"
+    allocate = source.read_text().index("ALLOCATE = ")
+    head, tail = source.read_text()[:allocate], source.read_text()[allocate:]
+    after = {"(Tensor maps, int rows": "(Tensor maps, int more, int rows", "-> Tensor": "-> (Tensor, Tensor)"}[before]
+    assert before in tail
+    source.write_text(head + tail.replace(before, after, 1))
+    (told,) = warnings_of(run(folder, CALL.split("; [")[0]))
+    assert "star_kernels._C was compiled from other sources than these, allocate differs; " in told
+    assert told.endswith(requirements.REBUILD)
+
+
+def test_a_torch_without_the_stable_abi_is_named_with_the_one_that_is_needed(tmp_path):
+    folder = copy(tmp_path, {"TORCH": "2.13", "CPU": "built beside torch 2.6.0", "CUDA": None})
+    (told,) = warnings_of(run(folder, "import torch; torch.__version__ = '2.6.0+cu124'\n" + CALL))
+    assert told.endswith("the compiled operators need torch 2.13 or later, and this is torch 2.6.0+cu124")
+
+
 def test_binaries_that_do_not_load_are_named(tmp_path):
     folder = copy(tmp_path, {"TORCH": "2.13", "CPU": None, "CUDA": None}, binaries=True)
     (library,) = (folder / "star_kernels").glob("_C*.so")

@@ -53,7 +53,7 @@ def test_numbers_of_commands_have_a_range(kind, name):
 
 def test_a_zero_is_never_taken_for_not_given():
     """`options.name or default` gives the default for 0: only where the help says what 0 means may it stand."""
-    said = {"micro_batch", "window"}  # 0: all
+    said = {"micro_batch", "window", "noise_levels"}  # 0: all
     taken = {name for kind, name in ZEROS if is_taken(kind, name, 0)} - said
     assert {"seed", "update_norm", "max_sequence_length"} <= taken
     for path in sorted(Path(star.__file__).parent.rglob("*.py")):

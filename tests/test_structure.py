@@ -60,8 +60,8 @@ ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("star_kernels",),
     ("star_kernels.api",),
-    ("star_kernels.autograd",),
-    ("star_kernels.native", "star_kernels.ops"),
+    ("star_kernels.autograd", "star_kernels.native"),
+    ("star_kernels.ops",),
     ("star_kernels.reference", "star_kernels.triton"),
     ("star_kernels.checks", "star_kernels.transition", "star_kernels.requirements", "star_kernels._build"),
 )

@@ -1,7 +1,7 @@
 """Checks what `make wheel` made: `python tools/distribution.py dist`.
 
 The sdist has everything that is compiled, the wheel everything that runs and nothing else, and the compiled modules ask
-libtorch for nothing but its stable ABI.
+libtorch for nothing but its stable ABI. In an empty environment with the pinned torch the wheel runs the operators.
 """
 
 from __future__ import annotations
@@ -50,12 +50,34 @@ def check_wheel(path: Path, cuda: bool) -> None:
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(sorted(built))}")
 
 
+USE = """
+import torch, star_kernels
+assert star_kernels.implementations("allocate")["native"] is None, star_kernels.implementations("allocate")
+print(star_kernels.allocate(torch.rand(1, 2, 12), (3, 4), impl="native").mean().item())
+"""
+
+
+def check_installed(wheel: Path) -> None:
+    """Install a wheel in an empty environment and call an operator."""
+    torch = re.search(r"^torch==\S+", (ROOT / "requirements-ci.txt").read_text(), re.M)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "environment" / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", torch, wheel.absolute()]
+        subprocess.run(install, check=True)
+        said = subprocess.run([python, "-c", USE], cwd=folder, capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        print(f"{wheel.name}: runs in an empty environment, mean of the weights {float(said.stdout):.6f}")
+
+
 def main(folder: str) -> None:
     (sdist,), (wheel,) = Path(folder).glob("*.tar.gz"), Path(folder).glob("*.whl")
     check_sdist(sdist)
     with zipfile.ZipFile(wheel) as archive:
         cuda = any("_cuda" in name for name in archive.namelist())
     check_wheel(wheel, cuda)
+    assert re.search(r"-manylinux_2_28_\w+\.whl$", wheel.name), wheel.name
+    check_installed(wheel)
 
 
 if __name__ == "__main__":

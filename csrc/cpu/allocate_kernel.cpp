@@ -22,7 +22,7 @@ T mean_of(const T* values, int64_t count) {
 // Combines the concepts that are there into the field. False if there is none, or a map is not usable.
 template <typename Q, typename T>
 bool combine(const AllocateArgs<Q, T>& args, int64_t index, T* __restrict field) {
-  const int64_t tokens = args.rows * args.columns;
+  const int64_t tokens = args.frames * args.rows * args.columns;
   int64_t present = 0;
   std::fill_n(field, tokens, T(0));
   for (int64_t g = 0; g < args.concepts; g++) {
@@ -81,7 +81,7 @@ void smooth_axis(const T* from, T* to, int64_t outer, int64_t size, int64_t inne
 
 template <typename Q, typename T>
 void allocate_sample(const AllocateArgs<Q, T>& args, int64_t index, T* scratch) {
-  const int64_t rows = args.rows, columns = args.columns, tokens = rows * columns, patch = args.patch;
+  const int64_t columns = args.columns, rows = args.frames * args.rows, tokens = rows * columns, patch = args.patch;
   const int64_t width = columns * patch;
   T *field = scratch, *other = scratch + tokens, *taps = scratch + 2 * tokens, *norms = scratch + 3 * tokens;
   T* weights = args.weights + index * rows * patch * width;
@@ -90,7 +90,7 @@ void allocate_sample(const AllocateArgs<Q, T>& args, int64_t index, T* scratch) 
     return;
   }
   if (args.smooth > 0) {
-    smooth_axis(field, other, 1, rows, columns, args.smooth, taps, norms);
+    smooth_axis(field, other, args.frames, args.rows, columns, args.smooth, taps, norms);
     smooth_axis(other, field, rows, columns, 1, args.smooth, taps, norms);
   }
   if (args.sharpen != 1) {

@@ -14,11 +14,12 @@ template <typename Q, typename T>
 Tensor run_as(const AllocateInputs& inputs) {
   const Tensor& maps = inputs.maps;
   const int64_t batch = maps.size(0), rows = inputs.rows, columns = inputs.columns, patch = inputs.patch;
-  const int64_t tokens = rows * columns;
+  const int64_t tokens = maps.size(2), frames = tokens / (rows * columns);
   const Tensor read = maps.stride(2) == 1 ? maps : ready(maps, maps.scalar_type());
-  Tensor weights = new_empty(maps, {batch, rows * patch, columns * patch}, scalar_type<T>);
+  Tensor weights = new_empty(maps, {batch, frames * rows * patch, columns * patch}, scalar_type<T>);
   const AllocateArgs<Q, T> args{
       .concepts = maps.size(1),
+      .frames = frames,
       .rows = rows,
       .columns = columns,
       .patch = patch,

@@ -70,5 +70,6 @@ void each_sample(const Args& args, Sum sum, Finish finish, Write write) {
 
 }  // namespace star
 
-#define STAR_REGISTER(NAME, FUNCTION) \
+#define STAR_REGISTER(NAME, FUNCTION)                                           \
+  static const bool kept_##NAME = star::keep_signature(#NAME, &FUNCTION); \
   STABLE_TORCH_LIBRARY_IMPL(star, CPU, library) { library.impl(#NAME "_native", TORCH_BOX((&FUNCTION))); }

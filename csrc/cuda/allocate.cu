@@ -12,15 +12,17 @@ Tensor run_as(const AllocateInputs& inputs) {
   const CurrentStream stream(maps);
   const int64_t rows = inputs.rows, columns = inputs.columns, patch = inputs.patch;
   const int64_t batch = maps.size(0), concepts = maps.size(1);
-  STD_TORCH_CHECK(rows * patch * columns * patch <= 0x7fffffff, "allocate: a sample of ", rows * patch, " x ",
-                  columns * patch, " places is too large");
+  const int64_t tokens = maps.size(2), height = tokens / columns * patch, width = columns * patch;
+  STD_TORCH_CHECK(height * width <= 0x7fffffff, "allocate: a sample of ", height, " x ", width,
+                  " places is too large");
   const Tensor read = maps.stride(2) == 1 ? maps : torch::stable::contiguous(maps);
-  Tensor weights = new_empty(maps, {batch, rows * patch, columns * patch}, scalar_type<T>);
-  const int64_t needed = workspace_of(concepts, rows, columns);
+  Tensor weights = new_empty(maps, {batch, height, width}, scalar_type<T>);
+  const int64_t needed = workspace_of(concepts, tokens, rows > columns ? rows : columns);
   const bool pooled = needed <= int64_t(POOL_BYTES / sizeof(T));
   Tensor workspace = new_empty(maps, {pooled ? 0 : batch * needed}, scalar_type<T>);
   const AllocateArgs<T> args{
       .concepts = int(concepts),
+      .tokens = int(tokens),
       .rows = int(rows),
       .columns = int(columns),
       .patch = int(patch),

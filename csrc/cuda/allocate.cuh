@@ -12,19 +12,19 @@ constexpr int POOL_BYTES = 40960;  // shared memory for fields: two of 4096 toke
 // T: type of the arithmetic. The tokens of a map lie side by side.
 template <typename T>
 struct AllocateArgs {
-  int concepts, rows, columns, patch;
+  int concepts, tokens, rows, columns, patch;  // rows of a frame, tokens of all frames
   Floats<const void> maps;
   int64_t sample_stride, concept_stride;
   bool largest;  // combine: the largest of the concepts instead of their mean
   double smooth;
   T sharpen, cap, mix;
   T* workspace;  // (B, workspace_of(...)), for samples that do not fit the pool
-  T* weights;    // (B, rows * patch, columns * patch)
+  T* weights;    // (B, tokens / columns * patch, columns * patch)
 };
 
 // Values of T that a sample needs: two fields, the taps and norms of the longer axis, the means of the maps.
-STAR_HD int64_t workspace_of(int64_t concepts, int64_t rows, int64_t columns) {
-  return 2 * rows * columns + 2 * (rows > columns ? rows : columns) + concepts;
+STAR_HD int64_t workspace_of(int64_t concepts, int64_t tokens, int64_t longer) {
+  return 2 * tokens + 2 * longer + concepts;
 }
 
 // A share of a map's sum by one warp, for every lane; NaN if the map is not usable there.
@@ -45,7 +45,7 @@ __device__ double map_sum(const Q* map, int begin, int end) {
 // The maps' means, NaN where one is not usable. Several warps share a map where there are more warps than maps.
 template <typename T>
 __device__ void map_means(const AllocateArgs<T>& args, int64_t index, T* means, double* sums) {
-  const int tokens = args.rows * args.columns, warp = threadIdx.x / WARP;
+  const int tokens = args.tokens, warp = threadIdx.x / WARP;
   const int shares = args.concepts < ALLOCATE_WARPS ? ALLOCATE_WARPS / (args.concepts > 0 ? args.concepts : 1) : 1;
   const int share = (tokens + shares - 1) / shares, maps = ALLOCATE_WARPS / shares;
   for (int first = 0; first < args.concepts; first += maps) {
@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(ALLOCATE_THREADS, 1) allocate_kernel(const __g
   };
   STAR_SHARED(Shared, shared);
   const int64_t index = blockIdx.x;
-  const int tokens = args.rows * args.columns, longer = args.rows > args.columns ? args.rows : args.columns;
-  T* field = pooled ? shared.pool : args.workspace + index * workspace_of(args.concepts, args.rows, args.columns);
+  const int tokens = args.tokens, longer = args.rows > args.columns ? args.rows : args.columns;
+  T* field = pooled ? shared.pool : args.workspace + index * workspace_of(args.concepts, tokens, longer);
   T *other = field + tokens, *taps = other + tokens, *norms = taps + longer, *means = norms + longer;
-  const int width = args.columns * args.patch, height = args.rows * args.patch;
+  const int width = args.columns * args.patch, height = tokens / args.columns * args.patch;
   T* weights = args.weights + index * height * width;
 
   if (args.smooth > 0)  // distances on the longer axis serve both

@@ -56,6 +56,7 @@ inline void check_launch() {
 }
 
 #define STAR_REGISTER(NAME, FUNCTION)                            \
+  static const bool kept_##NAME = star::keep_signature(#NAME, &FUNCTION); \
   STABLE_TORCH_LIBRARY_IMPL(star, CUDA, library) {               \
     library.impl(#NAME "_native", TORCH_BOX((&FUNCTION)));         \
   }

@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -71,6 +71,7 @@ def begin_pass(
     grid: Sequence[int],
     image: int,
     text: int,
+    text_keys: Tensor | None,
     keys: int,
 ) -> None:
     shown = Pass(
@@ -79,7 +80,7 @@ def begin_pass(
         tokens,
         tuple(grid) or None,
         image,
-        text,
+        text if text_keys is None else text_keys,
         None if keys < 0 else keys,
     )
     _by_number[int(number)].begin(shown)
@@ -131,6 +132,8 @@ class Maps:
     """Of `star_kernels.attention_maps`."""
     device: torch.device | None = None
     """Where the concepts are moved; None: where they are. A pass on another device takes everything along."""
+    query_mask: bool = False
+    """As in `star.layouts.Layout`."""
     slots: Tensor = field(init=False)
     """(L, B, G, N) float32, NaN where the pass has written nothing yet; G of the most concepts so far, and one for all
     of them together where `normalize` is "content"."""
@@ -150,7 +153,8 @@ class Maps:
         self.written = [False] * len(self.blocks)
         self.image = 0
         self.keys: int | None = None
-        self._text: tuple[int, int] | None = None  # where the columns point: text tokens, the first's key
+        self._texts = 0
+        self._shown: Pass | None = None  # of the last pass, where the columns are
         self._doubts: list[tuple[Tensor, str]] = []
         self._kind: tuple | None = None  # of the block that was checked, with its mask
         self._mask: Tensor | None = None
@@ -175,7 +179,7 @@ class Maps:
         with torch.inference_mode(False):  # buffers of a pass in that mode could not be written by another pass
             shape = tuple(self.columns.shape) if hasattr(self, "columns") else (0, 0, 0)
             if shape[0] != len(index) or any(have < want for have, want in zip(shape, index.shape, strict=True)):
-                shape = tuple(index.shape)
+                shape, self._shown = tuple(index.shape), None
                 self.columns = torch.empty(shape, dtype=torch.int64, device=self.device)
                 self.weights = torch.empty(shape, dtype=torch.float32, device=self.device)
         _, groups, width = index.shape
@@ -185,12 +189,13 @@ class Maps:
 
     def _place(self) -> None:
         """The tokens' columns among the keys of a pass, once one has shown where its text is."""
-        if self._text is None:
+        if self._shown is None:
             return
-        texts, first = self._text
+        rows = slice(None) if self.rows is None else self.rows
         _, groups, width = self._index.shape
-        inside = torch.where(self._index < texts, self._index + first, BEYOND)
-        self.columns.fill_(-1)[:, :groups, :width] = torch.where(self._index < 0, self._index, inside)
+        inside = self._shown.columns(self._index.clamp(max=self._texts - 1), rows)
+        found = torch.where(self._index < self._texts, inside, BEYOND)
+        self.columns.fill_(-1)[:, :groups, :width] = found
 
     def begin(self, shown: Pass) -> None:
         """Empty the slots for a pass. Raises ValueError for tokens beyond its texts."""
@@ -203,8 +208,13 @@ class Maps:
         self._kind = None
         self.written = [False] * len(self.blocks)
         self.image, self.keys = shown.image, shown.keys
-        if self._text != (texts, shown.text):
-            self._text = (texts, shown.text)
+        if (
+            self._texts != texts
+            or not isinstance(shown.text, int)
+            or self._shown is None
+            or self._shown.text != shown.text
+        ):
+            self._texts, self._shown = texts, shown._replace(latents=[], embeds=[])  # which need not be kept
             self._place()
         if self.slots.shape[1:] != (*self.columns.shape[:2], shown.tokens):
             self._new_slots(shown.tokens)
@@ -248,6 +258,8 @@ class Maps:
         What is checked and chosen for one block holds for those that follow with the same shapes."""
         if not self.lse:
             lse = None
+        if mask is not None and self.query_mask and mask.ndim == 4 and mask.shape[2] == query.shape[2]:
+            mask = mask[:, :, self.image : self.image + 1]  # of the first image token; others have the same
         kind = (query.shape, key.shape, query.dtype, key.dtype, query.device, scale, lse is None or lse.shape)
         if kind != self._kind or (mask is not self._mask and not _same_mask(mask, self._mask)):
             self._prepare(query, key, mask, scale, lse)
@@ -259,7 +271,7 @@ class Maps:
         self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None
     ) -> None:
         """Check the arguments of a block that stands for those of the same shapes, and choose what makes its map."""
-        if self.grid is None or self._text is None:
+        if self.grid is None or self._shown is None:
             raise RuntimeError("transformer: its forward was called; call the module itself, so that its hooks run")
         if self.slots.device != query.device:
             self.move(query.device)
@@ -365,6 +377,11 @@ class Observer:
         self.known_as = numbered(self)
 
     def sees(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None) -> None:
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(
+                f"attention_mask: got a {type(mask).__name__}, expected a tensor; set a processor of the model that "
+                "needs none"
+            )
         if torch.compiler.is_compiling():
             lse = None if lse is None else lse.detach()
             observe_attention(self.known_as, query.detach(), key.detach(), mask, scale, lse)
@@ -403,7 +420,7 @@ def _tapped(layer: int, processor: Any, observer: Observer) -> Any:
 
 def _arguments(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """The arguments of a forward pass by their names, however they were given."""
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}  # torch 2.6 can trace this form
     return given.get
 
 
@@ -483,7 +500,7 @@ def _given_rows(
     """The rows that were asked for, as a slice where they are neighbors: those are read where they are."""
     batch = len(shown.latents)
     if isinstance(rows, slice):
-        chosen = list(range(*rows.indices(batch)))
+        chosen = list(range(batch))[rows]
     else:
         chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
     if len(chosen) != images or not all(0 <= row < batch for row in chosen):
@@ -531,7 +548,8 @@ class Passes:
         latents, stacked_latents = _tensors(shown.latents)
         embeds, stacked_embeds = _tensors(shown.embeds)
         grid, keys = list(shown.grid or ()), -1 if shown.keys is None else shown.keys
-        rest = (shown.tokens, grid, shown.image, shown.text, keys)
+        text, text_keys = (0, shown.text) if isinstance(shown.text, Tensor) else (shown.text, None)
+        rest = (shown.tokens, grid, shown.image, text, text_keys, keys)
         begin_pass(self.known_as, latents, stacked_latents, embeds, stacked_embeds, *rest)
 
     def begin(self, shown: Pass) -> None:
@@ -619,6 +637,7 @@ def capture(
         lse=lse,
         impl=impl,
         device=device,
+        query_mask=layout.query_mask,
     )
     passes = Passes(maps, layout.reader(model), layout.conditional, grid, rows)
     names = [*inspect.signature(type(model).forward).parameters][1:]
@@ -656,7 +675,7 @@ def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     allocation = Allocation() if allocation is None else allocation
     if allocation.strategy not in ("attention", "topk", "random"):
         raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention', 'topk' or 'random'")
-    if allocation.warmup or allocation.noise_window != Allocation.noise_window:
+    if allocation.is_limited():
         raise ValueError(
             "allocation: got a noise_window or a warmup, but a pass shows neither sigma nor iteration; "
             "give `blend_weights` the weights and Allocation.strength"
@@ -670,14 +689,15 @@ def _batch(velocity: Tensor | list[Tensor]) -> Tensor:
 
 
 def _velocity_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], shape: Sequence[int]) -> Tensor:
-    """Weights of the locations of a velocity of that shape, (B', C, H, W) or packed (B', L, C), for the B rows of maps:
-    (B, H, W) or (B, L) of the image that is denoised. Raises ValueError for a video."""
-    if len(grid) != 2:
-        raise ValueError(f"grid: got {grid} of a video; weights are made of images' maps alone, read the maps instead")
+    """Weights of the locations of a velocity of that shape, (B', C, [T,] H, W) or packed (B', L, C), for the B rows of
+    maps: (B, [T,] H, W) or (B, L) of the image or the video that is denoised."""
     packed = len(shape) == 3
-    weights = allocation_weights(allocation, maps, grid, patch=1 if packed else shape[-1] // grid[1])
+    weights = allocation_weights(allocation, maps, grid, patch=1 if packed else shape[-1] // grid[-1])
     assert weights is not None  # only of the strategy "uniform" there are none
-    return weights.flatten(1) if packed else weights
+    if packed:
+        return weights.flatten(1)
+    # A token may stand for several latent frames.
+    return weights.repeat_interleave(shape[2] // grid[0], 1) if len(grid) == 3 else weights
 
 
 @dataclass(eq=False)
@@ -687,9 +707,9 @@ class Record:
     maps: list[Tensor] = field(default_factory=list)
     """(B, G, N) float32 of each pass."""
     grid: tuple[int, ...] | None = None
-    """(rows, columns) of the image tokens; None before the first pass."""
+    """(rows, columns) of the image tokens, of a video (frames, rows, columns); None before the first pass."""
     velocity_shape: tuple[int, ...] = ()
-    """Of the passes' output: (B', C, H, W) or packed (B', L, C)."""
+    """Of the passes' output: (B', C, H, W), (B', C, T, H, W) or packed (B', L, C)."""
 
     def add(self, maps: Tensor, grid: tuple[int, ...], velocity_shape: tuple[int, ...]) -> None:
         """Keep a pass. Raises ValueError if its grid is not that of the others."""
@@ -699,7 +719,8 @@ class Record:
         self.grid, self.velocity_shape = grid, velocity_shape
 
     def weights(self, allocation: Allocation | None = None) -> Tensor:
-        """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, L) for packed latents.
+        """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, T, H, W) for a video and
+        (B, S, L) for packed latents.
 
         allocation: strategy "attention" (the default), "topk" or "random", and options. Raises ValueError for another
         one, RuntimeError if no pass was made yet."""
@@ -808,6 +829,7 @@ def allocated(
     """
     allocation = _own_maps_allocation(allocation)
     tokens = _tokens(prompts, pipeline)
+    last = layout_of(unwrapped(transformer)).last
     weights: Tensor | None = None  # of the last pass, or with first_pass of the first
     with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
 
@@ -820,11 +842,12 @@ def allocated(
             if weights is None or not first_pass:
                 weights = _velocity_weights(allocation, maps.read().to(velocity.device), maps.grid, velocity.shape)
             every = _repeat_for_rows(weights, maps.rows, len(velocity))
-            if every.ndim == 2:  # packed, with the reference images' tokens behind, which nobody reads
-                every = F.pad(every, (0, velocity.shape[1] - every.shape[1]), value=1.0)
+            if every.ndim == 2:  # packed, with the reference images' tokens and the text's, which nobody reads
+                others = velocity.shape[1] - every.shape[1]
+                every = F.pad(every, (others, 0) if last else (0, others), value=1.0)
             velocity = weighted_gradient(velocity, every)
             result = velocity if isinstance(output[0], Tensor) else [*velocity.unsqueeze(2)]
-            return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
+            return (result, *output[1:]) if isinstance(output, tuple) else replace(output, sample=result)
 
         handle = transformer.register_forward_hook(weight)
         try:

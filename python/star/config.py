@@ -169,6 +169,8 @@ class Loss:
     image's, and where a concept's map looks also that of the concept, from a reward with credits of concepts."""
     concept_strength: NotNegative = 1.0
     """How much the concepts' advantages count beside the image's. 0: not at all."""
+    concept_maps: Literal["own", "other"] = "own"
+    """Whose map says where a concept's advantage goes. other: another concept's of the same prompt, a control."""
     noise_levels: Count = 0
     """nft: noise levels at which an image is trained on in an iteration, drawn for each image from those of
     sampling.trained_steps. 0: all of them."""

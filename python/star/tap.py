@@ -21,9 +21,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from star_kernels.api import autocasts
+
+try:
+    from diffusers.models import attention_dispatch
+except ImportError:  # before diffusers 0.35, where every processor calls F.scaled_dot_product_attention
+    attention_dispatch = None
 
 PARALLEL = "splits its sequence or its heads over devices; each would make maps of a part: run the captured pass on one"
 
@@ -96,7 +102,7 @@ def attention_with_lse(
 def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As F.scaled_dot_product_attention casts under autocast, which the kernels below it do not."""
     device = query.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)
@@ -242,7 +248,7 @@ class Tapped:
         if asked is not None:
             out, lse = out
             lse = LSE_LAYOUTS[asked.layout](lse, query.shape[0], query.shape[2], query.shape[1])
-        if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+        if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]  # of the keys, which diffusers reads so
         self.star_observer.sees(*heads_first, attn_mask, scale, lse)
         return out

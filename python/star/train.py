@@ -21,7 +21,6 @@ from star import files, rewards
 from star.concepts import parse_all
 from star.config import Config, ConfigError
 from star.messages import one_line
-from star.objective import Allocation
 from star.reports import card, evaluations
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
 from star.reports.tracking import Tracker, timed
@@ -136,9 +135,9 @@ class Trainer:
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
         concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
-        own_advantages, own_concepts = (
-            None if x is None else x[self.share.rows].to(rollout.latents.device) for x in (advantages, concepts)
-        )
+        device = rollout.latents.device
+        own_advantages = advantages[self.share.rows].to(device)
+        own_concepts = None if concepts is None else concepts[self.share.rows].to(device)
         credit = self.objective.credit(rollout, own_advantages, own.masks, generator, self.iteration, own_concepts)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)
@@ -154,8 +153,8 @@ class Trainer:
         metrics["memory_gib"] = peak_memory(self.accelerator.device)
         if weights is not None:
             metrics |= weight_metrics(weights, own.masks)
-            limited = config.allocation.warmup > 0 or config.allocation.noise_window != Allocation.noise_window
-            if metrics["weights_uniform"] and config.allocation.mix > 0 and not (limited or self.warned_uniform):
+            unexpected = config.allocation.mix > 0 and not config.allocation.is_limited()
+            if metrics["weights_uniform"] and unexpected and not self.warned_uniform:
                 log.warning("%d samples had no usable map; their weights are 1", metrics["weights_uniform"])
                 self.warned_uniform = True  # the count is in the metrics of every iteration
         if config.run.grid_every and self.iteration % config.run.grid_every == 0:

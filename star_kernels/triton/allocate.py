@@ -47,16 +47,17 @@ def mixed(field, scale, cap, mix, rest):
     return rest + mix * tl.minimum(field * scale, cap)
 
 
-@triton.jit(do_not_specialize=["concepts", "rows", "columns", "radius", "patch"])
+@triton.jit(do_not_specialize=["concepts", "tokens", "rows", "columns", "radius", "patch"])
 def allocate_kernel(
     maps,  # (B, G, N), any strides
     workspace,  # (B, G + 2 N) in the type of the arithmetic, float32 or float64
-    weights,  # (B, rows * patch, columns * patch) in the same type
+    weights,  # (B, tokens // columns * patch, columns * patch) in the same type
     maps_b,
     maps_g,
     maps_n,
     concepts,
-    rows,
+    tokens,  # of all frames
+    rows,  # of a frame
     columns,
     patch,
     radius,  # of the smoothing
@@ -73,7 +74,6 @@ def allocate_kernel(
     sigma, sharpen = tl.full((), sigma, kind), tl.full((), sharpen, kind)
     rest, mix, cap = tl.full((), 1.0 - mix, kind), tl.full((), mix, kind), tl.full((), cap, kind)
     row = tl.program_id(0).to(tl.int64)
-    tokens = rows * columns
     maps += row * maps_b
     means = workspace + row * (concepts + 2 * tokens)
     field = means + concepts
@@ -146,7 +146,7 @@ def allocate_kernel(
         i = start + tl.arange(0, BLOCK)
         weight = mixed(tl.load(field + i, mask=i < tokens, other=0.0), scale, cap, mix, rest) * level
         weight = tl.where(healthy, weight, 1.0)
-        corner = (row * rows + i // columns) * patch * columns * patch + i % columns * patch
+        corner = (row * tokens + i // columns * columns) * patch * patch + i % columns * patch
         for a in range(patch):
             for b in range(patch):
                 tl.store(weights + corner + a * columns * patch + b, weight, mask=i < tokens)
@@ -167,7 +167,7 @@ def launch(
     batch, concepts, tokens = maps.shape
     check_reach("maps", (1, concepts, tokens), maps.stride())  # the samples are its grid's first axis
     kind = torch.float64 if maps.dtype == torch.float64 else torch.float32
-    weights = maps.new_empty((batch, rows * patch, columns * patch), dtype=kind)
+    weights = maps.new_empty((batch, tokens // columns * patch, columns * patch), dtype=kind)
     if batch == 0:
         return weights
     workspace = maps.new_empty((batch, concepts + 2 * tokens), dtype=kind)
@@ -179,6 +179,7 @@ def launch(
             weights,
             *maps.stride(),
             concepts,
+            tokens,
             rows,
             columns,
             patch,

@@ -30,6 +30,12 @@ FLAGS += ["-Wno-unknown-pragmas", "-DCUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x02
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
 
 
+def has_stable_abi() -> bool:
+    """Whether torch's headers have all that the kernels' fronts include."""
+    wanted = ("torch/csrc/stable/library.h", "torch/csrc/stable/device.h", "torch/headeronly/core/ScalarType.h")
+    return all(any((Path(path) / name).exists() for path in cpp_extension.include_paths()) for name in wanted)
+
+
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     """The library of all launchers, in the folder; compiled again only where a source has changed."""
     folder.mkdir(parents=True, exist_ok=True)

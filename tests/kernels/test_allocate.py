@@ -16,16 +16,16 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def by_hand(maps, rows, columns, combine="mean", smooth=0.0, sharpen=1.0, cap=4.0, mix=0.5, patch=2):
-    """Weights (rows * patch, columns * patch) of one sample (G, N) in float64."""
+    """Weights (frames * rows * patch, columns * patch) of one sample (G, N) in float64."""
     relative = torch.stack([m / m.mean() for m in maps.double() if m.mean() > 0])
-    field = (relative.mean(0) if combine == "mean" else relative.max(0).values).view(rows, columns)
+    field = (relative.mean(0) if combine == "mean" else relative.max(0).values).view(-1, rows, columns)
     if smooth > 0:  # as a convolution, divided by what it makes of a field of ones
         distance = torch.arange(-math.ceil(3 * smooth), math.ceil(3 * smooth) + 1, dtype=torch.float64)
         tap = torch.exp(-0.5 * (distance / smooth) ** 2)
         kernel = torch.outer(tap, tap)[None, None]
-        blur = lambda x: F.conv2d(x[None, None], kernel, padding=len(tap) // 2)[0, 0]
+        blur = lambda x: F.conv2d(x[:, None], kernel, padding=len(tap) // 2)[:, 0]
         field = blur(field) / blur(torch.ones_like(field))
-    field = field**sharpen
+    field = field.flatten(0, 1) ** sharpen
     weights = (1 - mix) + mix * (field / field.mean()).clamp(max=cap)
     return torch.kron(weights / weights.mean(), torch.ones(patch, patch, dtype=torch.float64))
 
@@ -90,6 +90,36 @@ def test_many_tokens_and_many_concepts(impl, concepts, rows, columns):
     torch.testing.assert_close(weights.double(), expected, rtol=tolerance, atol=tolerance)
     maps[1, -1, -1] = torch.nan
     assert torch.equal(sk.allocate(maps, (rows, columns), impl=impl)[1], torch.ones(2 * rows, 2 * columns))
+
+
+@each_implementation
+@pytest.mark.parametrize("options", [{}, dict(smooth=1.5, sharpen=2.0, cap=2.0, combine="max", patch=1)])
+@pytest.mark.parametrize("size", [(3, 5, 7), (1, 4, 3), (5, 31, 43)])
+def test_a_video_has_mean_one_over_the_clip_and_smooth_frames(impl, size, options):
+    frames, rows, columns = size
+    maps = torch.rand(2, 3, frames, rows, columns) + 0.01
+    maps[1, :, 0] *= 20  # a frame that shows more than the others
+    maps = maps.flatten(2)
+    weights = sk.allocate(maps, size, **options, impl=impl)
+    patch = options.get("patch", 2)
+    assert weights.shape == (2, frames, rows * patch, columns * patch)
+    expected = torch.stack([by_hand(m, rows, columns, **options) for m in maps]).view_as(weights)
+    tolerance = EPS * (13 + maps.shape[2] ** 0.5 + 2 * (rows + columns)) * 2
+    torch.testing.assert_close(weights.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(2), rtol=0, atol=tolerance)
+    assert frames == 1 or weights[1, 0].mean() > 1.3 * weights[1, 1].mean()
+
+
+@each_implementation
+def test_nothing_is_smoothed_from_one_frame_to_the_next(impl):
+    point = torch.zeros(1, 1, 3, 4, 5)
+    point[0, 0, 1, 0, 2] = 1  # beside the last row of the frame before
+    weights = sk.allocate(point.flatten(2), (3, 4, 5), smooth=2.0, mix=1.0, cap=1e9, patch=1, impl=impl)[0]
+    assert (weights[1] > 0).all() and not weights[0].any() and not weights[2].any()
+    alone = sk.allocate(point[:, :, 1].flatten(2), (4, 5), smooth=2.0, mix=1.0, cap=1e9, patch=1, impl=impl)
+    torch.testing.assert_close(weights[1], 3 * alone[0], rtol=32 * EPS, atol=0)
+    whole = sk.allocate(point[:, :, 1].flatten(2), (1, 4, 5), smooth=2.0, mix=1.0, cap=1e9, patch=1, impl=impl)
+    assert torch.equal(whole[:, 0], alone)
 
 
 @each_implementation
@@ -165,6 +195,7 @@ def test_no_gradient_flows_and_an_empty_batch_is_empty(impl):
     assert sk.allocate(maps[:0], (3, 4), impl=impl).shape == (0, 6, 8)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_native_bits_depend_on_neither_threads_nor_batch(at_thread_counts):
     maps = torch.rand(7, 3, 33 * 65)
     first, *others = at_thread_counts(lambda: sk.allocate(maps, (33, 65), smooth=1.2, sharpen=1.5, impl="native"))
@@ -199,6 +230,7 @@ def test_opcheck(impl):
     op = getattr(torch.ops.star, f"allocate_{impl}").default
     torch.library.opcheck(op, (torch.rand(2, 3, 12), 3, 4, "mean", 1.0, 1.0, 4.0, 0.5, 2))
     torch.library.opcheck(op, (torch.rand(2, 12, 3).bfloat16().mT, 3, 4, "max", 0.0, 2.0, 4.0, 0.5, 1))
+    torch.library.opcheck(op, (torch.rand(2, 3, 24), 3, 4, "mean", 1.0, 1.0, 4.0, 0.5, 2))
 
 
 @pytest.mark.parametrize(
@@ -206,8 +238,8 @@ def test_opcheck(impl):
     [
         (dict(maps=torch.rand(1, 12)), ValueError, r"maps: got shape \(1, 12\), expected \(B, G, N\)"),
         (dict(maps=torch.ones(1, 1, 12, dtype=torch.int64)), TypeError, "maps: got torch.int64, expected a floating"),
-        (dict(grid=(3, 5)), ValueError, r"grid: got \(3, 5\), expected .* = 12"),
-        (dict(grid=(-3, -4)), ValueError, r"grid: got \(-3, -4\), expected .* = 12"),
+        (dict(grid=(3, 5)), ValueError, r"grid: got \(3, 5\), expected .* of product 12"),
+        (dict(grid=(-3, -4)), ValueError, r"grid: got \(-3, -4\), expected .* of product 12"),
         (dict(mix=2), ValueError, "mix: got 2, expected a number between"),
         (dict(cap=0), ValueError, "cap: got 0, expected a number >= 1e-6"),
         (dict(sharpen=0.0), ValueError, "sharpen: got 0.0, expected a number between 1e-6 and 1e6"),
@@ -219,7 +251,14 @@ def test_opcheck(impl):
         (dict(patch=2**20), ValueError, r"patch: got 1048576, expected at most 2\*\*30 locations of a grid of 3 x 4"),
         (dict(patch=2.0), TypeError, "patch: got float, expected a number >= 1"),
         (dict(grid=None), TypeError, r"grid: got None, expected \(rows, columns\)"),
-        (dict(grid=(1, 3, 4)), ValueError, r"grid: got \(1, 3, 4\), expected \(rows, columns\)"),
+        (
+            dict(grid=(1, 1, 3, 4)),
+            ValueError,
+            r"grid: got \(1, 1, 3, 4\), expected \(rows, columns\) or ",
+        ),
+        (dict(grid=(2, 3, 4)), ValueError, r"grid: got \(2, 3, 4\), expected .* of product 12"),
+        (dict(grid=(12,)), ValueError, r"grid: got \(12,\), expected \(rows, columns\)"),
+        (dict(grid=()), ValueError, r"grid: got \(\), expected \(rows, columns\)"),
         (dict(grid=(3.0, 4.0)), TypeError, r"grid: got float, expected \(rows, columns\)"),
         (dict(smooth=None), TypeError, "smooth: got NoneType, expected a number >= 0"),
         (dict(combine="sum"), ValueError, "combine: got 'sum'"),

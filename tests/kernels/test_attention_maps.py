@@ -264,6 +264,7 @@ def test_a_row_alone_and_a_part_of_the_queries_have_the_same_bits(impl, with_lse
     assert torch.equal(again, maps)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_native_bits_do_not_depend_on_the_threads(with_lse, at_thread_counts):
     query, key, index = example_input(queries=170, slots=20)

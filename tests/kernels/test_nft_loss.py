@@ -209,7 +209,7 @@ def test_value_gradient_and_statistics(impl, layout, size, per_location, weighte
 
 @each_implementation
 @pytest.mark.parametrize("per_location", [False, True])
-@pytest.mark.parametrize("shape", [(3, 3, 100, 171), (2, 5000, 8)], ids=["planar", "packed"])
+@pytest.mark.parametrize("shape", [(2, 2, 100, 171), (1, 5000, 8)], ids=["planar", "packed"])
 def test_samples_of_several_tiles(impl, per_location, shape):
     arguments = make(shape, per_location=per_location)
     arguments["reference_velocity"] = arguments["clean"]
@@ -223,7 +223,7 @@ def test_samples_of_several_tiles(impl, per_location, shape):
 
 @each_implementation
 @pytest.mark.parametrize("per_location", [False, True])
-@pytest.mark.parametrize("shape", [(2, 3, 2, 3), (2, 5, 3)], ids=["planar", "packed"])
+@pytest.mark.parametrize("shape", [(2, 2, 1, 3), (2, 3, 2)], ids=["planar", "packed"])
 def test_gradcheck(impl, per_location, shape):
     # The normalizers are constants by definition, which differences of the loss do not know: 7.0 is above them.
     arguments = make(shape, torch.float64, per_location=per_location)
@@ -236,7 +236,7 @@ def test_gradcheck(impl, per_location, shape):
 
 @each_implementation
 def test_a_small_step_keeps_its_digits(impl):
-    """Near the old policy the branches differ by 1e-6: beta v + (1 - beta) v_old would round half of that away."""
+    """Near the old policy the branches differ by 1e-6, of which beta v + (1 - beta) v_old would round a tenth away."""
     arguments = make((2, 4, 16, 16), weighted=False) | dict(reward_prob=torch.full((2,), 0.5))
     arguments["velocity"] = arguments["old_velocity"] + 1e-4 * torch.randn(2, 4, 16, 16)
     double = to_double(arguments)
@@ -244,8 +244,8 @@ def test_a_small_step_keeps_its_digits(impl):
     moved = double["velocity"] - double["old_velocity"]
     expected = 5.0 * 2 * double["sigma"].view(-1, 1, 1, 1) ** 2 * 0.01 * moved / moved.numel()
     _, _, gradient = run(arguments, beta=0.01, adaptive=False, impl=impl)
-    # Errors of order one in float32 take a few eps of each branch; the move is 1e-6 of them.
-    assert (gradient.double() - expected).abs().max() <= 0.2 * expected.abs().max()
+    # Half a unit in the last place of a branch's error, which is of order one, is 0.02 of the largest move.
+    assert (gradient.double() - expected).abs().max() <= 0.04 * expected.abs().max()
 
 
 @each_implementation
@@ -407,7 +407,7 @@ def test_loss_with_gradient_has_the_bits_of_both(dtype, at_thread_counts):
 @each_implementation
 def test_a_gradient_scaler_saves_float16_gradients(impl):
     """Small gradients lose their bits in float16: the scaler's factor must come before."""
-    arguments = make((9, 16, 64, 64), torch.float16, weighted=False)
+    arguments = make((3, 16, 64, 64), torch.float16, weighted=False)
     _, expected, _ = oracle(arguments, 1.0, True, 1e-5, 5.0, 0.0)
     velocity = arguments.pop("velocity").requires_grad_()
     (gradient,) = torch.autograd.grad(65536.0 * sk.nft_loss(velocity, **arguments, impl=impl).loss, velocity)

@@ -541,6 +541,7 @@ def test_the_gradient_is_made_when_it_is_asked_for(impl):
     assert [name for name in seen if name.startswith("policy_loss")] == [f"{name}_{impl}.default" for name in expected]
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("ratio", ["token", "location", "sample"])
 @pytest.mark.parametrize("form", ["delta", "guard", "log_prob"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

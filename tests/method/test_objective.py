@@ -21,7 +21,7 @@ from star.objective import (
     uniform_rows,
 )
 from star.training.advantage import group_advantages
-from star_kernels import Transition, implementations, policy_loss
+from star_kernels import Transition, allocate, implementations, policy_loss
 
 GRID = (3, 5)
 MAPS = torch.rand(6, 2, 15, generator=torch.Generator().manual_seed(3)) + 0.05
@@ -127,6 +127,33 @@ def test_random_fields_of_any_size_keep_the_values(rows, columns, seed):
     own[1] = 1.0  # a sample without a usable map stays uniform
     fields = random_like(own, torch.Generator().manual_seed(seed))
     assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+
+
+@pytest.mark.parametrize("strategy", ["attention", "topk", "random", "inverted", "shuffled"])
+def test_a_video_has_weights_of_its_frames(strategy):
+    maps = (torch.rand(4, 2, 3 * 5 * 6) + 0.05) * torch.tensor([3.0, 1.0, 1.0]).repeat_interleave(30)
+    generator = torch.Generator().manual_seed(0)
+    found = allocation_weights(Allocation(strategy), maps, (3, 5, 6), generator=generator)
+    assert found.shape == (4, 3, 10, 12)
+    assert torch.equal(found[..., ::2, ::2], found[..., 1::2, 1::2])
+    torch.testing.assert_close(found.mean((1, 2, 3)), torch.ones(4))
+    own = allocate(maps, (3, 5, 6))
+    values = lambda weights: weights.flatten(1).sort(1).values
+    assert torch.equal(found, own) == (strategy == "attention")
+    if strategy in ("random", "inverted"):
+        assert torch.equal(values(found), values(own))
+    half = blend_weights(found, torch.tensor([0.0, 0.5, 1.0, 1.0]))
+    assert torch.equal(half[0], torch.ones(3, 10, 12)) and torch.equal(half[2:], found[2:])
+    assert temporal_weights("concentration", torch.ones(2, 4), torch.stack([found, own])).shape == (2, 4)
+
+
+def test_random_fields_of_a_video_are_as_smooth_as_its_weights():
+    noise = torch.randn(8, 1, 8, 12, 12, generator=torch.Generator().manual_seed(1))
+    own = torch.nn.functional.avg_pool3d(noise, 3, stride=1)[:, 0].exp()
+    fields = random_like(own, torch.Generator().manual_seed(0))
+    assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+    assert not torch.isclose(fields, own).flatten(1).all(1).any()
+    torch.testing.assert_close(neighbor_correlation(fields), neighbor_correlation(own), rtol=0, atol=0.05)
 
 
 def test_random_fields_are_shared_where_the_weights_are():

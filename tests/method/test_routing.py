@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star.objective import route_advantages
+from star.objective import other_concepts, route_advantages
 
 GRID, PATCH = (2, 3), 2
 
@@ -120,3 +120,11 @@ def test_routing_errors():
     for wrong in (-1.0, math.nan, torch.ones(3)):
         with pytest.raises(ValueError, match=r"strength: got .*, expected one number at least 0, or one for each"):
             route_advantages(advantages, own, maps, GRID, strength=wrong)
+
+
+def test_the_control_gives_every_concept_another_ones_map():
+    maps = torch.rand(3, 4, 6) + 0.1
+    maps[0, 2] = maps[1, 1:] = maps[2] = 0  # three concepts with a map, one, none
+    got = other_concepts(maps)
+    assert torch.equal(got[0], maps[0, [1, 3, 2, 0]])
+    assert torch.equal(got[1], maps[1]) and torch.equal(got[2], maps[2])

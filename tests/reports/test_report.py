@@ -53,6 +53,8 @@ def runs(tmp_path_factory):
         changes = {
             "scoring": {"count": 8, "every": 1},
             "allocation": {"strategy": strategy},
+            "loss": {"advantage": "concept"},
+            "sampling": {"explore": "maps"},
             "optimization": {"update_norm": 0.0},
         }
         training.train(small_run(folder / name, run=run, **changes))

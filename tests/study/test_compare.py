@@ -567,7 +567,7 @@ def test_the_gradient_is_that_of_the_locations_inside_and_outside(tmp_path):
     last = trainer.rollout(prompts, torch.Generator().manual_seed(0), captured=(2,))
     config.allocation.strategy = "final_step"
     weights = gradient.arm_weights(trainer, config, rollout, None, 0)
-    assert torch.equal(weights, trainer.weights(last, None, torch.Generator().manual_seed(0)))
+    assert torch.equal(weights, trainer.objective.weights(last, None, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("name", ["shapes_reward", "noise", "every_object"])

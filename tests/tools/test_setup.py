@@ -194,3 +194,20 @@ def test_a_new_environment_without_isolation_gets_a_line_not_a_riddle(tmp_path):
     text = result.stdout + result.stderr
     assert "star-kernels: to build it here needs setuptools>=77" in text and "pip install 'setuptools>=77' " in text
     assert "project.license" not in text and "torch (STAR_BUILD=none" in text
+
+
+@pytest.mark.parametrize("variables", [{}, {"STAR_CUDA": "1"}, {"STAR_BUILD": "cpu"}], ids=["auto", "cuda", "cpu"])
+def test_beside_an_older_torch_nothing_is_compiled_and_the_needed_one_is_named(variables, tmp_path):
+    """Also where that torch is a CUDA build and nvcc is there."""
+    torch = tmp_path / "site" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").touch()
+    (torch / "version.py").write_text("__version__ = '2.6.0+cu124'\ncuda = '12.4'\n")
+    recorder(tmp_path / "toolkit" / "bin" / "nvcc", tmp_path / "log")
+    (tmp_path / "toolkit" / "include").mkdir()
+    (tmp_path / "toolkit" / "include" / "cuda_runtime_api.h").touch()
+    environment = {"STAR_CUDA": "auto", "CUDA_HOME": str(tmp_path / "toolkit")} | variables
+    before = f"sys.path.insert(0, {str(tmp_path / 'site')!r})"
+    result = build(clone(tmp_path / "clone"), before, ("build_ext", "--inplace"), **environment)
+    assert "built beside torch 2.6.0+cu124, the compiled operators need 2.13" in result.stdout
+    assert (result.returncode == 0) == (not variables) and not (tmp_path / "log").exists()

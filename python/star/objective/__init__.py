@@ -29,7 +29,7 @@ from star.objective.grpo import (
     scheduler_transition,
     sde_step_with_logprob,
 )
-from star.objective.routing import route_advantages
+from star.objective.routing import other_concepts, route_advantages
 from star.objective.weighting import weighted_gradient
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "invert_ranks",
     "neighbor_correlation",
     "nft_loss",
+    "other_concepts",
     "permute_across_groups",
     "random_like",
     "reinforce_loss",

@@ -39,7 +39,7 @@ class Allocation:
     combine: Literal["mean", "max"] = "mean"
     """Over the concepts of a prompt."""
     smooth: float = 0.0
-    """Standard deviation of a Gaussian, in image tokens."""
+    """Standard deviation of a Gaussian, in image tokens; of a video each frame is smoothed by itself."""
     sharpen: float = 1.0
     """Exponent of the relative map."""
     temporal: Literal["none", "noise_level", "concentration"] = "none"
@@ -68,6 +68,10 @@ class Allocation:
         if not self.warmup >= 0:
             raise ValueError(f"warmup: got {self.warmup}, expected iterations, at least 0")
 
+    def is_limited(self) -> bool:
+        """Whether there are noise levels or iterations at which maps do not count in full."""
+        return self.warmup > 0 or tuple(self.noise_window) != (0.0, 1.0)
+
     def strength(self, sigma: Tensor, iteration: int) -> Tensor:
         """How much maps count, 0..1, like sigma: 0 outside the noise window, growing over the warm-up, 1 after it.
 
@@ -94,7 +98,7 @@ def captured_steps(strategy: str, trained: Sequence[int], steps: int) -> tuple[i
 def allocation_weights(
     allocation: Allocation,
     maps: Tensor | None,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     *,
     patch: int = 2,
     groups: Tensor | None = None,
@@ -106,14 +110,15 @@ def allocation_weights(
     Args:
         allocation: strategy and its options.
         maps: (B, G, N) concept maps of the steps that `captured_steps` names; may be None for "uniform" and "oracle".
-        grid: (rows, columns) of the image tokens.
-        patch: latent locations per token and side; 1 for packed latents.
+        grid: (rows, columns) of the image tokens, of a video (frames, rows, columns).
+        patch: latent locations per token and side of a frame; 1 for packed latents.
         groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
         masks: (B, N) for "oracle": share of each image token that is to be reinforced.
         generator: for "shuffled" and "random".
 
     Returns:
-        (B, rows*patch, columns*patch) float32 of mean 1, or None for "uniform": the loss then needs no weights.
+        (B, rows*patch, columns*patch) float32 of mean 1, of a video (B, frames, rows*patch, columns*patch) with mean 1
+        over the clip, or None for "uniform": the loss then needs no weights.
 
     Raises:
         ValueError: an unknown strategy, or one without what it needs.
@@ -132,7 +137,7 @@ def allocation_weights(
         raise ValueError(f"maps: needed by strategy {strategy!r}")
     if strategy == "topk":
         raised = torch.where(top_locations(allocation, maps, grid), allocation.factor, 1.0)
-        return repeat_tokens(raised / raised.mean((1, 2), keepdim=True), patch)
+        return repeat_tokens(raised / raised.mean(tuple(range(1, raised.ndim)), keepdim=True), patch)
     weights = allocate(
         maps,
         grid,
@@ -142,7 +147,7 @@ def allocation_weights(
         cap=allocation.cap,
         mix=allocation.mix,
         patch=1,
-    )  # (B, rows, columns)
+    )  # (B, *grid)
     if strategy == "shuffled":
         weights = weights[permute_across_groups(groups, len(weights), generator)]
     elif strategy == "random":
@@ -153,11 +158,12 @@ def allocation_weights(
 
 
 def repeat_tokens(x: Tensor, patch: int) -> Tensor:
-    """(B, rows, columns) of image tokens -> (B, rows*patch, columns*patch) of their latent locations."""
-    return x.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    """(B, [frames,] rows, columns) of image tokens -> (B, [frames,] rows*patch, columns*patch) of their latent
+    locations."""
+    return x.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
 
 
-def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, int], share: float | None = None) -> Tensor:
+def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], share: float | None = None) -> Tensor:
     """Where the map of a sample is largest.
 
     Never more than the share: tokens that are level with the first one beyond it are not among them, so that no order
@@ -166,11 +172,11 @@ def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, int], s
     Args:
         allocation: how the concepts are combined and smoothed.
         maps: (B, G, N).
-        grid: (rows, columns) of the image tokens.
+        grid: (rows, columns) of the image tokens, of a video (frames, rows, columns).
         share: of the N tokens; None means the allocation's.
 
     Returns:
-        (B, rows, columns) bool.
+        (B, *grid) bool.
     """
     relative = allocate(
         maps, grid, combine=allocation.combine, smooth=allocation.smooth, cap=math.inf, mix=1.0, patch=1
@@ -179,7 +185,7 @@ def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, int], s
     count = max(1, round((allocation.share if share is None else share) * values.shape[1]))
     if count == values.shape[1]:
         return torch.ones_like(relative, dtype=torch.bool)
-    beyond = values.sort(1, descending=True).values[:, count].view(-1, 1, 1)
+    beyond = values.sort(1, descending=True).values[:, count].view(-1, *(1,) * len(grid))
     return relative > beyond
 
 
@@ -187,13 +193,13 @@ def blend_weights(weights: Tensor, strength: Tensor) -> Tensor:
     """Weights between 1 everywhere and what they are.
 
     Args:
-        weights: (B, H, W) of mean 1 over each sample.
+        weights: (B, [T,] H, W) of mean 1 over each sample.
         strength: (B,) or (), 0..1, from `Allocation.strength`. 0 gives exactly 1, 1 the very same weights.
 
     Returns:
-        (B, H, W) of mean 1 over each sample.
+        Like weights, of mean 1 over each sample.
     """
-    strength = strength.to(weights).expand(len(weights)).view(-1, 1, 1)
+    strength = strength.to(weights).expand(len(weights)).view(-1, *(1,) * (weights.ndim - 1))
     return torch.where(strength == 1, weights, 1 + strength * (weights - 1))
 
 
@@ -206,7 +212,7 @@ def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Te
     Args:
         temporal: one of TEMPORAL.
         noise: (S, B) standard deviation of the noise of each trained step, `Transition.s`.
-        weights: (S, B, H, W) of mean 1, from `allocation_weights`; needed by "concentration".
+        weights: (S, B, H, W) or (S, B, T, H, W) of mean 1, from `allocation_weights`; needed by "concentration".
 
     Returns:
         (S, B) float32 of mean 1 over the steps, or None for "none": the loss then needs no step weights.
@@ -223,7 +229,7 @@ def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Te
     elif weights is None:
         raise ValueError("weights: needed by temporal 'concentration'; strategy 'uniform' has none")
     else:
-        share = weights.double().square().mean((2, 3))
+        share = weights.double().square().mean(tuple(range(2, weights.ndim)))
     return (share / share.mean(0)).float()
 
 
@@ -240,15 +246,16 @@ def permute_across_groups(groups: Tensor | None, batch: int, generator: torch.Ge
 
 
 def neighbor_correlation(fields: Tensor) -> Tensor:
-    """(B,) correlation of neighbors in each field (B, rows, columns): how smooth it is. NaN for a constant one."""
-    x = fields - fields.mean((1, 2), keepdim=True)
-    products = (x[:, :, 1:] * x[:, :, :-1]).sum((1, 2)) + (x[:, 1:] * x[:, :-1]).sum((1, 2))
-    rows, columns = fields.shape[1:]
-    return products / (rows * (columns - 1) + (rows - 1) * columns) / x.square().mean((1, 2))
+    """(B,) correlation of neighbors along the axes of each field (B, *grid): its smoothness. NaN for a constant one."""
+    axes = tuple(range(1, fields.ndim))
+    x = fields - fields.mean(axes, keepdim=True)
+    pairs = [x.narrow(axis, 1, x.shape[axis] - 1) * x.narrow(axis, 0, x.shape[axis] - 1) for axis in axes]
+    products = sum(pair.sum(axes) for pair in pairs)
+    return products / sum(pair[0].numel() for pair in pairs) / x.square().mean(axes)
 
 
 def random_like(weights: Tensor, generator: torch.Generator | None, draws: int = 4, halvings: int = 8) -> Tensor:
-    """Random fields with exactly the values of `weights` (B, rows, columns), as smooth as they are, in other locations.
+    """Random fields with exactly the values of `weights` (B, *grid), as smooth as they are, in other locations.
 
     Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbors
     correlate as in its weights; of all that was tried the nearest one is kept. Samples with the very same weights, like
@@ -259,30 +266,37 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
         0, which, torch.arange(len(which), device=which.device), "amin"
     )
     alike = first[which].cpu()
-    rows, columns = weights.shape[1:]
+    grid = weights.shape[1:]
+    axes = tuple(range(1, weights.ndim))
     values, target = weights.flatten(1).sort(1).values, neighbor_correlation(weights)
     best, error = weights.clone(), torch.full_like(target, torch.inf)
     # Filtered on twice the size, then cut: noise that is periodic in its own frame would be less smooth across it.
-    size = (2 * rows, 2 * columns)
-    frequency = torch.fft.fftfreq(size[0])[:, None] ** 2 + torch.fft.rfftfreq(size[1]) ** 2
+    size = tuple(2 * length for length in grid)
+    frequency = torch.fft.rfftfreq(size[-1]) ** 2
+    for axis, length in enumerate(reversed(size[:-1]), start=1):
+        frequency = torch.fft.fftfreq(length).view(-1, *(1,) * axis) ** 2 + frequency
     frequency = 2 * torch.pi**2 * frequency.to(weights.device)
     for _ in range(draws):
-        noise = torch.fft.rfft2(torch.randn(len(weights), *size, generator=generator)[alike].to(weights.device))
-        low, high = torch.zeros_like(target), torch.full_like(target, max(rows, columns) / 2)
+        noise = torch.randn(len(weights), *size, generator=generator)[alike].to(weights.device)
+        noise = torch.fft.rfftn(noise, dim=axes)
+        low, high = torch.zeros_like(target), torch.full_like(target, max(grid) / 2)
         for _ in range(halvings):
             width = (low + high) / 2
-            smooth = torch.fft.irfft2(noise * torch.exp(-frequency * width[:, None, None] ** 2), s=size)
-            rank = smooth[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True).argsort(1)
+            width_squared = width.view(-1, *(1,) * len(grid)) ** 2
+            smooth = torch.fft.irfftn(noise * torch.exp(-frequency * width_squared), s=size, dim=axes)
+            smooth = smooth[(slice(None), *map(slice, grid))]
+            rank = smooth.flatten(1).argsort(dim=1, stable=True).argsort(1)
             field = values.gather(1, rank).view_as(weights)
             found = neighbor_correlation(field)
             distance = (found - target).abs()
             closer = distance < error
-            best, error = torch.where(closer[:, None, None], field, best), torch.where(closer, distance, error)
+            best = torch.where(closer.view(-1, *(1,) * len(grid)), field, best)
+            error = torch.where(closer, distance, error)
             low, high = torch.where(found < target, width, low), torch.where(found < target, high, width)
     return best
 
 
 def invert_ranks(weights: Tensor) -> Tensor:
-    """The values of each field of `weights` (B, rows, columns) in reverse order: the largest where the smallest was."""
+    """The values of each field of `weights` (B, *grid) in reverse order: the largest where the smallest was."""
     values, order = weights.flatten(1).sort(dim=1, stable=True)
     return torch.empty_like(values).scatter_(1, order, values.flip(1)).view_as(weights)

@@ -69,3 +69,16 @@ def route_advantages(
     image = advantages.to(maps.device)[:, None]
     result = torch.where(added == 0, image, (image + added).to(advantages.dtype))
     return repeat_tokens(result.view(-1, *grid), patch)
+
+
+def other_concepts(maps: Tensor) -> Tensor:
+    """The same maps (B, G, N), each of another concept of its sample: the control that tells whether it matters where
+    a concept's map looks. The concepts with a map, one that is not all zeros, trade in a circle."""
+    present = maps.ne(0).any(-1)  # (B, G)
+    count = present.sum(1, keepdim=True)
+    order = (~present).long().argsort(dim=1, stable=True)  # those with a map first
+    rank = present.long().cumsum(1) - 1
+    source = order.gather(1, (rank + 1).remainder(count.clamp_min(1)))
+    columns = torch.arange(maps.shape[1], device=maps.device).expand_as(source)
+    source = torch.where(present, source, columns)
+    return maps.gather(1, source[..., None].expand_as(maps))

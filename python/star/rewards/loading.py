@@ -48,14 +48,14 @@ def _few(names: Collection[str]) -> str:
 def load_pretrained(name: str, kind: Any, path: str, device: torch.device | str) -> Any:
     """A transformers model of the class `kind` in float32, from a folder or hub id, in evaluation mode."""
     try:
-        model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, report = kind.from_pretrained(path, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds
         raise unreadable(name, path, error) from error
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     check_weights(name, path, {*report["missing_keys"], *mismatched}, report["unexpected_keys"])
     if problems := [*report.get("error_msgs", ()), *report.get("conversion_errors", {}).values()]:
         raise unreadable(name, path, ValueError(problems[0]))
-    return model.to(device).eval().requires_grad_(False)
+    return model.float().to(device).eval().requires_grad_(False)
 
 
 def fill(name: str, path: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -115,7 +115,7 @@ class OCR:
             row[: len(wanted)] = torch.tensor([edit_reward(everything, text) for text in wanted])
             field[:] = float(row[0])
             for text, box in lines:
-                inside, line = inside_box(box, mask.shape), normalize(text)
+                inside, line = inside_box(box, *array.shape[:2]), normalize(text)
                 field[inside] = max(line_reward(line, text) for text in wanted)
                 similarity = self.similarity(line, wanted[0]) / 100
                 if similarity >= MATCH:
@@ -131,8 +131,8 @@ class OCR:
         )
 
 
-def inside_box(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """(H, W) bool, the pixels within a quadrangle (4, 2) in (x, y)."""
-    canvas = Image.new("1", size[::-1])
+def inside_box(box: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(height, width) bool, the pixels within a quadrangle (4, 2) in (x, y)."""
+    canvas = Image.new("1", (width, height))
     ImageDraw.Draw(canvas).polygon([tuple(point) for point in box.tolist()], fill=1)
     return np.asarray(canvas)

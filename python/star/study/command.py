@@ -18,8 +18,8 @@ class Compare:
     """Train every arm with every seed, then compare them. The same command goes on where it was stopped."""
 
     preset: str = EMBEDDED
-    """The study: `shapes`, `large_batch`, `plain` (gradients without AdamW), `global` (prompts of one global attribute)
-    or `noise` (rewards that are noise)."""
+    """The study: `shapes`, `credit` (DiffusionNFT with credit per location or concept), `large_batch`, `plain`
+    (gradients without AdamW), `global` (prompts of one global attribute) or `noise` (rewards that are noise)."""
     spec: Path | None = None
     """A YAML file whose values replace the preset's; `arms` and `changes` are replaced as a whole."""
     out: Path = Path("runs/study")

@@ -165,7 +165,46 @@ def large_batch() -> Study:
     return study
 
 
-PRESETS = {EMBEDDED: shapes, "global": global_attribute, "noise": noise, "plain": plain, "large_batch": large_batch}
+def credit() -> Study:
+    """DiffusionNFT, in which knowing the locations helps or does not: what each location or concept earned, where the
+    reward's masks are, where the maps look. The learning rate is the scalar arm's best; see docs/evidence.md."""
+    concept = {"advantage": "concept"}
+    return Study(
+        preset="shapes-nft",
+        baselines=("uniform",),
+        changes={
+            "scoring": {"every": 16, "count": 512},
+            "run": {"save_every": 16, "keep_checkpoints": 1, "figures": False},
+            "optimization": {"iterations": 48, "learning_rate": 2e-4},
+            **_allocation("uniform"),
+        },
+        arms={
+            "uniform": {},
+            # The verifier says what each location earned: a perfect map and a perfect judge.
+            "location": {"loss": {"advantage": "location"}},
+            # The reward says what each concept earned, and the model's own maps where that belongs.
+            "concept": {"loss": concept},
+            "concept_other": {"loss": concept | {"concept_maps": "other"}},
+            "oracle": _allocation("oracle"),
+            "attention": _allocation("attention"),
+            "shuffled": _allocation("shuffled"),
+            "random": _allocation("random"),
+            "topk": _allocation("topk"),
+            "topk_late": _allocation("topk", noise_window=(0.0, 0.5)),
+            "location_attention": {"loss": {"advantage": "location"}, **_allocation("attention")},
+            "concept_double": {"loss": concept | {"concept_strength": 2.0}},
+        },
+    )
+
+
+PRESETS = {
+    EMBEDDED: shapes,
+    "credit": credit,
+    "global": global_attribute,
+    "noise": noise,
+    "plain": plain,
+    "large_batch": large_batch,
+}
 
 
 def preset(name: str) -> Study:

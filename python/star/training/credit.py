@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star.config import Config
-from star.objective import Allocation, allocation_weights, blend_weights, captured_steps, route_advantages
+from star.objective import (
+    Allocation,
+    allocation_weights,
+    blend_weights,
+    captured_steps,
+    other_concepts,
+    route_advantages,
+)
 from star.training.distributed import Share
 from star.training.rollout import Rollout
 
@@ -20,18 +27,20 @@ from star.training.rollout import Rollout
 class Credit:
     """Of a rollout of B samples and S passes of the update. advantages: (B,) or (B, H, W). weights: (S, B, H, W) of
     mean 1 over each sample. step_weights: (S, B) of mean 1 over the passes. None stands for 1 everywhere. concepts:
-    (B, G) advantages of the prompts' concepts, which `located` adds where their maps look, or None."""
+    (B, G) advantages of the prompts' concepts, which `located` adds where their maps look, or None. swapped: where
+    another concept's map looks, the control."""
 
     advantages: Tensor
     weights: Tensor | None
     step_weights: Tensor | None
     concepts: Tensor | None = None
+    swapped: bool = False
 
     def at(self, k: int, rows: Tensor) -> Credit:
         """The same of some samples in the k-th pass: without the axis of the passes."""
         weights, step_weights = (None if x is None else x[k, rows] for x in (self.weights, self.step_weights))
         concepts = None if self.concepts is None else self.concepts[rows]
-        return Credit(self.advantages[rows], weights, step_weights, concepts)
+        return Credit(self.advantages[rows], weights, step_weights, concepts, self.swapped)
 
     def located(self, maps: Tensor | None, grid: tuple[int, int], patch: int, strength: Tensor) -> Tensor:
         """Of a pass: the advantages, (B,) or (B, H, W), with those of the concepts where its maps (B, G, N) look.
@@ -39,6 +48,8 @@ class Credit:
         if self.concepts is None:
             return self.advantages
         assert maps is not None  # a run with advantages of concepts reads the maps of every pass
+        if self.swapped:
+            maps = other_concepts(maps)
         return route_advantages(self.advantages, self.concepts, maps, grid, strength=strength, patch=patch)
 
 

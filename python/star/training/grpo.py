@@ -68,7 +68,7 @@ class GRPO:
         weights = self.weights(rollout, masks, generator)
         noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
         step_weights = temporal_weights(self.config.allocation.temporal, noise.to(rollout.latents.device), weights)
-        return Credit(advantages, weights, step_weights, concepts)
+        return Credit(advantages, weights, step_weights, concepts, self.config.loss.concept_maps == "other")
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
         """Of some samples at the k-th trained step."""

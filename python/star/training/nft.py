@@ -58,7 +58,7 @@ class NFT:
         images. The weights are made in the passes, where the maps are."""
         self.iteration = iteration
         self.masks = token_masks(masks, rollout.grid, rollout.latents.device)
-        return Credit(advantages, None, None, concepts)
+        return Credit(advantages, None, None, concepts, self.config.loss.concept_maps == "other")
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
         """Of some samples at the k-th of their noise levels."""
