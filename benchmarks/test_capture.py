@@ -1,7 +1,12 @@
 """What reading maps costs: one layer's attention at SD3.5-medium's shape, a stack of blocks, and peak memory."""
 
+import copy
+import cProfile
+import math
 import os
+import pstats
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +19,8 @@ from peaks import in_a_process, linux
 from star.capture import Maps, Observer, capture
 from star.concepts import ConceptTokens
 from star.layouts import Pass
-from star.tap import Tapped
+from star.tap import Tapped, attention_with_lse
+from star_kernels import attention_maps
 
 SIZES = {512: (205, (32, 32)), 1024: (333, (64, 64))}  # pixels: text tokens (Flow-GRPO's, diffusers'), image tokens
 BLOCKS = 4
@@ -55,8 +61,7 @@ def tapped_attention(maps: Maps, text: int) -> list[Callable[..., torch.Tensor]]
     calls = []
     for number in range(len(maps.blocks)):
         call = Tapped()
-        call.star_observer = Observer(maps)
-        call.star_observer.begin(number)
+        call.star_observer = Observer(maps, number)
         calls.append(call.star_scaled_dot_product_attention)
     return calls
 
@@ -139,6 +144,155 @@ def test_against_materializing(benchmark, row):
     benchmark.pedantic(captured, rounds=1)
     note = f"times faster; {pair.first * 1e3:.1f} ms against {pair.second * 1e3:.1f} ms"
     row("materialize_512", pair.ratio, at_least=3.5, note=note)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a model that reads its text, and how much of it is measured on a CPU.
+
+    grid: of image tokens, of a video (frames, rows, columns). text: tokens. joint: image and text attend to both; else
+    the image attends to the text, and in a call of its own to itself. heads: of the model. share: of the heads, or of
+    a video's frames, one in so many is measured: time is proportional to both. STAR_BENCH_FULL=1 measures all.
+    """
+
+    model: str
+    grid: tuple[int, ...]
+    text: int
+    joint: bool
+    heads: int
+    share: int
+    width: int = 128
+
+    @property
+    def measured_heads(self) -> int:
+        return self.heads // (self.share if self.joint and not FULL else 1)
+
+    @property
+    def measured_grid(self) -> tuple[int, ...]:
+        return self.grid if self.joint or FULL else (self.grid[0] // self.share, *self.grid[1:])
+
+
+FULL = os.environ.get("STAR_BENCH_FULL") == "1"
+# Heads, widths and lengths of the published configurations; a video of 81 frames, 832 x 480.
+MODELS = {
+    "capture_qwen_1024": Shape("Qwen-Image", (64, 64), 512, True, 24, share=4),
+    "capture_flux2_1024": Shape("FLUX.2 dev", (64, 64), 512, True, 48, share=8),
+    "capture_wan_480p": Shape("Wan 2.1 1.3B", (21, 30, 52), 512, False, 12, share=21),
+}
+
+
+def maps_by_torch(query, key, lse, maps: Maps) -> torch.Tensor:
+    """What is left to do in plain PyTorch when the attention's own log-sum-exp is there."""
+    index = maps.columns.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+    scores = query @ key.gather(2, index).mT * query.shape[-1] ** -0.5
+    mass = torch.exp(scores - lse[..., None]).mean(1)  # (B, N, G * K)
+    return (mass.unflatten(-1, maps.columns.shape[1:]) * maps.weights[:, None]).sum(-1).mT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_capture_at_the_shapes_of_models(name, benchmark, row):
+    """One sample, 16 columns: capture of a layer, of its maps alone against five lines of PyTorch, and against holding
+    the matrix."""
+    shape = MODELS[name]
+    heads, grid, width, text = shape.measured_heads, shape.measured_grid, shape.width, shape.text
+    image, keys = math.prod(grid), math.prod(shape.grid)
+    torch.manual_seed(0)
+    tokens = concepts(1, text=text)
+    maps = Maps(tokens=tokens, grid=grid, impl="native")
+    first = image if shape.joint else 0  # where the text lies among the keys
+    maps.begin(Pass(torch.empty(1, 0), torch.empty(1, text, 0), image, grid, image=0, text=first))
+    query = torch.randn(1, heads, image + text if shape.joint else image, width)
+    key, value = torch.randn(2, 1, heads, image + text if shape.joint else text, width).unbind(0)
+    call = Tapped()
+    call.star_observer = Observer(maps, 0)
+
+    @torch.no_grad()
+    def attention():
+        return F.scaled_dot_product_attention(query, key, value)
+
+    @torch.no_grad()
+    def captured():
+        return call.star_scaled_dot_product_attention(query, key, value)
+
+    @torch.no_grad()
+    def materialized():
+        probability = torch.softmax(query @ key.mT * width**-0.5, -1)
+        columns = probability[:, :, :image].mean(1)[:, :, first:]
+        found = columns[:, :, tokens.index[0]] * tokens.weight[0]
+        return probability @ value, found.sum(-1).mT
+
+    assert torch.equal(attention(), captured())
+    with torch.no_grad():
+        lse = attention_with_lse(query, key, value)[1]
+        assert lse is not None
+        seen, norm = query[:, :, :image], lse[:, :, :image]
+        ours = lambda: attention_maps(seen, key, maps.columns, maps.weights, lse=norm)
+        plain = lambda: maps_by_torch(seen, key, norm, maps)
+        torch.testing.assert_close(ours(), plain(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(maps.slots[0], materialized()[1], rtol=1e-4, atol=1e-7)
+        pair, alone, matrix = (
+            alternate(attention, captured, 15),
+            alternate(ours, plain, 31),
+            alternate(captured, materialized, 5),
+        )
+        share, own = 1.0, ""
+        if not shape.joint:
+            others = torch.randn(2, 1, heads, keys, width)
+            itself = alternate(lambda: F.scaled_dot_product_attention(query, *others), attention, 5)
+            share = itself.second / (itself.first + itself.second)
+            own = f" and to the {keys} tokens of the video {itself.first * 1e3:.0f} ms"
+    benchmark.pedantic(captured, rounds=1)
+    part = f"{shape.model}, {heads} of {shape.heads} heads, {image} of {keys} image tokens' queries, float32"
+    low, high = (100 * share * (ratio - 1) for ratio in pair.quartiles)
+    note = f"percent of the layer's attention, quartiles {low:.2f}, {high:.2f}; {part}: attention to the text "
+    row(name, 100 * share * (pair.ratio - 1), at_most=0.5, note=f"{note}{pair.first * 1e3:.1f} ms{own}")
+    note = f"times faster than five lines of PyTorch with the attention's log-sum-exp; {part}: "
+    times = f"{alone.first * 1e3:.2f} ms against {alone.second * 1e3:.2f} ms"
+    row(f"{name}_vs_torch", alone.ratio, at_least=2, note=f"{note}{times}")
+    times = f"{matrix.first * 1e3:.1f} ms against {matrix.second * 1e3:.1f} ms"
+    row(f"{name}_vs_matrix", matrix.ratio, at_least=1, note=f"times faster than holding the matrix; {part}: {times}")
+
+
+def host_breakdown(run: Callable[[], object], layers: int) -> str:
+    """The functions of this project that take the most time of their own in a run, in us of each layer."""
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    own = {}
+    for (file, _, function), (_, _, seconds, _, _) in pstats.Stats(profile).stats.items():
+        if "/star" in file or "star" in function:
+            own[function.split(".")[-1].strip(">") or "operator"] = seconds / layers * 1e6
+    most = sorted(own.items(), key=lambda item: -item[1])[:6]
+    return ", ".join(f"{function} {us:.1f}" for function, us in most)
+
+
+def test_host_time_of_a_captured_layer(benchmark, row):
+    """Tensors so small that nearly all time is the host's: 24 blocks of 32 channels, one thread."""
+    layers, passes = 24, 50
+    sizes = dict(num_layers=layers, attention_head_dim=16, num_attention_heads=2, sample_size=16, in_channels=4)
+    text = dict(joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=20, pos_embed_max_size=16)
+    model = SD3Transformer2DModel(**sizes, **text, patch_size=2, qk_norm="rms_norm").eval().requires_grad_(False)
+    other = copy.deepcopy(model)
+    inputs = dict(
+        hidden_states=torch.randn(2, 4, 6, 10),
+        encoder_hidden_states=torch.randn(2, 7, 24),
+        pooled_projections=torch.randn(2, 20),
+        timestep=torch.full((2,), 500.0),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), capture(other, concepts(2, 4, text=7)) as maps:
+            plain, captured = (lambda m=m: m(**inputs, return_dict=False)[0] for m in (model, other))
+            assert torch.equal(plain(), captured()) and maps.read().isfinite().all()
+            pair = alternate(plain, captured, rounds=101, round_seconds=0.05)
+            where = host_breakdown(lambda: [captured() for _ in range(passes)], layers * passes)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.pedantic(lambda: None, rounds=1)
+    us = lambda ratio: (ratio - 1) * pair.first / layers * 1e6
+    low, high = map(us, pair.quartiles)
+    note = f"us; quartiles {low:.1f}, {high:.1f}; a layer without capture {pair.first / layers * 1e6:.0f} us; with a "
+    row("capture_host_layer", us(pair.ratio), at_most=40, note=f"{note}profiler: {where}")
 
 
 def stack(blocks: int = BLOCKS) -> tuple[SD3Transformer2DModel, dict[str, torch.Tensor]]:

@@ -310,6 +310,30 @@ def attention_maps(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
     """
+    return checked_attention_maps(
+        query, key, concept_index, concept_weight,
+        lse=lse, scale=scale, head_weight=head_weight, key_bias=key_bias, out=out, impl=impl,
+    )(query, key, lse, out)  # fmt: skip
+
+
+def checked_attention_maps(
+    query: Tensor,
+    key: Tensor,
+    concept_index: Tensor,
+    concept_weight: Tensor | None = None,
+    *,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    head_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """`attention_maps` of its checked arguments, without making the maps: call it with (query, key, lse, out).
+
+    It may be called again with others of the same shapes, types and devices: for the layers of a model, where the
+    checks take longer than small maps. Arguments and what it raises: as `attention_maps`.
+    """
     check_tensor("query", query, ("B", "H", "N", "D"))
     batch, heads, queries, width = query.shape
     if width == 0:
@@ -327,13 +351,13 @@ def attention_maps(
         check_tensor("head_weight", head_weight, (heads,), device)
     if key_bias is not None:
         check_tensor("key_bias", key_bias, (batch, key.shape[2]), device)
+    trailing = False
     if lse is not None:
-        if isinstance(lse, Tensor) and is_dense(lse) and lse.ndim == 4 and lse.shape[-1] == 1:
-            lse = lse.squeeze(-1)
-        check_tensor("lse", lse, (batch, heads, "N"), device)
-        if lse.shape[2] < queries:
-            raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected ({batch}, {heads}, {queries})")
-        lse = lse[:, :, :queries]
+        trailing = isinstance(lse, Tensor) and is_dense(lse) and lse.ndim == 4 and lse.shape[-1] == 1
+        rows = lse.squeeze(-1) if trailing else lse
+        check_tensor("lse", rows, (batch, heads, "N"), device)
+        if rows.shape[2] < queries:
+            raise ValueError(f"lse: got shape {tuple(rows.shape)}, expected ({batch}, {heads}, {queries})")
     if out is not None:
         check_tensor("out", out, (batch, groups, queries), device)
     scale = width**-0.5 if scale is None else checked_number("scale", scale)
@@ -342,14 +366,30 @@ def attention_maps(
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
-    run: Callable = ATTENTION_MAPS.run(chosen)
-    direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
-    if chosen == "triton" and direct and ATTENTION_MAPS.triton is not None and not torch.compiler.is_compiling():
-        run = functools.partial(ATTENTION_MAPS.triton, out=out)
-    arguments = (query.detach(), key.detach(), concept_index, concept_weight, lse, scale, head_weight, key_bias)
-    with torch.no_grad():
+    run: Any = ATTENTION_MAPS.run(chosen)
+    if chosen == "native" and not torch.compiler.is_compiling():
+        run = run.default._op  # without the search among overloads, which takes as long as the checks
+    launch = None
+    if chosen == "triton" and ATTENTION_MAPS.triton is not None and not torch.compiler.is_compiling():
+        direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
+        launch = ATTENTION_MAPS.triton if direct else None
+
+    def make(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
+        if lse is not None and trailing:
+            lse = lse.squeeze(-1)
+        arguments = (query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias)
+        if launch is not None:
+            return launch(*arguments, out=out)
         maps = _run_checked(run, chosen, lambda: _check_columns(concept_index, key.shape[2]), device, *arguments)
-        return maps if out is None or maps is out else out.copy_(maps)
+        return maps if out is None else out.copy_(maps)
+
+    def call(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return make(query, key, lse, out)
+        with torch.no_grad():
+            return make(query.detach(), key.detach(), lse, out)
+
+    return call
 
 
 def allocate(

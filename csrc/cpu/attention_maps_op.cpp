@@ -43,13 +43,23 @@ Columns distinct_columns(const Tensor& index, int64_t keys) {
   return columns;
 }
 
-// What was given, contiguous and of type T, or else `empty` filled with `value`.
+// What was given, contiguous and of type T, or else equal values: memory that the call holds.
 template <typename T>
-Tensor given_or_equal(const OptionalTensor& given, const Tensor& empty, T value) {
-  if (given) return ready(*given, scalar_type<T>);
-  std::fill_n(empty.mutable_data_ptr<T>(), empty.numel(), value);
-  return empty;
-}
+struct Given {
+  Tensor tensor;
+  std::vector<T> equal;
+  const T* data;
+
+  Given(const OptionalTensor& given, int64_t count, T value) {
+    if (given) {
+      tensor = ready(*given, scalar_type<T>);
+      data = tensor.const_data_ptr<T>();
+    } else {
+      equal.assign(count, value);
+      data = equal.data();
+    }
+  }
+};
 
 template <typename Q, typename T>
 Tensor run_as(const AttentionMapsInputs& inputs) {
@@ -58,8 +68,8 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
   const Tensor& concept_index = inputs.concept_index;
   const int64_t rows = query.size(0), heads = query.size(1), queries = query.size(2);
   const Tensor bias = inputs.key_bias ? ready(*inputs.key_bias, type) : Tensor();
-  const Tensor weight = given_or_equal<T>(inputs.concept_weight, new_empty(query, concept_index.sizes(), type), 1);
-  const Tensor share = given_or_equal<T>(inputs.head_weight, new_empty(query, {heads}, type), T(1.0 / double(heads)));
+  const Given<T> weight(inputs.concept_weight, concept_index.numel(), 1);
+  const Given<T> share(inputs.head_weight, heads, T(1.0 / double(heads)));
   const Tensor norm = inputs.lse ? converted(*inputs.lse, type) : Tensor();
   const Columns columns = distinct_columns(concept_index, key.size(2));
   Tensor maps = new_empty(query, {rows, concept_index.size(1), queries}, type);
@@ -80,12 +90,12 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
       .lse_strides = {},
       .scale = T(inputs.scale),
       .key_bias = inputs.key_bias ? bias.const_data_ptr<T>() : nullptr,
-      .head_weight = share.const_data_ptr<T>(),
+      .head_weight = share.data,
       .column = columns.column.data(),
       .column_start = columns.start.data(),
       .most_columns = columns.most,
       .place = columns.place.data(),
-      .weight = weight.const_data_ptr<T>(),
+      .weight = weight.data,
       .maps = maps.mutable_data_ptr<T>(),
   };
   if (inputs.lse)

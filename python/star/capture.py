@@ -16,11 +16,13 @@ outside the context by diffusers' own processor, which saves the same tensors in
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +33,25 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.layouts import Arguments, Batch, Layout, Pass, layout_of
 from star.objective import Allocation, allocation_weights, weighted_gradient
-from star.tap import Tapped, tapped
-from star_kernels import attention_maps
-from star_kernels.api import Implementation
+from star.tap import PARALLEL, Tapped, tapped
+from star_kernels.api import Implementation, checked_attention_maps
 
 NORMALIZATIONS = ("raw", "content", "concepts")
 Rows = slice | Sequence[int] | Tensor
+BEYOND = 2**62  # a column that no key is at: its map is NaN
+
+# torch.compile burns what it finds on an object into the graph: sizes, offsets, every tensor's shape. A compiled block
+# therefore knows its observer by a number alone, whose value is not looked at: nothing of a prompt is in its graph, and
+# nothing is compiled again for another prompt.
+_numbers = itertools.count()
+_by_number: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def numbered(value: Any) -> Tensor:
+    """(1,) int64 on the CPU: the number by which a graph finds a value that lives outside of it."""
+    number = next(_numbers)
+    _by_number[number] = value
+    return torch.tensor([number], device="cpu")
 
 
 def in_backward() -> bool:
@@ -44,42 +59,47 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def write_map(
-    out: Tensor,
-    written: Tensor,
-    query: Tensor,
-    key: Tensor,
-    concept_index: Tensor,
-    concept_weight: Tensor,
-    lse: Tensor | None,
-    head_weight: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-    impl: str,
+# What torch.compile sees. Both are said to change the number, so that neither is left out nor comes out of order.
+@torch.library.custom_op("star::begin_pass", mutates_args=("number",))
+def begin_pass(
+    number: Tensor,
+    latents: Sequence[Tensor],
+    stacked_latents: bool,
+    embeds: Sequence[Tensor],
+    stacked_embeds: bool,
+    tokens: int,
+    grid: Sequence[int],
+    image: int,
+    text: int,
+    text_keys: Tensor | None,
+    keys: int,
 ) -> None:
-    """out = attention_maps(...), written = True. Does nothing in a recomputation, so that the backward pass of an old
-    forward pass cannot overwrite newer maps."""
-    if not in_backward():
-        attention_maps(
-            query,
-            key,
-            concept_index,
-            concept_weight,
-            lse=lse,
-            scale=scale,
-            head_weight=head_weight,
-            key_bias=key_bias,
-            out=out,
-            impl=impl,  # type: ignore[arg-type]  # a schema of torch.library has no Literal
-        )
-        written.fill_(True)
+    shown = Pass(
+        latents[0] if stacked_latents else latents,
+        embeds[0] if stacked_embeds else embeds,
+        tokens,
+        tuple(grid) or None,
+        image,
+        text if text_keys is None else text_keys,
+        None if keys < 0 else keys,
+    )
+    _by_number[int(number)].begin(shown)
 
 
-# What torch.compile sees. Calling it costs more time than the maps of a small layer, so eager passes do not.
-write_maps = torch.library.custom_op("star::write_maps", write_map, mutates_args=("out", "written"))
+@torch.library.custom_op("star::observe_attention", mutates_args=("number",))
+def observe_attention(
+    number: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None
+) -> None:
+    if not in_backward():  # when the observer may be gone
+        _by_number[int(number)].write(query, key, mask, scale, lse)
 
 
-@write_maps.register_fake
+@begin_pass.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@observe_attention.register_fake
 def _(*_: Any) -> None:
     return None
 
@@ -88,11 +108,12 @@ def _(*_: Any) -> None:
 class Maps:
     """Maps of the last forward pass inside `capture`.
 
-    A pass begins with empty slots: a block that it skips has no map, never that of an older pass.
+    A pass begins with empty slots: a block that it skips has no map, never that of an older pass. The slots and the
+    concepts' buffers keep their addresses from pass to pass as long as the shapes fit, as CUDA graphs need it.
     """
 
     tokens: ConceptTokens
-    """Concepts of the captured rows."""
+    """Concepts of the captured rows; `set_tokens` replaces them."""
     grid: tuple[int, ...] | None = None
     """(rows, columns) of the image tokens, of a video (frames, rows, columns); None until the first pass shows them."""
     rows: slice | Tensor | None = None
@@ -104,68 +125,204 @@ class Maps:
     head_weight: Tensor | None = None
     """(H,); None: equal."""
     normalize: Literal["raw", "content", "concepts"] = "raw"
-    """As in `capture`; "content" takes the last concept of `tokens` for the content."""
+    """As in `capture`."""
     lse: bool = True
     """Use the log-sum-exp of the attention kernel."""
     impl: Implementation = "auto"
     """Of `star_kernels.attention_maps`."""
+    device: torch.device | None = None
+    """Where the concepts are moved; None: where they are. A pass on another device takes everything along."""
     query_mask: bool = False
     """As in `star.layouts.Layout`."""
     slots: Tensor = field(init=False)
-    """(L, B, G, N) float32, NaN where the pass has written nothing yet."""
-    written: Tensor = field(init=False)
-    """(L,) bool on the CPU."""
-    image: int = field(init=False, default=0)
-    """The first image token among the queries of the pass."""
-    keys: int | None = field(init=False, default=None)
-    """How many keys the attention to the text has; None: any number."""
+    """(L, B, G, N) float32, NaN where the pass has written nothing yet; G of the most concepts so far, and one for all
+    of them together where `normalize` is "content"."""
     columns: Tensor = field(init=False)
-    """The concepts' tokens among the keys of the pass, as `tokens.index` has them among the texts'."""
+    """(B, G, K) int64: the concepts' tokens among the keys of the pass, -1 for none."""
+    weights: Tensor = field(init=False)
+    """(B, G, K), of the columns."""
+    written: list[bool] = field(init=False)
+    """L, whether the pass has run the block."""
 
     def __post_init__(self) -> None:
-        self.text_tokens = int(self.tokens.index.max()) + 1 if self.tokens.index.numel() else 0
+        if self.device is None:
+            self.device = self.tokens.index.device
         if self.layer_weights is None:
             count = len(self.blocks)
-            self.layer_weights = torch.full((count,), 1 / count, dtype=torch.float32, device=self.tokens.index.device)
-        self.empty(0 if self.grid is None else math.prod(self.grid))
+            self.layer_weights = torch.full((count,), 1 / count, dtype=torch.float32, device=self.device)
+        self.written = [False] * len(self.blocks)
+        self.image = 0
+        self.keys: int | None = None
+        self._texts = 0
+        self._shown: Pass | None = None  # of the last pass, where the columns are
+        self._doubts: list[tuple[Tensor, str]] = []
+        self._kind: tuple | None = None  # of the block that was checked, with its mask
+        self._mask: Tensor | None = None
+        self.set_tokens(self.tokens)
+        self._new_slots(0 if self.grid is None else math.prod(self.grid))
+
+    def set_tokens(self, tokens: ConceptTokens) -> None:
+        """Other concepts for the passes that follow, in the buffers that are there if rows are as many and concepts
+        and tokens not more than before: one long capture serves every prompt, and so does a CUDA graph of its pass.
+
+        Nothing waits for a device. Tokens beyond a pass's texts raise ValueError in the pass; of tokens that are on an
+        accelerator, whose values are not looked at, the concept's map is NaN."""
+        index, weight = tokens
+        # Before they move, so that nobody waits for their values.
+        on_cpu = index.device.type == "cpu"
+        self.text_tokens = int(index.max()) + 1 if on_cpu and index.numel() else 0
+        if self.normalize == "content":
+            index, weight = _with_content_concept(tokens)
+        self.tokens = ConceptTokens(*(x.to(self.device, non_blocking=True) for x in tokens))
+        self._index = index.to(self.device, non_blocking=True)
+        self.groups = tokens.index.shape[1]
+        with torch.inference_mode(False):  # buffers of a pass in that mode could not be written by another pass
+            shape = tuple(self.columns.shape) if hasattr(self, "columns") else (0, 0, 0)
+            if shape[0] != len(index) or any(have < want for have, want in zip(shape, index.shape, strict=True)):
+                shape, self._shown = tuple(index.shape), None
+                self.columns = torch.empty(shape, dtype=torch.int64, device=self.device)
+                self.weights = torch.empty(shape, dtype=torch.float32, device=self.device)
+        _, groups, width = index.shape
+        self.weights.zero_()[:, :groups, :width] = weight.to(self.device, non_blocking=True)
+        self._kind = None
+        self._place()
+
+    def _place(self) -> None:
+        """The tokens' columns among the keys of a pass, once one has shown where its text is."""
+        if self._shown is None:
+            return
+        rows = slice(None) if self.rows is None else self.rows
+        _, groups, width = self._index.shape
+        inside = self._shown.columns(self._index.clamp(max=self._texts - 1), rows)
+        found = torch.where(self._index < self._texts, inside, BEYOND)
+        self.columns.fill_(-1)[:, :groups, :width] = found
 
     def begin(self, shown: Pass) -> None:
         """Empty the slots for a pass. Raises ValueError for tokens beyond its texts."""
-        if self.text_tokens > shown.text_tokens():
+        texts = shown.text_tokens()
+        if self.text_tokens > texts:
             raise ValueError(
-                f"tokens: point at text token {self.text_tokens - 1}, the model runs {shown.text_tokens()}; "
+                f"tokens: point at text token {self.text_tokens - 1}, the model runs {texts}; "
                 "find them with the max_sequence_length of the embeddings"
             )
-        self.empty(shown.tokens)
+        self._kind = None
+        self.written = [False] * len(self.blocks)
         self.image, self.keys = shown.image, shown.keys
-        self.columns = shown.columns(self.tokens.index, slice(None) if self.rows is None else self.rows)
+        if (
+            self._texts != texts
+            or not isinstance(shown.text, int)
+            or self._shown is None
+            or self._shown.text != shown.text
+        ):
+            self._texts, self._shown = texts, shown._replace(latents=[], embeds=[])  # which need not be kept
+            self._place()
+        if self.slots.shape[1:] != (*self.columns.shape[:2], shown.tokens):
+            self._new_slots(shown.tokens)
+        else:
+            self.slots.fill_(torch.nan)
 
-    def empty(self, image_tokens: int) -> None:
-        """New slots, of so many image tokens."""
-        index = self.tokens.index
-        shape = (len(self.blocks), *index.shape[:2], image_tokens)
-        self.slots = torch.full(shape, torch.nan, dtype=torch.float32, device=index.device)
-        self.written = torch.zeros(len(self.blocks), dtype=torch.bool, device="cpu")
+    def _new_slots(self, image_tokens: int) -> None:
+        shape = (len(self.blocks), *self.columns.shape[:2], image_tokens)
+        with torch.inference_mode(False):
+            self.slots = torch.full(shape, torch.nan, dtype=torch.float32, device=self.columns.device)
+            self._outs = self.slots.unbind(0)
 
     def move(self, device: torch.device) -> None:
         """Have everything on the device of the block that runs: under offload, and with a model over several devices,
         only the pass shows it."""
-        if self.slots.device == device:
-            return
+        self.device = device
         self.tokens = ConceptTokens(*(x.to(device) for x in self.tokens))
-        self.slots, self.columns = self.slots.to(device), self.columns.to(device)
+        self._index = self._index.to(device)
+        with torch.inference_mode(False):
+            self.columns, self.weights = self.columns.to(device), self.weights.to(device)
+            self.slots = self.slots.to(device)
+            self._outs = self.slots.unbind(0)
         self.rows = self.rows.to(device) if isinstance(self.rows, Tensor) else self.rows
         assert self.layer_weights is not None  # since __post_init__
         self.layer_weights = self.layer_weights.to(device)
         self.head_weight = None if self.head_weight is None else self.head_weight.to(device)
 
+    def require(self, condition: Tensor, message: str) -> None:
+        """ValueError unless the condition holds: at once on the CPU, else when the maps are read, since to look at it
+        now would wait for the device."""
+        if condition.device.type != "cpu":
+            self._doubts.append((condition, message))
+        elif not bool(condition):
+            raise ValueError(message)
+
+    def write(
+        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None
+    ) -> None:
+        """The map of a captured block, from its attention call: see `star.tap.Observer`.
+
+        What is checked and chosen for one block holds for those that follow with the same shapes."""
+        if not self.lse:
+            lse = None
+        if mask is not None and self.query_mask and mask.ndim == 4 and mask.shape[2] == query.shape[2]:
+            mask = mask[:, :, self.image : self.image + 1]  # of the first image token; others have the same
+        kind = (query.shape, key.shape, query.dtype, key.dtype, query.device, scale, lse is None or lse.shape)
+        if kind != self._kind or (mask is not self._mask and not _same_mask(mask, self._mask)):
+            self._prepare(query, key, mask, scale, lse)
+            self._kind, self._mask = kind, mask
+        self._call(*self._part(query, key, lse), self._outs[number])
+        self.written[number] = True
+
+    def _prepare(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None
+    ) -> None:
+        """Check the arguments of a block that stands for those of the same shapes, and choose what makes its map."""
+        if self.grid is None or self._shown is None:
+            raise RuntimeError("transformer: its forward was called; call the module itself, so that its hooks run")
+        if self.slots.device != query.device:
+            self.move(query.device)
+        tokens, rows = self.slots.shape[-1], slice(None) if self.rows is None else self.rows
+        if self.image + tokens > query.shape[2]:
+            raise ValueError(f"grid: {self.grid} has {tokens} tokens, the model runs {query.shape[2] - self.image}")
+        images = len(range(len(query))[rows]) if isinstance(rows, slice) else len(rows)
+        if images != len(self.columns):
+            raise ValueError(f"tokens: have {len(self.columns)} rows, the model runs {images} of those asked for")
+        self._every_row = isinstance(rows, slice) and images == len(query)
+        self._every_query = tokens == query.shape[2]
+        query, key, lse = self._part(query, key, lse)
+        self._call = checked_attention_maps(
+            query,
+            key,
+            self.columns,
+            self.weights,
+            lse=lse,
+            scale=scale,
+            head_weight=self.head_weight,
+            key_bias=None if mask is None else _key_bias(mask, query, key, rows),
+            out=self._outs[0],
+            impl=self.impl,
+        )
+
+    def _part(self, query: Tensor, key: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is read of an attention call: the chosen rows, and of the queries the image's."""
+        if query.requires_grad or key.requires_grad:
+            query, key, lse = query.detach(), key.detach(), None if lse is None else lse.detach()
+        if not self._every_row:
+            query, key, lse = query[self.rows], key[self.rows], None if lse is None else lse[self.rows]
+        if not self._every_query:
+            query = query.narrow(2, self.image, self.slots.shape[-1])
+            if lse is not None and self.image:
+                lse = lse.narrow(2, self.image, self.slots.shape[-1])
+        return query, key, lse
+
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured block, normalized; NaN for one that did not run.
 
-        Later passes leave the copy alone."""
-        maps = self.slots
+        Later passes leave the copy alone. Raises ValueError for what was asked for in vain, as `capture` does, where
+        only the values on an accelerator show it."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # the graph does not know that its blocks write the slots
+        while self._doubts:
+            condition, message = self._doubts.pop()
+            if not bool(condition):
+                raise ValueError(message)
+        maps = self.slots[:, :, : self.groups]
         if self.normalize == "content":
-            maps, content = maps[:, :, :-1], maps[:, :, -1:]
+            content = self.slots[:, :, self.groups : self.groups + 1]
             maps = maps / content.clamp_min(torch.finfo(maps.dtype).tiny)
         elif self.normalize == "concepts":
             maps = maps / maps.sum(2, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
@@ -174,14 +331,15 @@ class Maps:
     def read(self) -> Tensor:
         """(B, G, N) float32: weighted mean over the captured blocks, in a copy that later passes leave alone.
 
-        Raises RuntimeError if no pass was made, or one that skipped a captured block."""
-        missing = [block for block, done in zip(self.blocks, self.written.tolist(), strict=True) if not done]
+        Raises RuntimeError if no pass was made, or one that skipped a captured block; and what `layers` raises."""
+        layers = self.layers()
+        missing = [block for block, done in zip(self.blocks, self.written, strict=True) if not done]
         if len(missing) == len(self.blocks):
             raise RuntimeError(f"maps: no pass has run the captured blocks {missing}")
         if missing:
             raise RuntimeError(f"layers: the last pass skipped blocks {missing}; capture others with layers=")
         assert self.layer_weights is not None  # since __post_init__
-        return (self.layers() * self.layer_weights[:, None, None, None]).sum(0)
+        return (layers * self.layer_weights[:, None, None, None]).sum(0)
 
 
 def _key_bias(mask: Tensor, query: Tensor, key: Tensor, rows: slice | Tensor) -> Tensor:
@@ -199,61 +357,40 @@ def _key_bias(mask: Tensor, query: Tensor, key: Tensor, rows: slice | Tensor) ->
     return bias[rows] if len(bias) > 1 else bias.expand(len(query), -1)
 
 
+def _same_mask(mask: Tensor | None, other: Tensor | None) -> bool:
+    """Whether a mask is one that is known to have the same values without waiting for a device: models give one to all
+    blocks, or make it in each anew."""
+    if mask is None or other is None or mask.shape != other.shape or mask.dtype != other.dtype:
+        return False
+    if mask.is_cpu:
+        return torch.equal(mask, other)
+    return mask.data_ptr() == other.data_ptr() and mask.stride() == other.stride() and not mask.is_meta
+
+
 class Observer:
-    """Writes the maps of one block from the attention call that reads the text."""
+    """Writes the maps of one block from the attention call that reads the text.
 
-    def __init__(self, maps: Maps) -> None:
-        self.maps = maps
-        self.out: Tensor | None = None
-        self.written: Tensor | None = None
+    number: of the block among those captured."""
 
-    def begin(self, number: int) -> None:
-        """A pass begins; the block's number among those captured. Only tensors tell the blocks apart while they run, so
-        that compiled blocks share a graph."""
-        self.number = number
-        self.out, self.written = self.maps.slots[number], self.maps.written[number : number + 1]
+    def __init__(self, maps: Maps, number: int) -> None:
+        self.maps, self.number = maps, number
+        self.known_as = numbered(self)
 
     def sees(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None) -> None:
-        maps = self.maps
         if mask is not None and not isinstance(mask, Tensor):
             raise TypeError(
                 f"attention_mask: got a {type(mask).__name__}, expected a tensor; set a processor of the model that "
                 "needs none"
             )
-        if maps.keys is not None and maps.keys != key.shape[2]:
-            return  # attention to something else than the text
-        if maps.grid is None or self.out is None or self.written is None:
-            raise RuntimeError("transformer: its forward was called; call the module itself, so that its hooks run")
-        if self.out.device != query.device:
-            maps.move(query.device)
-            self.begin(self.number)
-        tokens = self.out.shape[-1]
-        image = slice(maps.image, maps.image + tokens)
-        if image.stop > query.shape[2]:
-            raise ValueError(f"grid: {maps.grid} has {tokens} tokens, the model runs {query.shape[2] - maps.image}")
-        rows = slice(None) if maps.rows is None else maps.rows
-        if mask is not None and maps.query_mask and mask.ndim == 4 and mask.shape[2] == query.shape[2]:
-            mask = mask[:, :, image][:, :, :1]  # of the first image token; others have the same
-        query, key = query.detach()[rows, :, image], key.detach()[rows]
-        if len(query) != len(maps.columns):
-            raise ValueError(f"tokens: have {len(maps.columns)} rows, the model runs {len(query)} of those asked for")
-        if lse is not None:
-            # One kernel pads its rows, another adds a trailing axis.
-            lse = lse.detach().flatten(2)[rows, :, image] if maps.lse else None
-        write = write_maps if torch.compiler.is_compiling() else write_map
-        write(
-            out=self.out,
-            written=self.written,
-            query=query,
-            key=key,
-            concept_index=maps.columns,
-            concept_weight=maps.tokens.weight,
-            lse=lse,
-            head_weight=maps.head_weight,
-            key_bias=None if mask is None else _key_bias(mask, query, key, rows),
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            impl=maps.impl,
-        )
+        if torch.compiler.is_compiling():
+            lse = None if lse is None else lse.detach()
+            observe_attention(self.known_as, query.detach(), key.detach(), mask, scale, lse)
+        elif not in_backward():  # else the backward pass of an old forward pass could overwrite newer maps
+            self.write(query, key, mask, scale, lse)
+
+    def write(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None) -> None:
+        if self.maps.keys is None or self.maps.keys == key.shape[2]:  # else attention to something else than the text
+            self.maps.write(self.number, query, key, mask, scale, lse)
 
 
 def unwrapped(model: Any) -> torch.nn.Module:
@@ -274,7 +411,7 @@ def _tapped(layer: int, processor: Any, observer: Observer) -> Any:
     if isinstance(processor, Tapped):
         raise TypeError(f"transformer: block {layer} is captured already; leave that `capture` first")
     if getattr(processor, "_parallel_config", None) is not None:
-        raise TypeError(f"transformer: block {layer} splits its sequence over devices; its maps would be of a part")
+        raise TypeError(f"transformer: block {layer} {PARALLEL}")
     try:
         return tapped(processor, observer)
     except TypeError as error:
@@ -301,14 +438,12 @@ def _with_content_concept(tokens: ConceptTokens) -> ConceptTokens:
     """One more concept: every token of all the others, so that its map is the whole mass of the content."""
     index, weight = tokens
     batch, groups, width = index.shape
-    content = torch.full((batch, 1, groups * width), -1, dtype=torch.int64, device=index.device)
-    for row, used in zip(content, index.flatten(1), strict=True):
-        distinct = used[used >= 0].unique()
-        row[0, : len(distinct)] = distinct
+    content = index.reshape(batch, 1, groups * width).sort(-1).values
+    content[..., 1:] = torch.where(content[..., 1:] == content[..., :-1], -1, content[..., 1:])
     padding = (0, content.shape[2] - width)
     return ConceptTokens(
         torch.cat([F.pad(index, padding, value=-1), content], 1),
-        torch.cat([F.pad(weight, padding), (content >= 0).float()], 1),
+        torch.cat([F.pad(weight, padding), (content >= 0).to(weight)], 1),
     )
 
 
@@ -325,21 +460,23 @@ def _grid(asked: tuple[int, ...] | None, shown: Pass) -> tuple[int, ...]:
     return tuple(grid)
 
 
-def _equal(rows: Batch, others: Batch) -> bool:
-    """Whether tensors have the same values, NaN for NaN. Waits for the device."""
-    if isinstance(rows, Tensor) and isinstance(others, Tensor):
-        return rows.shape == others.shape and torch.allclose(rows, others, rtol=0, atol=0, equal_nan=True)
-    return all(_equal(row, other) for row, other in zip(rows, others, strict=True))
+def _equal(rows: Batch, others: Batch) -> Tensor:
+    """() bool, whether tensors have the same shapes and values, NaN for NaN."""
+    if not (isinstance(rows, Tensor) and isinstance(others, Tensor)):
+        return torch.stack([_equal(row, other) for row, other in zip(rows, others, strict=True)]).all()
+    if rows.shape != others.shape:
+        return torch.zeros((), dtype=torch.bool, device=rows.device)
+    return ((rows == others) | (rows.isnan() & others.isnan())).all()
 
 
-def _is_guidance(shown: Pass) -> bool:
-    """Whether the halves of a batch are the same latents with different texts. Waits for the device."""
+def _is_guidance(shown: Pass) -> Tensor:
+    """() bool, whether the halves of a batch are the same latents with different texts."""
     half = len(shown.latents) // 2
     latents, embeds = shown.latents, shown.embeds
-    return _equal(latents[:half], latents[half:]) and not _equal(embeds[:half], embeds[half:])
+    return _equal(latents[:half], latents[half:]) & ~_equal(embeds[:half], embeds[half:])
 
 
-def _inferred_rows(images: int, shown: Pass, conditional: int) -> slice:
+def _inferred_rows(images: int, shown: Pass, conditional: int, require: Callable[[Tensor, str], None]) -> slice:
     """All rows of a pass, or of twice as many the half with the prompts in diffusers' order."""
     batch = len(shown.latents)
     if batch not in (images, 2 * images):
@@ -347,16 +484,19 @@ def _inferred_rows(images: int, shown: Pass, conditional: int) -> slice:
             f"tokens: got {images} rows, the pass has {batch}; give one row for each image, {batch} of them or "
             f"{batch / 2:g} with guidance, or rows="
         )
-    if batch > images and not torch.compiler.is_compiling() and not _is_guidance(shown):
-        raise ValueError(
+    if batch > images:
+        message = (
             f"tokens: got {images} rows, the pass has {batch} and no guidance (the same latents with two texts); "
             "give one row for each image, or rows="
         )
+        require(_is_guidance(shown), message)
     first = 0 if batch == images else conditional * images
     return slice(first, first + images)
 
 
-def _given_rows(rows: Rows, images: int, shown: Pass, conditional: int) -> slice | Tensor:
+def _given_rows(
+    rows: Rows, images: int, shown: Pass, conditional: int, require: Callable[[Tensor, str], None]
+) -> slice | Tensor:
     """The rows that were asked for, as a slice where they are neighbors: those are read where they are."""
     batch = len(shown.latents)
     if isinstance(rows, slice):
@@ -370,14 +510,66 @@ def _given_rows(rows: Rows, images: int, shown: Pass, conditional: int) -> slice
     # More images than rows of tokens: with guidance some rows of the wrong half are unconditional.
     half = batch // 2
     wrong = [row for row in chosen if row // max(half, 1) != conditional]
-    if batch % 2 == 0 and images < half and wrong and not torch.compiler.is_compiling() and _is_guidance(shown):
-        raise ValueError(
+    if batch % 2 == 0 and images < half and wrong:
+        message = (
             f"rows: got {chosen}, but the pass guides {half} images and its {('last', 'first')[conditional]} {half} "
             "rows are unconditional; give one row of tokens for each image"
         )
+        require(~_is_guidance(shown), message)
     if chosen == list(range(chosen[0], chosen[0] + images)):
         return slice(chosen[0], chosen[0] + images)
-    return torch.tensor(chosen, device=shown.latents[0].device)
+    return torch.tensor(chosen).to(shown.latents[0].device, non_blocking=True)
+
+
+class Passes:
+    """Begins the passes of a captured model: what each shows decides where its maps are read.
+
+    read: of the layout. grid, rows: as asked for in `capture`."""
+
+    def __init__(
+        self,
+        maps: Maps,
+        read: Callable[[Arguments], Pass],
+        conditional: int,
+        grid: tuple[int, ...] | None,
+        rows: Rows | None,
+    ) -> None:
+        self.maps, self.read, self.conditional, self.grid, self.rows = maps, read, conditional, grid, rows
+        self.chosen: dict[tuple[int, int], slice | Tensor] = {}  # by rows of tokens and of the pass
+        self.known_as = numbered(self)
+
+    def show(self, argument: Arguments) -> None:
+        """A pass with these arguments begins."""
+        if not torch.compiler.is_compiling():
+            if not in_backward():  # else a pass that is computed again
+                self.begin(self.read(argument))
+            return
+        shown = self.read(argument)
+        latents, stacked_latents = _tensors(shown.latents)
+        embeds, stacked_embeds = _tensors(shown.embeds)
+        grid, keys = list(shown.grid or ()), -1 if shown.keys is None else shown.keys
+        text, text_keys = (0, shown.text) if isinstance(shown.text, Tensor) else (shown.text, None)
+        rest = (shown.tokens, grid, shown.image, text, text_keys, keys)
+        begin_pass(self.known_as, latents, stacked_latents, embeds, stacked_embeds, *rest)
+
+    def begin(self, shown: Pass) -> None:
+        maps = self.maps
+        maps.grid = _grid(self.grid, shown)
+        images, batch = len(maps.tokens.index), len(shown.latents)
+        if (images, batch) not in self.chosen:
+            options = (images, shown, self.conditional, maps.require)
+            self.chosen[images, batch] = (
+                _inferred_rows(*options) if self.rows is None else _given_rows(self.rows, *options)
+            )
+        maps.rows = self.chosen[images, batch]
+        maps.begin(shown)
+
+
+def _tensors(rows: Batch) -> tuple[list[Tensor], bool]:
+    """A batch as a list, and whether its rows were one tensor."""
+    if isinstance(rows, Tensor):
+        return [rows.detach()], True
+    return [row.detach() for row in rows], False
 
 
 @contextmanager
@@ -429,45 +621,31 @@ def capture(
     blocks = _chosen_attentions(layout, model, layers)
     if layer_weights is not None and len(layer_weights) != len(blocks):
         raise ValueError(f"layer_weights: got {len(layer_weights)}, expected one for each of {len(blocks)} layers")
-    if normalize == "content":
-        tokens = _with_content_concept(tokens)
+    if getattr(model, "_parallel_config", None) is not None:
+        raise TypeError(f"transformer: {PARALLEL}")
     device = next(model.parameters()).device
     if device.type == "meta":  # offloaded; the pass shows where it runs
         device = tokens.index.device
     maps = Maps(
-        tokens=ConceptTokens(tokens.index.to(device), tokens.weight.to(device)),
+        tokens=tokens,
         blocks=tuple(blocks),
         layer_weights=None
         if layer_weights is None
-        else torch.tensor(layer_weights, dtype=torch.float32, device=device),
-        head_weight=None if head_weight is None else head_weight.to(device),
+        else torch.tensor(layer_weights, dtype=torch.float32).to(device, non_blocking=True),
+        head_weight=None if head_weight is None else head_weight.to(device, non_blocking=True),
         normalize=normalize,
         lse=lse,
         impl=impl,
+        device=device,
         query_mask=layout.query_mask,
     )
-    read, images = layout.reader(model), len(tokens.index)
+    passes = Passes(maps, layout.reader(model), layout.conditional, grid, rows)
     names = [*inspect.signature(type(model).forward).parameters][1:]
-    chosen: dict[int, slice | Tensor] = {}  # by size of the batch, so that a sampler waits for the device once
-
-    def choose(shown: Pass) -> slice | Tensor:
-        half = layout.conditional
-        return _inferred_rows(images, shown, half) if rows is None else _given_rows(rows, images, shown, half)
 
     def begin(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and in_backward():
-            return  # a pass that is computed again
-        shown = read(_arguments(names, args, kwargs))
-        maps.grid = _grid(grid, shown)
-        if not compiling and len(shown.latents) not in chosen:
-            chosen[len(shown.latents)] = choose(shown)
-        maps.rows = choose(shown) if compiling else chosen[len(shown.latents)]
-        maps.begin(shown)
-        for number, observer in enumerate(observers):
-            observer.begin(number)
+        passes.show(_arguments(names, args, kwargs))
 
-    observers = [Observer(maps) for _ in blocks]
+    observers = [Observer(maps, number) for number in range(len(blocks))]
     before = {layer: attention.processor for layer, attention in blocks.items()}
     during = [_tapped(*block, observer) for block, observer in zip(before.items(), observers, strict=True)]
     handle = model.register_forward_pre_hook(begin, with_kwargs=True)

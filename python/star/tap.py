@@ -14,13 +14,15 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from star_kernels.api import autocasts
 
@@ -29,53 +31,155 @@ try:
 except ImportError:  # before diffusers 0.35, where every processor calls F.scaled_dot_product_attention
     attention_dispatch = None
 
+PARALLEL = "splits its sequence or its heads over devices; each would make maps of a part: run the captured pass on one"
+
 
 class Observer(Protocol):
     """Who is told of the attention calls of a processor."""
 
     def sees(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None) -> None:
         """query, key: (B, H, S, D) and (B, H', S', D). mask, scale: as the call had them. lse: (B, H, S) float32, or
-        with trailing axes and padding, where the kernel gave it."""
+        with padding behind, where the kernel gave it."""
 
 
-def attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+# The kernels of F.scaled_dot_product_attention that diffusers' backends ask for by name, or whichever it chooses.
+# Their `return_lse` serves sequence parallelism alone: without it they raise.
+SDPA_BACKENDS: dict[str, SDPBackend | None] = {
+    "native": None,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+FLASH, EFFICIENT, CUDNN = 1, 2, 3  # as torch._fused_sdp_choice numbers them
+
+
+def sdpa_only(kernel: SDPBackend | None) -> AbstractContextManager[Any]:
+    """Inside the context F.scaled_dot_product_attention has that kernel alone; None: those that it has."""
+    return nullcontext() if kernel is None else sdpa_kernel(kernel)
+
+
+@torch.compiler.assume_constant_result
+def traced_choice(
+    device: torch.device, dtype: torch.dtype, width: int, requires_grad: bool, only: SDPBackend | None
+) -> int:
+    """torch._fused_sdp_choice where torch.compile traces, which cannot follow it: asked on real tensors outside the
+    graph, once for each graph, as PyTorch itself chooses when it compiles the call."""
+    sample = torch.empty(1, 8, 256, width, device=device, dtype=dtype, requires_grad=requires_grad)
+    with sdpa_only(only):
+        return torch._fused_sdp_choice(sample, sample, sample)
+
+
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, only: SDPBackend | None = None
+) -> tuple[Tensor, Tensor | None]:
     """F.scaled_dot_product_attention with the bits it would have, and the log-sum-exp of its rows where it has one.
 
-    query, key, value: (B, H, S, D). Returns (output, lse (B, H, S) or padded, or None).
+    query, key, value: (B, H, S, D). only: the kernel it is restricted to. Returns (output, lse (B, H, S) or padded, or
+    None).
     """
-    aten = torch.ops.aten
-    device = query.device.type
-    if not torch.compiler.is_compiling():
-        choice = SDPBackend(torch._fused_sdp_choice(query, key, value))
-    elif device == "cpu":
-        choice = SDPBackend.FLASH_ATTENTION  # the only fused kernel there
+    if torch.compiler.is_compiling():
+        requires_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        choice = traced_choice(query.device, query.dtype, query.shape[-1], requires_grad, only)
+    elif only is None:
+        choice = torch._fused_sdp_choice(query, key, value, scale=scale)
     else:
-        choice = SDPBackend.MATH  # the choice cannot be traced: leave it to PyTorch and let the operator make the LSE
+        with sdpa_only(only):
+            choice = torch._fused_sdp_choice(query, key, value, scale=scale)
     # The flash kernels take head widths in multiples of 8; F.scaled_dot_product_attention pads others itself.
-    if choice == SDPBackend.FLASH_ATTENTION and device == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
-    if choice == SDPBackend.FLASH_ATTENTION and query.shape[-1] % 8 == 0:
-        return aten._scaled_dot_product_flash_attention(query, key, value)[:2]
-    if choice == SDPBackend.EFFICIENT_ATTENTION:
-        return aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[:2]
-    if choice == SDPBackend.CUDNN_ATTENTION:
-        return aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[:2]
-    return F.scaled_dot_product_attention(query, key, value), None
+    if choice == FLASH and query.device.type == "cpu":
+        return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    if choice == FLASH and query.shape[-1] % 8 == 0:
+        return torch._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+    if choice == EFFICIENT:
+        return torch._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]
+    if choice == CUDNN:
+        out, lse, *_ = torch._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+        return out, lse.flatten(2)  # it has a trailing axis of 1
+    with sdpa_only(only):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale), None
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As F.scaled_dot_product_attention casts under autocast, which the kernels below it do not."""
-    device = tensors[0].device.type
+    device = query.device.type
     if not autocasts(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def runs_natively(backend: Any) -> bool:
-    """Whether an attention backend of diffusers, None for the active one, is F.scaled_dot_product_attention."""
-    native = attention_dispatch.AttentionBackendName.NATIVE
+def active_backend(backend: Any) -> str:
+    """The name of an attention backend of diffusers, of the active one for None."""
     active = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
-    return active == native or active == native.value
+    return getattr(active, "value", active)
+
+
+class LseArgument(NamedTuple):
+    """How a backend of diffusers gives its log-sum-exp."""
+
+    name: str
+    """The argument that asks for it."""
+    layout: str
+    """Of what it gives, a key of LSE_LAYOUTS."""
+
+
+# (lse, B, H, S) -> (B, H, S) or padded behind. flash-attn has the first, its third version and those made for sequence
+# parallelism the second, the variants for packed sequences the third.
+LSE_LAYOUTS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
+    "BHS": lambda lse, batch, heads, length: lse.flatten(2),
+    "BSH": lambda lse, batch, heads, length: lse.flatten(2).transpose(1, 2),
+    "HBS": lambda lse, batch, heads, length: lse.view(heads, batch, length).transpose(0, 1),
+}
+
+
+@functools.cache
+def probed_lse_argument(
+    backend: Any, run: Callable, device: torch.device, dtype: torch.dtype, width: int
+) -> LseArgument | None:
+    """What a small attention shows of the log-sum-exp that a backend offers; None where it gives none that is right.
+
+    Asked once for each kind of call, since nothing says what a backend returns: layouts differ, some ignore the
+    argument, some raise without sequence parallelism, and a kernel might count in another base or leave out the scale.
+    run: the backend's function.
+    """
+    parameters = inspect.signature(run).parameters
+    name = next((name for name in ("return_lse", "return_attn_probs") if name in parameters), None)
+    if name is None:
+        return None
+    batch, heads, length = 2, 3, 40
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, batch, length, heads, width, generator=generator)
+    query = query * torch.rand(batch, length, heads, 1, generator=generator) * 3  # so that no two rows are alike
+    query, key, value = (x.to(device, dtype) for x in (query, key, value))
+    expected = torch.logsumexp(torch.einsum("bihd,bjhd->bhij", query.double(), key.double()) * width**-0.5, -1)
+    try:
+        with torch.no_grad():
+            plain = attention_dispatch.dispatch_attention_fn(query, key, value, backend=backend)
+            out, lse = attention_dispatch.dispatch_attention_fn(
+                query, key, value, attention_kwargs={name: True}, backend=backend
+            )
+            if not isinstance(lse, Tensor) or not torch.equal(out, plain):
+                return None
+    except Exception:  # backends raise whatever they like where they have no log-sum-exp, or not for such tensors
+        return None
+    for layout, arrange in LSE_LAYOUTS.items():
+        try:
+            found = arrange(lse, batch, heads, length)
+        except (RuntimeError, IndexError):  # another shape
+            continue
+        fits = found.shape[:2] == (batch, heads) and found.shape[2] >= length
+        # Quantized scores are off by a percent or so, another layout or base by whole units.
+        if fits and (found[..., :length].double() - expected).abs().max() < 0.2:
+            return LseArgument(name, layout)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def lse_argument(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> LseArgument | None:
+    """`probed_lse_argument`, outside of the graph where torch.compile traces."""
+    name = attention_dispatch.AttentionBackendName(backend)
+    run = attention_dispatch._AttentionBackendRegistry._backends[name]
+    return probed_lse_argument(name, run, device, dtype, width)
 
 
 class Tapped:
@@ -96,9 +200,9 @@ class Tapped:
     ) -> Tensor:
         """F.scaled_dot_product_attention."""
         lse = None
-        if attn_mask is None and dropout_p == 0 and not is_causal and scale is None and not enable_gqa:
+        if attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa:
             query, key, value = _cast(query, key, value)
-            out, lse = attention_with_lse(query, key, value)
+            out, lse = attention_with_lse(query, key, value, scale)
         else:
             grouped: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}  # torch 2.4 has none
             options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **grouped)
@@ -122,19 +226,31 @@ class Tapped:
         parallel_config: Any = None,
     ) -> Tensor:
         """diffusers' dispatch_attention_fn. query, key, value: (B, S, H, D)."""
-        if attn_mask is None and runs_natively(backend):
-            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            out = self.star_scaled_dot_product_attention(
-                query, key, value, None, dropout_p, is_causal, scale, enable_gqa
-            )
+        if parallel_config is not None:
+            raise TypeError(f"transformer: {PARALLEL}")
+        name = active_backend(backend)
+        plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
+        heads_first = query.transpose(1, 2), key.transpose(1, 2)
+        if plain and name in SDPA_BACKENDS:
+            only = SDPA_BACKENDS[name]
+            query, key, value = _cast(*heads_first, value.transpose(1, 2))
+            if only is SDPBackend.CUDNN_ATTENTION:  # as diffusers does for it
+                query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+            out, lse = attention_with_lse(query, key, value, scale, only)
+            self.star_observer.sees(query, key, None, scale, lse)
             return out.transpose(1, 2)
-        # Older versions have no parallel_config.
-        parallel = {} if parallel_config is None else {"parallel_config": parallel_config}
+        asked = lse_argument(name, query.device, query.dtype, query.shape[-1]) if plain else None
+        attention_kwargs = dict(attention_kwargs or {}) | ({} if asked is None else {asked.name: True})
         out = attention_dispatch.dispatch_attention_fn(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
-            backend=backend, **parallel,
-        )  # fmt: skip
-        self.star_observer.sees(query.transpose(1, 2), key.transpose(1, 2), attn_mask, scale, None)
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend
+        )
+        lse = None
+        if asked is not None:
+            out, lse = out
+            lse = LSE_LAYOUTS[asked.layout](lse, query.shape[0], query.shape[2], query.shape[1])
+        if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+            attn_mask = attn_mask[:, None, None]  # of the keys, which diffusers reads so
+        self.star_observer.sees(*heads_first, attn_mask, scale, lse)
         return out
 
 

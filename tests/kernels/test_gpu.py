@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from diffusers.models.attention import JointTransformerBlock
 
 import star_kernels as sk
+from builders import GRID, flux_inputs, small_flux, small_inputs, small_transformer
 from star import config as configuration
-from star.capture import Maps, Observer
+from star.capture import Maps, Observer, capture
 from star.concepts import ConceptTokens
 from star.layouts import Pass
 from star.presets import preset
@@ -120,8 +121,7 @@ def test_capture_keeps_the_bits_of_the_layer(dtype):
         finally:
             F.scaled_dot_product_attention = attention
         maps.begin(Pass(image, text, 64, (8, 8), image=0, text=64))
-        observer = Observer(maps)
-        observer.begin(0)
+        observer = Observer(maps, 0)
         block.attn.processor = tapped(block.attn.processor, observer)
         captured = block(image, text, condition)
     assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
@@ -130,6 +130,116 @@ def test_capture_keeps_the_bits_of_the_layer(dtype):
     expected = torch.stack([probability[:, :, 64 + 1 : 64 + 4].sum(-1), probability[:, :, 64 + 7]], 1)
     # The attention kernel's own log-sum-exp has the roundings of its products.
     torch.testing.assert_close(maps.slots[0].double(), expected, rtol=2e-3, atol=0)
+
+
+def tokens_of(*concepts: list[int]) -> ConceptTokens:
+    """The same concepts for two images, in room for two of two tokens."""
+    index = torch.full((2, 2, 2), -1)
+    for number, concept in enumerate(concepts):
+        index[:, number, : len(concept)] = torch.tensor(concept)
+    return ConceptTokens(index, (index >= 0).float())
+
+
+def on_the_gpu(build, make, dtype=torch.bfloat16, batch=2) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A small model and its inputs, as they are made on the CPU."""
+    with torch.device("cpu"):
+        model, inputs = build(), make(batch)
+    inputs = {name: x.cuda().to(dtype) if x.ndim > 2 else x.cuda() for name, x in inputs.items()}
+    return model.to(dtype).cuda(), inputs
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
+def test_a_cuda_graph_of_a_whole_captured_pass_serves_every_prompt(build, make, compiled):
+    """The buffers keep their addresses: a replay has the maps of the latents, and of the concepts, that are there."""
+    model, inputs = on_the_gpu(build, make)
+    if compiled:
+        torch._dynamo.reset()
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True)
+    with torch.no_grad(), capture(model, tokens_of([1, 2], [3]), grid=GRID) as maps:
+        for _ in range(3):
+            model(**inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(**inputs)[0]
+        for tokens in (tokens_of([1, 2], [3]), tokens_of([4], [0, 2]), tokens_of([3])):
+            inputs["hidden_states"].normal_()
+            maps.set_tokens(tokens)
+            graph.replay()
+            replayed, out = maps.layers(), output.clone()
+            expected = model(**inputs)[0]
+            assert torch.equal(out, expected) and torch.equal(replayed, maps.layers())
+            assert (replayed[:, :, 1] == 0).all() == bool((tokens.index[:, 1] < 0).all())
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compiled_attention_keeps_its_bits_and_its_log_sum_exp(compiler, dtype, requires_grad, monkeypatch):
+    """The kernel is chosen outside of the graph; without that the log-sum-exp would be made again over all keys."""
+    seen, write = [], Maps.write
+    monkeypatch.setattr(Maps, "write", lambda *arguments: seen.append(arguments[-1]) or write(*arguments))
+    results = []
+    for captured in (False, True):
+        torch._dynamo.reset()
+        model, inputs = on_the_gpu(lambda: small_transformer(layers=2, dual=()), small_inputs, dtype)
+        for block in model.transformer_blocks:
+            block.compile(backend=compiler, fullgraph=True)
+        context = capture(model, tokens_of([1, 2], [3])) if captured else torch.enable_grad()
+        with context as maps, torch.set_grad_enabled(requires_grad):
+            output = model(**inputs)[0]
+        results.append(output.detach())
+    if compiler == "aot_eager":  # inductor fuses what is around the attention as it likes
+        assert torch.equal(*results)
+    assert len(seen) == 2 and all(lse is not None for lse in seen)
+    eager, _ = on_the_gpu(lambda: small_transformer(layers=2, dual=()), small_inputs, dtype)
+    with torch.no_grad(), capture(eager, tokens_of([1, 2], [3])) as expected:
+        eager(**inputs)
+    tolerance = dict(rtol=5e-2, atol=1e-4) if dtype == torch.bfloat16 else dict(rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(maps.layers(), expected.layers(), **tolerance)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_capture_begins_without_waiting_for_the_gpu(guided):
+    model, inputs = on_the_gpu(small_transformer, small_inputs, batch=4 if guided else 2)
+    rows = slice(2, 4) if guided else None
+    with torch.device("cpu"):
+        tokens = tokens_of([1, 2], [3])
+    with torch.no_grad(), capture(model, tokens, rows=rows):
+        model(**inputs)  # what is compiled and loaded once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for some in (tokens, ConceptTokens(*(x.to("cuda", non_blocking=True) for x in tokens))):
+            with torch.no_grad(), capture(model, some, rows=rows, normalize="content") as maps:
+                model(**inputs)
+                maps.set_tokens(some)
+                model(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert maps.read().isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["_native_flash", "_native_cudnn", "_native_efficient", "_native_math"])
+def test_backends_of_torch_keep_their_bits_and_their_log_sum_exp(backend, monkeypatch):
+    seen, write = [], Maps.write
+    monkeypatch.setattr(Maps, "write", lambda *arguments: seen.append(arguments[-1]) or write(*arguments))
+    model, inputs = on_the_gpu(small_flux, flux_inputs)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.processor._attention_backend = backend
+    with torch.no_grad():
+        try:
+            plain = model(**inputs)[0]
+        except RuntimeError as error:
+            pytest.skip(f"this GPU has no {backend}: {error}")
+        with capture(model, tokens_of([1, 2], [3]), layers=range(4)) as maps:
+            assert torch.equal(model(**inputs)[0], plain)
+        with capture(model, tokens_of([1, 2], [3]), layers=range(4), lse=False) as own:
+            model(**inputs)
+    assert all((lse is None) == (backend == "_native_math") for lse in seen[:4])
+    torch.testing.assert_close(maps.layers(), own.layers(), rtol=2e-2, atol=1e-5)
 
 
 def test_a_training_step(tmp_path):

@@ -162,8 +162,7 @@ def layer_overhead(shape, images: int) -> float:
     tokens, side = ConceptTokens(index, torch.ones(index.shape)), int(shape.image**0.5)
     maps = Maps(tokens=tokens, grid=(side, side), rows=slice(rows - images, rows))
     maps.begin(Pass(inputs[0][:images], inputs[1][:images], shape.image, (side, side), image=0, text=shape.image))
-    observer = Observer(maps)
-    observer.begin(0)
+    observer = Observer(maps, 0)
     measures = []
     for processor in (JointAttnProcessor2_0(), tapped(JointAttnProcessor2_0(), observer)):
         block.attn.processor = processor
