@@ -146,8 +146,9 @@ def qwen_image(prompts: Sequence[str], edits: bool = False) -> Any:
         transformer=transformer,
     )
     if edits:
-        from pipelines import VisionProcessor  # of the tests
         from transformers import Qwen2VLImageProcessorPil
+
+        from pipelines import VisionProcessor  # of the tests
 
         class Images(Qwen2VLImageProcessorPil):
             """Takes tensors in -1..1 too, which hosts hand over and this one refuses."""
