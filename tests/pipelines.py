@@ -12,7 +12,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+import versions
 from builders import clip_tokenizer
 from models import (
     HEADS,
@@ -35,6 +35,7 @@ from models import (
     small_z_image,
 )
 
+SYSTEM_MESSAGE = versions.module_or_skip("diffusers.pipelines.flux2.system_messages").SYSTEM_MESSAGE
 CORPUS = [
     "a photo of a red bench left of two green cats on the grass of a park, in soft morning light",
     'a sign that says "OPEN" on a blue door, a red bench, one that says "SHUT"',

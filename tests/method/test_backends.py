@@ -3,13 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+import versions
 from builders import GRID, TEXT, flux_inputs, small_flux, small_transformer
 from star.capture import Maps, capture
 from star.concepts import ConceptTokens
 from star.tap import probed_lse_argument
 
+dispatch = versions.module_or_skip("diffusers.models.attention_dispatch")
+AttentionBackendName, _AttentionBackendRegistry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
 TOKENS = ConceptTokens(torch.tensor([[[1, -1], [2, 4]]] * 2), torch.tensor([[[1.0, 0.0], [0.5, 0.5]]] * 2))
 STAND_IN = AttentionBackendName.FLASH  # whose function the tests exchange: this machine has no flash-attn
 BLOCKS = range(4)

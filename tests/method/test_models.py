@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
-from diffusers.models.transformers import transformer_qwenimage21
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,6 +19,10 @@ from versions import module_or_skip
 
 WHOLLY = ("sd3", "qwen_image", "wan")  # compiled with the backward pass, and for the rollout too: one of each kind
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def qwen_image_21():
+    return module_or_skip("diffusers.models.transformers.transformer_qwenimage21")
 
 
 def tokens_of(batch: int) -> ConceptTokens:
@@ -355,7 +358,7 @@ def test_what_a_pass_may_not_have_is_refused():
         model(**inputs, kv_cache_mode="extract", num_ref_tokens=4)
     model, inputs = seeded(CASES["qwen_image_21"].build), CASES["qwen_image_21"].inputs(2, (4, 6))
     for block in model.transformer_blocks:
-        block.attn.processor = transformer_qwenimage21.QwenImage21FlexAttnProcessor()
+        block.attn.processor = qwen_image_21().QwenImage21FlexAttnProcessor()
     with torch.no_grad(), capture(model, tokens_of(2)), pytest.raises(TypeError, match="attention_mask: got a BlockMa"):
         model(**inputs)
     model, inputs = seeded(CASES["cosmos"].build), CASES["cosmos"].inputs(2, (2, 3, 5))
@@ -368,7 +371,7 @@ def test_a_pass_from_the_cache_of_a_text(monkeypatch):
     """Qwen-Image-2.1 keeps the keys of text and references: later passes run the image's tokens alone."""
     case = CASES["qwen_image_21_edit"]
     model, inputs, tokens = seeded(case.build), case.inputs(2, case.grid), tokens_of(2)
-    cache = transformer_qwenimage21.QwenImage21KVCache(2)
+    cache = qwen_image_21().QwenImage21KVCache(2)
     passes = []
     with torch.no_grad(), capture(model, tokens) as maps:
         for mode in ("extract", "cached"):
