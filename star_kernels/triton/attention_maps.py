@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels.checks import check_reach
+from star_kernels.triton.device import architecture, processors, starts_early
 
 LOG2_E = 1.4426950408889634
 CHUNKS = 8  # of heads, at most: what a row can be cut into
@@ -79,7 +80,10 @@ def maps_kernel(
     BLOCK_G: tl.constexpr,  # the most concepts, with ALONE
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,  # sum_kernel may start, and waits by itself
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     ALL_CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
     row = tl.program_id(1).to(tl.int64)  # offsets of a large batch do not fit 32 bits
     groups = tl.cdiv(ALL_CHUNKS, chunks)
@@ -138,8 +142,13 @@ def maps_kernel(
 
 
 @triton.jit
-def sum_kernel(partial, maps, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """maps (elements,) float32: the sum of partial (PARTS, elements) in the order of the parts."""
+def sum_kernel(partial, maps, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """maps (elements,) float32: the sum of partial (PARTS, elements) in the order of the parts.
+
+    EARLY: maps_kernel may still run.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.load(partial + at, mask=inside)
@@ -279,21 +288,6 @@ def tiling(
     return Tiling(tiles, batch, column_blocks, chunk, chunks, owned, alone)
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Of a GPU; the interpreter is one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    gpu = torch.cuda.get_device_properties(device)
-    return gpu.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
-
-
 def launch(
     query: Tensor,
     key: Tensor,
@@ -329,6 +323,7 @@ def launch(
     blocks = blocks or blocks_of(architecture(device), size)
     cut = tiling(batch, heads, queries, concepts, slots, processors(device), blocks.queries, groups)
     precision = dot_precision(size)
+    early = not cut.alone and starts_early(architecture(device))
     shared: dict[str, Any] = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
     shared["SHARED"] = heads // key.shape[1]
     shared |= {"PRECISION": precision, "num_warps": blocks.warps, "num_stages": blocks.stages}
@@ -377,8 +372,11 @@ def launch(
             ALONE=cut.alone,
             BLOCK_C=block_columns(columns),
             BLOCK_G=MOST_CONCEPTS,
+            EARLY=early,
         )
         if not cut.alone:
-            sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
-            sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
+            sums, options = (triton.cdiv(maps.numel(), BLOCK_SUM),), {"launch_pdl": True} if early else {}
+            sum_kernel[sums](
+                partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, EARLY=early, num_warps=1, **options
+            )
     return maps
