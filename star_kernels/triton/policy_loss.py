@@ -406,7 +406,7 @@ class Cut(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.locations, self.block_p), self.batch
+        return -(-self.locations // self.block_p), self.batch  # triton.cdiv takes the host ten times as long
 
 
 @cache
