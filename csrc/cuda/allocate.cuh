@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(ALLOCATE_THREADS, 1) allocate_kernel(const __g
   }
 
   typed(args.maps, index * args.sample_stride, [&](const auto* maps) {
-#pragma unroll EACH
+#pragma unroll (sizeof(T) == 4 ? EACH : 1)  // more would spill
     for (int i = threadIdx.x; i < tokens; i += ALLOCATE_THREADS) {
       T sum = 0;
 #pragma unroll 2

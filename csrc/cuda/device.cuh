@@ -43,11 +43,15 @@ STAR_HD Vector<T, N> load(const T* from) {
 
 template <typename T, int N>
 STAR_HD void store(T* to, const Vector<T, N>& vector) {
+  // Left to itself the compiler takes a vector apart in loops.
   if constexpr (sizeof(vector) % 16 == 0) {
-    // Left to itself the compiler takes a vector apart in loops.
     uint4 chunk[sizeof(vector) / 16];
     memcpy(chunk, &vector, sizeof(vector));
     for (int i = 0; i < int(sizeof(vector) / 16); i++) __stwb(reinterpret_cast<uint4*>(to) + i, chunk[i]);
+  } else if constexpr (sizeof(vector) == 8) {
+    uint2 chunk;
+    memcpy(&chunk, &vector, sizeof(vector));
+    __stwb(reinterpret_cast<uint2*>(to), chunk);
   } else {
     *reinterpret_cast<Vector<T, N>*>(to) = vector;
   }

@@ -33,6 +33,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 namespace cuda_on_host {
 
 enum class Order { forward, reverse, shuffled };
@@ -229,7 +233,10 @@ struct Ordered<order, function> {
 
 inline void __syncthreads() { cuda_on_host::barrier(); }
 
-inline void __stwb(uint4* to, uint4 value) { *to = value; }
+template <typename T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
 
 inline uint4 __ldcs(const uint4* from) { return *from; }
 
