@@ -248,7 +248,8 @@ def cpu_builds(folder, library):
             command = [*CXX, *FLAGS, *flags, f"-DSTAR_ISA={name}", *macros, *includes, *PORTABLE_MATH]
             builds.append((folder / f"{source.stem}.{name}.o", source, command))
     for source in [ROOT / "csrc" / "bindings.cpp", PORTABLE, *sorted((ROOT / "csrc" / "cpu").glob("*_op.cpp"))]:
-        command = [*CXX, *FLAGS, *macros, *includes, *(f"-I{path}" for path in python), *PORTABLE_MATH]
+        # pybind11's own headers first: those in torch 2.11 refuse what asks for the stable ABI.
+        command = [*CXX, *FLAGS, *macros, *(f"-I{path}" for path in python), *includes, *PORTABLE_MATH]
         builds.append((folder / f"{source.stem}.o", source, command))
     builds = [(target, source, [*command, "-c", source, "-o", target]) for target, source, command in builds]
     objects = [target for target, _, _ in builds]

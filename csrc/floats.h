@@ -22,6 +22,8 @@ struct Floats {
   ScalarType type;
 };
 
+STAR_HD int element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
 // Calls use(pointer) with the typed address of element `at`. The lambda is for the device that this is compiled for.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable

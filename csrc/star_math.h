@@ -224,11 +224,12 @@ template <typename T>
 STAR_HD void finish(const LossOptions<T>& options, const BatchSums& all, T* loss, float* statistics) {
   const double kl = all.kl / double(options.batch);
   *loss = T(all.loss / double(options.batch * options.locations) + double(options.kl_coef) * kl);
-  const double values[STATISTICS] = {0.5 * all.square / all.units,
-                                     (all.low + all.high) / all.units,
-                                     all.low / all.units,
-                                     all.high / all.units,
-                                     1 + all.excess / all.units,
+  const double per_unit = 1 / all.units;
+  const double values[STATISTICS] = {0.5 * all.square * per_unit,
+                                     (all.low + all.high) * per_unit,
+                                     all.low * per_unit,
+                                     all.high * per_unit,
+                                     1 + all.excess * per_unit,
                                      1 + all.smallest,
                                      1 + all.largest,
                                      kl,

@@ -17,7 +17,7 @@ Tensor run_as(const AllocateInputs& inputs) {
                   " places is too large");
   const Tensor read = maps.stride(2) == 1 ? maps : torch::stable::contiguous(maps);
   Tensor weights = new_empty(maps, {batch, height, width}, scalar_type<T>);
-  const int64_t needed = workspace_of(concepts, tokens, rows > columns ? rows : columns);
+  const int64_t needed = workspace_of(concepts, tokens, rows, columns);
   const bool pooled = needed <= int64_t(POOL_BYTES / sizeof(T));
   Tensor workspace = new_empty(maps, {pooled ? 0 : batch * needed}, scalar_type<T>);
   const AllocateArgs<T> args{

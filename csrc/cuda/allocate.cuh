@@ -7,6 +7,7 @@ namespace star::cuda {
 
 constexpr int ALLOCATE_THREADS = 1024;
 constexpr int ALLOCATE_WARPS = ALLOCATE_THREADS / WARP;
+constexpr int EACH = 4;  // tokens of a thread at once: their accesses wait for memory together
 constexpr int POOL_BYTES = 40960;  // shared memory for fields: two of 4096 tokens in float32, and what belongs to them
 
 // T: type of the arithmetic. The tokens of a map lie side by side.
@@ -22,9 +23,9 @@ struct AllocateArgs {
   T* weights;    // (B, tokens / columns * patch, columns * patch)
 };
 
-// Values of T that a sample needs: two fields, the taps and norms of the longer axis, the means of the maps.
-STAR_HD int64_t workspace_of(int64_t concepts, int64_t tokens, int64_t longer) {
-  return 2 * tokens + 2 * longer + concepts;
+// Values of T that a sample needs: two fields, the taps of the longer axis, the norms of both, the means of the maps.
+STAR_HD int64_t workspace_of(int64_t concepts, int64_t tokens, int64_t rows, int64_t columns) {
+  return 2 * tokens + (rows > columns ? rows : columns) + rows + columns + concepts;
 }
 
 // A share of a map's sum by one warp, for every lane; NaN if the map is not usable there.
@@ -32,7 +33,7 @@ template <typename Q, typename T>
 __device__ double map_sum(const Q* map, int begin, int end) {
   double sum = 0;
   int unusable = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = begin + threadIdx.x % WARP; i < end; i += WARP) {
     const T mass = T(map[i]);
     unusable |= !usable_mass(mass);
@@ -57,33 +58,48 @@ __device__ void map_means(const AllocateArgs<T>& args, int64_t index, T* means, 
       });
     if (threadIdx.x % WARP == 0) sums[warp] = sum;
     __syncthreads();
-    const int own = first + threadIdx.x;
-    if (threadIdx.x < maps && own < args.concepts) {
-      double total = 0;
-      for (int k = 0; k < shares; k++) total += sums[threadIdx.x * shares + k];
-      const T mean = T(total / double(tokens));
-      means[own] = std::isfinite(mean) ? mean : T(NAN);
+    if (warp < maps && first + warp < args.concepts) {
+      const int lane = threadIdx.x % WARP;
+      const T mean = T(warp_sum(lane < shares ? sums[warp * shares + lane] : 0.0) / double(tokens));
+      if (lane == 0) means[first + warp] = std::isfinite(mean) ? mean : T(NAN);
     }
     __syncthreads();
   }
 }
 
-// Weighted mean of the neighbors along an axis of `size` places that lie `step` apart. taps: for distances up to radius.
+// What the taps of a token's neighbors along an axis of `size` places are divided by. taps: for distances up to radius.
 template <typename T>
-__device__ void smooth_axis(const T* from, T* to, int tokens, int size, int step, double sigma, const T* taps, T* norms) {
-  const int radius = int(smoothing_radius(sigma, size));
-  for (int i = threadIdx.x; i < size; i += ALLOCATE_THREADS) {
-    double sum = 0;
-    for (int j = i > radius ? i - radius : 0; j <= i + radius && j < size; j++) sum += double(taps[j > i ? j - i : i - j]);
-    norms[i] = T(1 / sum);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < tokens; i += ALLOCATE_THREADS) {
-    const int place = i / step % size;
-    T sum = 0;
-    for (int d = place > radius ? -radius : -place; d <= radius && place + d < size; d++)
-      sum += taps[d < 0 ? -d : d] * from[i + d * step];
-    to[i] = sum * norms[place];
+__device__ T smoothing_norm(const T* taps, int place, int size, int radius) {
+  double sum = 0;
+  for (int j = place > radius ? place - radius : 0; j <= place + radius && j < size; j++)
+    sum += double(taps[j > place ? j - place : place - j]);
+  return T(1) / T(sum);
+}
+
+// Weighted mean of the neighbors in a token's row, or in its column.
+template <bool in_row, typename T>
+__device__ void smooth_axis(const T* from, T* to, int tokens, int rows, int columns, int radius, const T* taps,
+                            const T* norms) {
+  const int size = in_row ? columns : rows, step = in_row ? 1 : columns;
+  for (int first = threadIdx.x; first < tokens; first += EACH * ALLOCATE_THREADS) {
+    T sum[EACH] = {};
+    int place[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const unsigned i = first + k * ALLOCATE_THREADS;
+      place[k] = i < tokens ? in_row ? i % unsigned(columns) : i / unsigned(columns) % unsigned(rows) : 0;
+    }
+    for (int d = -radius; d <= radius; d++) {
+      const T tap = taps[d < 0 ? -d : d];
+#pragma unroll
+      for (int k = 0; k < EACH; k++) {
+        const int i = first + k * ALLOCATE_THREADS;
+        if (i < tokens && unsigned(place[k] + d) < unsigned(size)) sum[k] += tap * from[i + d * step];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; k++)
+      if (const int i = first + k * ALLOCATE_THREADS; i < tokens) to[i] = sum[k] * norms[place[k]];
   }
   __syncthreads();
 }
@@ -99,15 +115,27 @@ __global__ void __launch_bounds__(ALLOCATE_THREADS, 1) allocate_kernel(const __g
   STAR_SHARED(Shared, shared);
   const int64_t index = blockIdx.x;
   const int tokens = args.tokens, longer = args.rows > args.columns ? args.rows : args.columns;
-  T* field = pooled ? shared.pool : args.workspace + index * workspace_of(args.concepts, tokens, longer);
-  T *other = field + tokens, *taps = other + tokens, *norms = taps + longer, *means = norms + longer;
+  T* field = pooled ? shared.pool : args.workspace + index * workspace_of(args.concepts, tokens, args.rows, args.columns);
+  T *other = field + tokens, *taps = other + tokens, *norms = taps + longer;
+  T *column_norms = norms + args.rows, *means = column_norms + args.columns;
+  const int row_radius = int(smoothing_radius(args.smooth, args.rows));
+  const int column_radius = int(smoothing_radius(args.smooth, args.columns));
   const int width = args.columns * args.patch, height = tokens / args.columns * args.patch;
   T* weights = args.weights + index * height * width;
 
-  if (args.smooth > 0)  // distances on the longer axis serve both
+  const bool smoothed = args.smooth > 0 && args.concepts > 0;
+  if (smoothed) {  // distances on the longer axis serve both; a sigma that T holds, and no weight changes
+    const T sigma = T(clamped(args.smooth, 0x1p-60, 0x1p60));
     for (int d = threadIdx.x; d <= int(smoothing_radius(args.smooth, longer)); d += ALLOCATE_THREADS)
-      taps[d] = T(smoothing_tap<double>(d, args.smooth));
+      taps[d] = smoothing_tap<T>(d, sigma);
+  }
   map_means(args, index, means, shared.sums);
+  if (smoothed) {
+    for (int i = threadIdx.x; i < args.rows; i += ALLOCATE_THREADS)
+      norms[i] = smoothing_norm(taps, i, args.rows, row_radius);
+    for (int i = ALLOCATE_THREADS - 1 - int(threadIdx.x); i < args.columns; i += ALLOCATE_THREADS)
+      column_norms[i] = smoothing_norm(taps, i, args.columns, column_radius);
+  }
   int present = 0;
   bool usable = true;
   for (int g = 0; g < args.concepts; g++) {
@@ -120,6 +148,7 @@ __global__ void __launch_bounds__(ALLOCATE_THREADS, 1) allocate_kernel(const __g
   }
 
   typed(args.maps, index * args.sample_stride, [&](const auto* maps) {
+#pragma unroll (sizeof(T) == 4 ? EACH : 1)  // more would spill
     for (int i = threadIdx.x; i < tokens; i += ALLOCATE_THREADS) {
       T sum = 0;
 #pragma unroll 2
@@ -130,12 +159,12 @@ __global__ void __launch_bounds__(ALLOCATE_THREADS, 1) allocate_kernel(const __g
       field[i] = args.largest ? sum : sum / T(present);
     }
   });
-  if (args.smooth > 0) {
+  if (smoothed) {
     __syncthreads();
-    smooth_axis(field, other, tokens, args.rows, args.columns, args.smooth, taps, norms);
-    smooth_axis(other, field, tokens, args.columns, 1, args.smooth, taps, norms);
+    smooth_axis<false>(field, other, tokens, args.rows, args.columns, row_radius, taps, norms);
+    smooth_axis<true>(other, field, tokens, args.rows, args.columns, column_radius, taps, column_norms);
   }
-  // From here on a thread has the same tokens in every pass, until the weights are written.
+  // From here on a thread has the same tokens in every pass.
   if (args.sharpen != 1) {
     T most = 0;
     for (int i = threadIdx.x; i < tokens; i += ALLOCATE_THREADS) most = field[i] > most ? field[i] : most;
@@ -151,11 +180,15 @@ __global__ void __launch_bounds__(ALLOCATE_THREADS, 1) allocate_kernel(const __g
     sum += double(field[i]);
   }
   const T total = T(block_sum<ALLOCATE_WARPS>(sum, shared.sums) / double(tokens));
-  for (int i = threadIdx.x; i < tokens; i += ALLOCATE_THREADS) field[i] /= total;
-  __syncthreads();
-  for (int y = threadIdx.x / WARP; y < height; y += ALLOCATE_WARPS) {
-    const T* line = field + y / args.patch * args.columns;
-    for (int x = threadIdx.x % WARP; x < width; x += WARP) weights[y * width + x] = line[x / args.patch];
+  for (int i = threadIdx.x; i < tokens; i += ALLOCATE_THREADS) {
+    const T weight = field[i] / total;
+    T* corner = weights + i / args.columns * args.patch * width + i % args.columns * args.patch;
+    if (args.patch == 2) {
+      for (int row = 0; row < 2; row++) store(corner + row * width, Vector<T, 2>{weight, weight});
+    } else {
+      for (int row = 0; row < args.patch; row++)
+        for (int column = 0; column < args.patch; column++) corner[row * width + column] = weight;
+    }
   }
 }
 

@@ -19,7 +19,7 @@ GaussianStepResult run_as(const GaussianStepInputs& inputs) {
       .tiles = 0,
       .sample = pointers.floats(sample),
       .velocity = pointers.floats(inputs.velocity),
-      .noise = pointers.floats(inputs.noise),
+      .noise = pointers.floats(any_double(inputs.noise) ? converted(inputs.noise, scalar_type<T>) : inputs.noise),
       .a = pointers.per_sample(inputs.a),
       .b = pointers.per_sample(inputs.b),
       .s = pointers.per_sample(inputs.s),

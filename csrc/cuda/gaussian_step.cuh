@@ -5,7 +5,7 @@
 namespace star::cuda {
 
 constexpr int THREADS = 256;
-constexpr int STEP_VECTOR = 8;  // elements of a thread: 16 bytes of the narrowest type, two accesses of float32
+constexpr int STEP_VECTOR = 4;  // elements of a thread: one access of 16 bytes in float32
 
 // T: type of the arithmetic. Tensors are contiguous.
 template <typename T>
@@ -19,12 +19,15 @@ struct GaussianStepArgs {
 
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS) gaussian_step_kernel(const __grid_constant__ GaussianStepArgs<T> args) {
-  const int64_t index = blockIdx.x / args.tiles;
-  const int64_t place = (blockIdx.x % args.tiles * THREADS + threadIdx.x) * N;
+  const unsigned tiles = unsigned(args.tiles);
+  const int64_t index = blockIdx.x / tiles, place = (int64_t(blockIdx.x % tiles) * THREADS + threadIdx.x) * N;
   if (place >= args.elements) return;
   const int64_t at = index * args.elements + place;
+  const Raw<T, N> raw_x = fetch<T, N>(args.sample, at), raw_v = fetch<T, N>(args.velocity, at);
+  const Raw<T, N> raw_z = fetch<T, N>(args.noise, at);
   const T a = args.a.template at<T>(index), b = args.b.template at<T>(index), s = args.s.template at<T>(index);
-  const Vector<T, N> x = load<T, N>(args.sample, at), v = load<T, N>(args.velocity, at), z = load<T, N>(args.noise, at);
+  const Vector<T, N> x = values_of(raw_x, args.sample), v = values_of(raw_v, args.velocity);
+  const Vector<T, N> z = values_of(raw_z, args.noise);
   Vector<T, N> mean;
 #pragma unroll
   for (int k = 0; k < N; k++) mean.element[k] = transition_mean(a, x.element[k], b, v.element[k]);

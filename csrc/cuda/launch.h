@@ -55,6 +55,24 @@ inline void check_launch() {
   STD_TORCH_CHECK(error == cudaSuccess, "star_kernels: ", cudaGetErrorString(error));
 }
 
+// Only GPUs since sm_90 take the attribute.
+template <typename Kernel, typename Args>
+void launch_early(Kernel kernel, int64_t blocks, int threads, cudaStream_t stream, const Args& args) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, args);
+}
+
 #define STAR_REGISTER(NAME, FUNCTION)                            \
   static const bool kept_##NAME = star::keep_signature(#NAME, &FUNCTION); \
   STABLE_TORCH_LIBRARY_IMPL(star, CUDA, library) {               \

@@ -8,15 +8,31 @@
 namespace star::cuda {
 namespace {
 
+constexpr int64_t FEW_BLOCKS = 512;  // about four for each processor: with fewer there is memory that nobody asks for
+constexpr int64_t PACKED_ELEMENTS = 1024;  // of a tile
+
+// Locations of a block, a power of two that the shapes alone decide.
+template <typename V, typename X, typename T>
+int tile(const PolicyLossArgs<V, X, T>& args) {
+  int tile = TILE;
+  if (args.packed)  // a location for every group of threads at least
+    while (tile > LOSS_THREADS / args.lanes && tile * args.channels > PACKED_ELEMENTS) tile /= 2;
+  else
+    while (tile > SHORT_TILE && args.batch * args.locations < FEW_BLOCKS * tile) tile /= 2;
+  return tile;
+}
+
 // The tensors of latents, and whether kernels may read them N elements at a time.
 template <typename V, typename X, typename T>
 struct Latents {
-  static constexpr int N = WIDE<V> > WIDE<X> ? WIDE<V> : WIDE<X>;
+  static constexpr int N = WIDE<T>;  // 16 bytes of narrower types need more registers than all blocks of a batch have
   static constexpr bool plain = std::is_same_v<V, T> && std::is_same_v<X, T>;
   PolicyLossArgs<V, X, T> args;
   bool wide;
 
   Latents(const PolicyLossInputs& inputs, Pointers& pointers) : args{{loss_options<T>(inputs)}} {
+    STD_TORCH_CHECK(args.channels <= 0x7fffffff && args.locations <= 0x7fffffff, "policy_loss: a sample of ",
+                    args.channels, " x ", args.locations, " elements is too large");
     args.packed = inputs.velocity.dim() == 3;
     args.velocity = pointers.of<V>(inputs.velocity);
     args.reference_velocity = pointers.of<V>(inputs.reference_velocity);
@@ -27,7 +43,8 @@ struct Latents {
     const int vector = wide ? N : 1;
     args.lanes = 1;
     while (args.lanes < WARP && args.lanes * vector < args.channels) args.lanes *= 2;
-    args.tiles = (args.locations + TILE - 1) / TILE;
+    args.tile = tile(args);
+    args.tiles = (args.locations + args.tile - 1) / args.tile;
   }
 
   // Calls launch<vector>(blocks) with the width of the accesses and a block for each tile.
@@ -43,25 +60,24 @@ struct Latents {
   }
 };
 
+OptionalTensor one_per_sample(const OptionalTensor& tensor) {
+  return tensor && tensor->dim() == 1 ? tensor : std::nullopt;
+}
+
+OptionalTensor one_per_location(const OptionalTensor& tensor) {
+  return tensor && tensor->dim() > 1 ? tensor : std::nullopt;
+}
+
 // What belongs to samples and locations.
 template <typename T>
 void set_samples(SampleArgs<T>& args, const PolicyLossInputs& inputs, Pointers& pointers) {
-  args.a = pointers.per_sample(inputs.a);
-  args.b = pointers.per_sample(inputs.b);
-  args.s = pointers.per_sample(inputs.s);
-  args.precision = pointers.per_sample(inputs.precision);
-  args.log_norm = pointers.per_sample(inputs.log_norm);
-  args.kl_precision = pointers.per_sample(inputs.kl_precision);
-  args.step_weights = pointers.per_sample(inputs.step_weights);
+  const OptionalTensor given[FIELDS] = {inputs.a, inputs.b, inputs.s, inputs.precision, inputs.log_norm,
+                                        inputs.kl_precision, one_per_sample(inputs.advantages), inputs.step_weights,
+                                        one_per_sample(inputs.old_log_prob)};
+  for (int k = 0; k < FIELDS; k++) args.fields[k] = pointers.per_sample(given[k]);
   args.weights = pointers.of<T>(inputs.weights);
-  if (inputs.advantages.dim() > 1)
-    args.advantage_map = pointers.of<T>(inputs.advantages);
-  else
-    args.advantages = pointers.per_sample(inputs.advantages);
-  if (inputs.old_log_prob && inputs.old_log_prob->dim() > 1)
-    args.old_log_prob_map = pointers.of<T>(inputs.old_log_prob);
-  else
-    args.old_log_prob = pointers.per_sample(inputs.old_log_prob);
+  args.advantage_map = pointers.of<T>(one_per_location(inputs.advantages));
+  args.old_log_prob_map = pointers.of<T>(one_per_location(inputs.old_log_prob));
 }
 
 template <typename V, typename X, typename T>
@@ -85,10 +101,10 @@ PolicyLossResult loss_as(const PolicyLossInputs& inputs) {
   args.log_ratio = static_cast<T*>(log_ratio.mutable_data_ptr());
   args.sums = static_cast<LocationSums*>(sums.mutable_data_ptr());
   latents.each_tile([&]<int N>(int64_t count) {
-    STAR_LAUNCH((policy_loss_sums_kernel<V, X, T, N>), count, TILE, stream.handle, args);
+    STAR_LAUNCH((policy_loss_sums_kernel<V, X, T, N>), count, LOSS_THREADS, stream.handle, args);
   });
   const SampleArgs<T>& samples = args;
-  STAR_LAUNCH((policy_loss_finish_kernel<T>), 1, FINISH_WARPS * WARP, stream.handle, samples);
+  STAR_LAUNCH_EARLY((policy_loss_finish_kernel<T>), 1, FINISH_WARPS * WARP, stream.handle, samples);
   check_launch();
   return {loss, statistics, log_ratio};
 }
@@ -109,7 +125,7 @@ Tensor gradient_as(const PolicyLossGradientInputs& inputs) {
   args.grad_loss = pointers.of<T>(inputs.grad_loss);
   args.gradient = static_cast<V*>(gradient.mutable_data_ptr());
   latents.each_tile([&]<int N>(int64_t count) {
-    STAR_LAUNCH((policy_loss_gradient_kernel<V, X, T, N>), count, TILE, stream.handle, args);
+    STAR_LAUNCH((policy_loss_gradient_kernel<V, X, T, N>), count, LOSS_THREADS, stream.handle, args);
   });
   return gradient;
 }

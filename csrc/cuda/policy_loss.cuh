@@ -1,48 +1,59 @@
 // policy_loss on the GPU, without atomics, every sum in an order that the shapes alone decide.
 //
 // The loss takes two launches: policy_loss_sums_kernel reads the inputs and leaves the sums over every tile of a sample, and one
-// block of policy_loss_finish_kernel adds the tiles up. The gradient takes one, policy_loss_gradient_kernel, which reads the inputs again,
-// from the second-level cache where they fit, and each unit's log-ratio. Nothing else is kept between the two.
+// block of policy_loss_finish_kernel, which starts with it and waits for it, adds the tiles up. The gradient takes one,
+// policy_loss_gradient_kernel, which reads the inputs again, from the second-level cache where they fit, and each unit's log-ratio.
+// Nothing else is kept between the two.
 #pragma once
 #include "cuda/device.cuh"
 
 namespace star::cuda {
 
-constexpr int TILE = 128;  // locations and threads of a block: one each, once the channels are summed
-constexpr int TILE_WARPS = TILE / WARP;
+constexpr int LOSS_THREADS = 128;
+constexpr int LOSS_WARPS = LOSS_THREADS / WARP;
+constexpr int TILE = 128, SHORT_TILE = 32;  // locations of a block: at most, and where a batch has few
 constexpr int FINISH_WARPS = 16;
 
-// Blocks of a processor at once, for the compiler's choice of registers. With nine an H100 holds all blocks of a micro
-// batch of nine images of 1024 px in float32; code for sm_120 would spill, longer vectors need more registers anyway.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int MOST_RESIDENT = 6;
-#else
+// Blocks of a processor at once, for the compiler's choice of registers: as many as it has room for without spills. With
+// nine an H100 holds all blocks of a micro batch of nine images of 1024 px.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int MOST_RESIDENT = 9;
+#else
+constexpr int MOST_RESIDENT = 8;
 #endif
-template <typename T, int N>
-constexpr int RESIDENT = sizeof(T) == 4 && N <= 4 ? MOST_RESIDENT : 6;
+template <typename T>
+constexpr int RESIDENT = sizeof(T) == 4 ? MOST_RESIDENT : 6;
+
+// What there is one value of for each sample.
+enum Field { A, B, S, PRECISION, LOG_NORM, KL_PRECISION, ADVANTAGE, STEP_WEIGHT, OLD_LOG_PROB, FIELDS };
+
+// Of what the lanes of a warp have read; every lane calls it.
+template <typename T>
+__device__ __forceinline__ T field(T own, Field which) {
+  return __shfl_sync(ALL_LANES, own, which);
+}
 
 // What does not depend on the types of the latents. T: of the arithmetic.
 template <typename T>
 struct SampleArgs : LossOptions<T> {
+  int tile;       // locations of a block, a power of two
   int64_t tiles;  // of a sample
-  PerSample a, b, s, precision, log_norm, kl_precision, advantages, step_weights, old_log_prob;
+  PerSample fields[FIELDS];
   const T *advantage_map, *old_log_prob_map, *weights;  // (B, locations), or null
   LocationSums* sums;                                   // (B, tiles)
   T* log_ratio;                                         // (B,), or (B, locations) for Ratio::location
   T* loss;
   float* statistics;
 
-  __device__ __forceinline__ SampleTerms<T> terms(int64_t index) const {
-    return sample_terms<T>(*this, a.template at<T>(index), b.template at<T>(index), s.template at<T>(index),
-                           precision.template at<T>(index), log_norm.template at<T>(index),
-                           kl_precision.template at<T>(index),
-                           step_weights.data ? step_weights.template at<T>(index) : T(1));
+  // The field of a sample that this lane of a warp reads: one thread would wait for memory once a field.
+  __device__ __forceinline__ T read_field(int64_t index) const {
+    const int lane = threadIdx.x % WARP;
+    return lane < FIELDS && fields[lane].data ? fields[lane].template at<T>(index) : T(lane == STEP_WEIGHT);
   }
-  // Of a location, `at` from the first sample's first, or of its sample.
-  __device__ __forceinline__ T advantage(const SampleTerms<T>& terms, int64_t index, int64_t at) const {
-    const T value = advantage_map ? advantage_map[at] : advantages.template at<T>(index);
-    return used_advantage(value, this->adv_clip, terms.step);
+  __device__ __forceinline__ SampleTerms<T> terms(T own) const {
+    const T a = field(own, A), b = field(own, B), s = field(own, S), precision = field(own, PRECISION);
+    const T log_norm = field(own, LOG_NORM), kl_precision = field(own, KL_PRECISION);
+    return sample_terms<T>(*this, a, b, s, precision, log_norm, kl_precision, field(own, STEP_WEIGHT));
   }
 };
 
@@ -57,44 +68,59 @@ struct PolicyLossArgs : SampleArgs<T> {
   V* gradient;
 };
 
-// Calls each(offset, location) for this thread's vectors of a tile: N locations of one channel, or N channels of one
-// location of packed latents. done(location) follows the last vector of the thread's locations; every thread calls it.
-template <int N, typename V, typename X, typename T, typename Each, typename Done>
+// Calls use(fetch(offset), offset, location) for this thread's vectors of a tile: N locations of one channel, or N channels
+// of one location of packed latents. A vector is fetched before the one in front of it is used, the first before begin().
+// done(location) follows the last vector of the thread's locations; every thread calls it as often as the others.
+template <int N, typename V, typename X, typename T, typename Fetch, typename Begin, typename Use, typename Done>
 __device__ __forceinline__ void for_each_vector(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first,
-                                                int length, Each each, Done done) {
-  const int64_t start = index * args.channels * args.locations;
-  if (!args.packed) {
-    // A warp reads neighboring locations; N groups of threads share the channels.
-    constexpr int COLUMNS = TILE / N;
-    const int location = threadIdx.x % COLUMNS * N, group = threadIdx.x / COLUMNS;
-    if (location < length)
-#pragma unroll 2
-      for (int64_t c = group; c < args.channels; c += N) each(start + c * args.locations + first + location, location);
-    done(location);
-    return;
-  }
-  const int lane = threadIdx.x % args.lanes, step = TILE / args.lanes;
-  for (int base = 0; base < length; base += step) {  // the same number of rounds for every thread: done() exchanges
-    const int location = base + int(threadIdx.x) / args.lanes;
-    if (location < length)
-      for (int64_t c = lane * N; c < args.channels; c += args.lanes * N)
-        each(start + (first + location) * args.channels + c, location);
-    done(location);
+                                                int length, Fetch fetch, Begin begin, Use use, Done done) {
+  // Threads that read neighboring locations form groups, which share the channels. Packed: `lanes` threads share a location.
+  const int thread = threadIdx.x, lanes = args.lanes, columns = args.tile / N, all_channels = int(args.channels);
+  const int own_location = args.packed ? thread / lanes : thread % columns * N;
+  const int own_channel = args.packed ? thread % lanes * N : thread / columns;
+  const int locations = args.packed ? LOSS_THREADS / lanes : args.tile;  // of a turn
+  const int channels = args.packed ? lanes * N : LOSS_THREADS / columns;
+  const int location_step = args.packed ? all_channels : 1, channel_step = args.packed ? 1 : int(args.locations);
+  const int64_t start = index * args.channels * args.locations + first * location_step;
+  auto exists = [&](int location, int channel) { return location < length && channel < all_channels; };
+  auto offset = [&](int location, int channel) {
+    return start + int64_t(location) * location_step + int64_t(channel) * channel_step;
+  };
+
+  int location = own_location, channel = own_channel;
+  decltype(fetch(start)) ahead{};
+  if (exists(location, channel)) ahead = fetch(offset(location, channel));
+  begin();
+  while (location - own_location < length) {
+    const auto now = ahead;
+    const int here = location;
+    const int64_t at = offset(location, channel);
+    const bool used = exists(location, channel), last = channel - own_channel + channels >= all_channels;
+    channel = last ? own_channel : channel + channels;
+    location += last ? locations : 0;
+    if (exists(location, channel)) ahead = fetch(offset(location, channel));
+    if (used) use(now, at, here);
+    if (last) done(here);
   }
 }
 
-// N elements' part of the log-ratio and of the KL term, `offset` from the start of the tensors.
+// N elements of the latents.
 template <int N, typename V, typename X, typename T>
-__device__ __forceinline__ void add_elements(const PolicyLossArgs<V, X, T>& args, const SampleTerms<T>& terms,
-                                             int64_t offset, T* delta, T& kl) {
-  const Vector<V, N> v = load<V, N>(args.velocity + offset);
-  const Vector<X, N> x = load<X, N>(args.sample + offset), next = load<X, N>(args.prev_sample + offset);
-  Vector<T, N> old{};
-  if (args.old_mean) old = load<T, N>(args.old_mean + offset);
+struct Elements {
+  Vector<V, N> velocity;
+  Vector<X, N> sample, prev_sample;
+  Vector<T, N> old_mean;
+};
+
+// Their part of the log-ratio and of the KL term, `offset` from the start of the tensors.
+template <int N, typename V, typename X, typename T>
+__device__ __forceinline__ void add_elements(const PolicyLossArgs<V, X, T>& args, T a, T b,
+                                             const Elements<N, V, X, T>& elements, int64_t offset, T* delta, T& kl) {
   auto add = [&]<Form form>(std::integral_constant<Form, form>) {
 #pragma unroll
     for (int k = 0; k < N; k++)
-      delta[k] += term<form>(terms.a, T(x.element[k]), terms.b, T(v.element[k]), T(next.element[k]), old.element[k]);
+      delta[k] += term<form>(a, T(elements.sample.element[k]), b, T(elements.velocity.element[k]),
+                             T(elements.prev_sample.element[k]), elements.old_mean.element[k]);
   };
   if (args.form == Form::delta)
     add(std::integral_constant<Form, Form::delta>());
@@ -106,76 +132,95 @@ __device__ __forceinline__ void add_elements(const PolicyLossArgs<V, X, T>& args
     const Vector<V, N> reference = load<V, N>(args.reference_velocity + offset);
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const T difference = terms.b * (T(v.element[k]) - T(reference.element[k]));
+      const T difference = b * (T(elements.velocity.element[k]) - T(reference.element[k]));
       kl += difference * difference;
     }
   }
 }
 
 template <typename V, typename X, typename T, int N>
-__global__ void __launch_bounds__(TILE, RESIDENT<T, N>) policy_loss_sums_kernel(const __grid_constant__ PolicyLossArgs<V, X, T> args) {
+__global__ void __launch_bounds__(LOSS_THREADS, RESIDENT<T>) policy_loss_sums_kernel(const __grid_constant__ PolicyLossArgs<V, X, T> args) {
   struct Shared {
-    T delta[N][TILE];  // N partial sums over the channels
-    T sums[TILE_WARPS][SLOTS + 2];
+    T delta[LOSS_THREADS * N];  // of each group of threads and location: partial sums over the channels
+    T weight[TILE];
+    T sums[LOSS_WARPS][SLOTS + 2];
   };
   STAR_SHARED(Shared, shared);
-  const int64_t index = blockIdx.x / args.tiles, tile = blockIdx.x % args.tiles, first = tile * TILE;
-  const SampleTerms<T> terms = args.terms(index);
-  const int length = int(args.locations - first < TILE ? args.locations - first : TILE);
+  const unsigned tiles = unsigned(args.tiles);
+  const int64_t index = blockIdx.x / tiles, first = int64_t(blockIdx.x % tiles) * args.tile;
+  const int length = int(args.locations - first < args.tile ? args.locations - first : args.tile);
+  let_next_start();
 
-  T delta[N] = {}, kl = 0;
+  T delta[N] = {}, kl = 0, read = 0, a = 0, b = 0;
   for_each_vector<N>(
       args, index, first, length,
-      [&](int64_t offset, int) { add_elements<N>(args, terms, offset, delta, kl); },
+      [&](int64_t offset) {
+        Elements<N, V, X, T> elements{load<V, N>(args.velocity + offset), load<X, N>(args.sample + offset),
+                                      load<X, N>(args.prev_sample + offset), {}};
+        if (args.old_mean) elements.old_mean = load_once<T, N>(args.old_mean + offset);
+        return elements;
+      },
+      [&] {
+        if (threadIdx.x < length)
+          shared.weight[threadIdx.x] = args.weights ? args.weights[index * args.locations + first + threadIdx.x] : T(1);
+        read = args.read_field(index), a = field(read, A), b = field(read, B);
+      },
+      [&](const Elements<N, V, X, T>& elements, int64_t offset, int) {
+        add_elements(args, a, b, elements, offset, delta, kl);
+      },
       [&](int location) {
         if (!args.packed) {
-          const int group = threadIdx.x / (TILE / N);
+          const int group = threadIdx.x / (args.tile / N);
 #pragma unroll
-          for (int k = 0; k < N; k++) shared.delta[group][location + k] = delta[k];
+          for (int k = 0; k < N; k++) shared.delta[group * args.tile + location + k] = delta[k];
           return;
         }
         T sum = 0;
 #pragma unroll
         for (int k = 0; k < N; k++) sum += delta[k], delta[k] = 0;
         sum = warp_sum(sum, args.lanes);
-        if (threadIdx.x % args.lanes == 0 && location < length) shared.delta[0][location] = sum;
+        if (threadIdx.x % args.lanes == 0 && location < length) shared.delta[location] = sum;
       });
   __syncthreads();
 
   // From here on a thread has one location.
+  const int64_t own = index * args.locations + first + threadIdx.x;
+  const SampleTerms<T> terms = args.terms(read);
+  const T sample_advantage = field(read, ADVANTAGE), old_log_prob = field(read, OLD_LOG_PROB);
+  auto advantage = [&] { return used_advantage(args.advantage_map ? args.advantage_map[own] : sample_advantage, args.adv_clip, terms.step); };
   T slot[SLOTS] = {}, smallest = INFINITY, largest = -INFINITY;
   slot[KL] = kl;
-  const int location = threadIdx.x;
-  if (location < length) {
-    const int64_t at = index * args.locations + first + location;
+  if (threadIdx.x < length) {
+    const T weight = shared.weight[threadIdx.x];
     T log_ratio = 0;
-    for (int group = 0; group < (args.packed ? 1 : N); group++) log_ratio += shared.delta[group][location];
+    const int groups = args.packed ? 1 : LOSS_THREADS * N / args.tile;
+    for (int group = 0; group < groups; group++) log_ratio += shared.delta[group * args.tile + threadIdx.x];
     log_ratio *= terms.scale;
     if (args.form == Form::log_prob) {
       log_ratio -= terms.offset;
-      log_ratio -= args.old_log_prob_map ? args.old_log_prob_map[at] : args.old_log_prob.template at<T>(index);
+      log_ratio -= args.old_log_prob_map ? args.old_log_prob_map[own] : old_log_prob;
     }
     slot[NONFINITE] = std::isfinite(log_ratio) ? T(0) : T(1);
-    const T weight = args.weights ? args.weights[at] : T(1);
     if (args.ratio == Ratio::location) {
       const LimitedRatio<T> ratio = limited_ratio(log_ratio);
-      const T value = surrogate(ratio, args.advantage(terms, index, at), args.clip_low, args.clip_high).value;
+      const T value = surrogate(ratio, advantage(), args.clip_low, args.clip_high).value;
       add_location(slot, ratio, weight, value, args.clip_low, args.clip_high);
       smallest = largest = ratio.excess;
-      args.log_ratio[at] = log_ratio;
+      args.log_ratio[own] = log_ratio;
     } else if (args.ratio == Ratio::sample) {
       slot[DELTA] = weight * log_ratio, slot[MASS] = 1;
     } else {
-      const T advantage = args.advantage_map ? args.advantage(terms, index, at) : T(1);
-      const T mass = weight * std::abs(advantage);
-      slot[DELTA] = log_ratio, slot[MASS] = advantage >= 0 ? mass : T(0), slot[MASS_DOWN] = advantage >= 0 ? T(0) : mass;
+      const T force = args.advantage_map ? advantage() : T(1), mass = weight * std::abs(force);
+      slot[DELTA] = log_ratio, slot[MASS] = force >= 0 ? mass : T(0), slot[MASS_DOWN] = force >= 0 ? T(0) : mass;
     }
   }
 
   const int warp = threadIdx.x / WARP;
+  const bool per_location = args.ratio == Ratio::location;
 #pragma unroll
-  for (int k = 0; k < SLOTS; k++) slot[k] = warp_sum(slot[k]);
-  smallest = warp_min(smallest), largest = warp_max(largest);
+  for (int k = 0; k < SLOTS; k++)
+    if (k <= MASS_DOWN || per_location) slot[k] = warp_sum(slot[k]);
+  if (per_location) smallest = warp_min(smallest), largest = warp_max(largest);
   if (threadIdx.x % WARP == 0) {
 #pragma unroll
     for (int k = 0; k < SLOTS; k++) shared.sums[warp][k] = slot[k];
@@ -185,11 +230,11 @@ __global__ void __launch_bounds__(TILE, RESIDENT<T, N>) policy_loss_sums_kernel(
   LocationSums& out = args.sums[blockIdx.x];
   if (threadIdx.x < SLOTS) {
     double sum = 0;
-    for (int w = 0; w < TILE_WARPS; w++) sum += double(shared.sums[w][threadIdx.x]);
+    for (int w = 0; w < LOSS_WARPS; w++) sum += double(shared.sums[w][threadIdx.x]);
     out.slot[threadIdx.x] = sum;
   } else if (threadIdx.x == SLOTS) {
     T least = shared.sums[0][SLOTS], most = shared.sums[0][SLOTS + 1];
-    for (int w = 1; w < TILE_WARPS; w++)
+    for (int w = 1; w < LOSS_WARPS; w++)
       least = smaller(least, shared.sums[w][SLOTS]), most = larger(most, shared.sums[w][SLOTS + 1]);
     out.smallest = least, out.largest = most;
   }
@@ -197,7 +242,7 @@ __global__ void __launch_bounds__(TILE, RESIDENT<T, N>) policy_loss_sums_kernel(
 
 // One block: a warp adds up the tiles of a sample, a thread the samples.
 template <typename T>
-__global__ void __launch_bounds__(FINISH_WARPS* WARP) policy_loss_finish_kernel(const __grid_constant__ SampleArgs<T> args) {
+__global__ void __launch_bounds__(FINISH_WARPS* WARP, 1) policy_loss_finish_kernel(const __grid_constant__ SampleArgs<T> args) {
   struct Shared {
     BatchSums sample[FINISH_WARPS];
   };
@@ -206,18 +251,31 @@ __global__ void __launch_bounds__(FINISH_WARPS* WARP) policy_loss_finish_kernel(
   BatchSums all = no_sums();
   for (int64_t base = 0; base < args.batch; base += FINISH_WARPS) {
     const int64_t index = base + warp;
+    const T read = index < args.batch ? args.read_field(index) : T(0);
+    await_previous();
     if (index < args.batch) {
+      const T advantage = used_advantage(field(read, ADVANTAGE), args.adv_clip, args.terms(read).step);
+      const T kl_precision = field(read, KL_PRECISION);
       LocationSums sums = no_location_sums();
-      for (int64_t tile = lane; tile < args.tiles; tile += WARP) add(sums, args.sums[index * args.tiles + tile]);
-      for (int k = 0; k < SLOTS; k++) sums.slot[k] = warp_sum(sums.slot[k]);
-      sums.smallest = warp_min(sums.smallest), sums.largest = warp_max(sums.largest);
+      const bool per_location = args.ratio == Ratio::location;
+#pragma unroll 4
+      for (int64_t tile = lane; tile < args.tiles; tile += WARP) {
+        const LocationSums& one = args.sums[index * args.tiles + tile];
+#pragma unroll
+        for (int k = 0; k < SLOTS; k++)
+          if (k <= MASS_DOWN || per_location) sums.slot[k] += one.slot[k];
+        if (per_location)
+          sums.smallest = smaller(sums.smallest, one.smallest), sums.largest = larger(sums.largest, one.largest);
+      }
+#pragma unroll
+      for (int k = 0; k < SLOTS; k++)
+        if (k <= MASS_DOWN || per_location) sums.slot[k] = warp_sum(sums.slot[k]);
+      if (per_location) sums.smallest = warp_min(sums.smallest), sums.largest = warp_max(sums.largest);
       if (lane == 0) {
         const T log_ratio = T(sums.slot[DELTA] / double(args.locations));
         if (args.ratio != Ratio::location) args.log_ratio[index] = log_ratio;
-        const T up = args.advantage_map ? T(1) : args.advantage(args.terms(index), index, 0);
-        const T down = args.advantage_map ? T(-1) : T(0);
-        shared.sample[warp] =
-            sample_sums<T>(args, sums, log_ratio, up, down, args.kl_precision.template at<T>(index));
+        const T up = args.advantage_map ? T(1) : advantage, down = args.advantage_map ? T(-1) : T(0);
+        shared.sample[warp] = sample_sums<T>(args, sums, log_ratio, up, down, kl_precision);
       }
     }
     __syncthreads();
@@ -229,46 +287,68 @@ __global__ void __launch_bounds__(FINISH_WARPS* WARP) policy_loss_finish_kernel(
 }
 
 template <typename V, typename X, typename T, int N>
-__global__ void __launch_bounds__(TILE, RESIDENT<T, N>) policy_loss_gradient_kernel(const __grid_constant__ PolicyLossArgs<V, X, T> args) {
-  const int64_t index = blockIdx.x / args.tiles, first = blockIdx.x % args.tiles * TILE;
-  const int length = int(args.locations - first < TILE ? args.locations - first : TILE);
-  const SampleTerms<T> terms = args.terms(index);
-  const bool guard = args.form == Form::guard, per_location = args.ratio == Ratio::location;
-  const T grad_loss = *args.grad_loss, pull = args.reference_velocity ? terms.pull * grad_loss : T(0);
+__global__ void __launch_bounds__(LOSS_THREADS, RESIDENT<T>) policy_loss_gradient_kernel(const __grid_constant__ PolicyLossArgs<V, X, T> args) {
   struct Shared {
     T factor[TILE];  // of each location
   };
   STAR_SHARED(Shared, shared);
-  if (threadIdx.x < length) {
-    const int64_t at = index * args.locations + first + threadIdx.x;
-    const LimitedRatio<T> ratio = limited_ratio(args.log_ratio[per_location ? at : index]);
-    const T force = surrogate(ratio, args.advantage(terms, index, at), args.clip_low, args.clip_high).force;
-    shared.factor[threadIdx.x] = (args.weights ? args.weights[at] : T(1)) * (force * terms.share * grad_loss);
-  }
-  __syncthreads();
+  const unsigned tiles = unsigned(args.tiles);
+  const int64_t index = blockIdx.x / tiles, first = int64_t(blockIdx.x % tiles) * args.tile;
+  const int length = int(args.locations - first < args.tile ? args.locations - first : args.tile);
+  const bool guard = args.form == Form::guard;
+  T a = 0, b = 0, pull = 0;
+  struct Read {
+    Vector<X, N> prev_sample, sample;
+    Vector<V, N> velocity;
+  };
   for_each_vector<N>(
       args, index, first, length,
-      [&](int64_t offset, int location) {
-        const Vector<X, N> next = load<X, N>(args.prev_sample + offset);
-        Vector<V, N> v, out;
+      [&](int64_t offset) {
+        Read read{load<X, N>(args.prev_sample + offset), {}, {}};
+        if (!guard) read.sample = load<X, N>(args.sample + offset);
+        if (!guard || args.reference_velocity) read.velocity = load<V, N>(args.velocity + offset);
+        return read;
+      },
+      [&] {
+        const int64_t at = index * args.locations + first + threadIdx.x;
+        const bool inside = threadIdx.x < length;
+        T log_ratio = 0, weight = 1;
+        if (inside) log_ratio = args.log_ratio[args.ratio == Ratio::location ? at : index];
+        if (inside && args.weights) weight = args.weights[at];
+        const T grad_loss = *args.grad_loss;
+        const T own = args.read_field(index);
+        const SampleTerms<T> terms = args.terms(own);
+        T advantage = field(own, ADVANTAGE);
+        a = terms.a, b = terms.b;
+        if (args.reference_velocity) pull = terms.pull * grad_loss;
+        if (inside) {
+          if (args.advantage_map) advantage = args.advantage_map[at];
+          advantage = used_advantage(advantage, args.adv_clip, terms.step);
+          const T force = surrogate(limited_ratio(log_ratio), advantage, args.clip_low, args.clip_high).force;
+          shared.factor[threadIdx.x] = weight * (force * terms.share * grad_loss);
+        }
+        __syncthreads();
+      },
+      [&](const Read& read, int64_t offset, int location) {
+        Vector<V, N> out;
         Vector<T, N> from;  // where the direction comes from: the old mean, or the mean
-        if (!guard || pull != 0) v = load<V, N>(args.velocity + offset);
         if (guard) {
           from = load<T, N>(args.old_mean + offset);
         } else {
-          const Vector<X, N> x = load<X, N>(args.sample + offset);
 #pragma unroll
           for (int k = 0; k < N; k++)
-            from.element[k] = transition_mean(terms.a, T(x.element[k]), terms.b, T(v.element[k]));
+            from.element[k] = transition_mean(a, T(read.sample.element[k]), b, T(read.velocity.element[k]));
         }
         Vector<T, N> gradient;
 #pragma unroll
         for (int k = 0; k < N; k++)
-          gradient.element[k] = shared.factor[location + (args.packed ? 0 : k)] * (T(next.element[k]) - from.element[k]);
+          gradient.element[k] =
+              shared.factor[location + (args.packed ? 0 : k)] * (T(read.prev_sample.element[k]) - from.element[k]);
         if (pull != 0) {
           const Vector<V, N> reference = load<V, N>(args.reference_velocity + offset);
 #pragma unroll
-          for (int k = 0; k < N; k++) gradient.element[k] += pull * (T(v.element[k]) - T(reference.element[k]));
+          for (int k = 0; k < N; k++)
+            gradient.element[k] += pull * (T(read.velocity.element[k]) - T(reference.element[k]));
         }
 #pragma unroll
         for (int k = 0; k < N; k++) out.element[k] = V(gradient.element[k]);

@@ -138,6 +138,8 @@ class Sampling:
     """Prompts whose embeddings stay on the CPU from iteration to iteration; each is then encoded alone. 0: none."""
     rollout_device: Literal["model", "cpu"] = "model"
     """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
+    noise_device: Literal["model", "cpu"] = "cpu"
+    """Where noise is drawn. cpu: a seed gives the same images on every kind of device; model: in less time on a GPU."""
     merge_adapter: bool = False
     """Run steps that are not trained with the adapter merged into a copy of its weights: faster, the same to rounding.
     Needs model.frozen_dtype float32: in half precision an update is smaller than the weights resolve."""

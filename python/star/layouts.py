@@ -97,7 +97,8 @@ def _grid_of_ids(ids: Tensor) -> tuple[int, int] | None:
     rows, columns = (int(size) + 1 for size in locations.amax(0))
     if rows * columns != len(first) or not torch.equal(first, first.round()):
         return None
-    expected = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+    cpu = torch.device("cpu")  # whatever the default device is
+    expected = torch.cartesian_prod(torch.arange(rows, device=cpu), torch.arange(columns, device=cpu)).view(-1, 2)
     return (rows, columns) if torch.equal(locations, expected.float()) else None
 
 

@@ -189,6 +189,7 @@ class Trainer:
             layers=sampling.layers,
             normalize=sampling.normalize,
             stored_on_cpu=sampling.rollout_device == "cpu",
+            noise_on_cpu=sampling.noise_device == "cpu",
         )
         steps = make_steps(self.pipeline.scheduler, sampling.steps, stochastic, sampling.sampler, sampling.noise_level)
         conditions = self.encode(prompts, sampling.guidance_scale, concepts)

@@ -7,6 +7,7 @@ workspace that never leaves the cache, and a barrier makes it visible to every t
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -152,6 +153,12 @@ def allocate_kernel(
                 tl.store(weights + corner + a * columns * patch + b, weight, mask=i < tokens)
 
 
+@cache
+def block_of(tokens: int) -> int:
+    """Tokens that a program has in registers at once."""
+    return min(MOST_TOKENS, max(TOKENS_OF_WARP, triton.next_power_of_2(tokens)))
+
+
 def launch(
     maps: Tensor,
     rows: int,
@@ -171,7 +178,7 @@ def launch(
     if batch == 0:
         return weights
     workspace = maps.new_empty((batch, concepts + 2 * tokens), dtype=kind)
-    block = min(MOST_TOKENS, max(TOKENS_OF_WARP, triton.next_power_of_2(tokens)))
+    block = block_of(tokens)
     with torch.cuda.device_of(maps):
         allocate_kernel[(batch,)](
             maps,

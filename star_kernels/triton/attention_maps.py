@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels.checks import check_reach
+from star_kernels.triton.device import architecture, processors, starts_early
 
 LOG2_E = 1.4426950408889634
 CHUNKS = 8  # of heads, at most: what a row can be cut into
@@ -79,7 +80,10 @@ def maps_kernel(
     BLOCK_G: tl.constexpr,  # the most concepts, with ALONE
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,  # sum_kernel may start, and waits by itself
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     ALL_CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
     row = tl.program_id(1).to(tl.int64)  # offsets of a large batch do not fit 32 bits
     groups = tl.cdiv(ALL_CHUNKS, chunks)
@@ -138,8 +142,13 @@ def maps_kernel(
 
 
 @triton.jit
-def sum_kernel(partial, maps, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """maps (elements,) float32: the sum of partial (PARTS, elements) in the order of the parts."""
+def sum_kernel(partial, maps, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """maps (elements,) float32: the sum of partial (PARTS, elements) in the order of the parts.
+
+    EARLY: maps_kernel may still run.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.load(partial + at, mask=inside)
@@ -279,19 +288,57 @@ def tiling(
     return Tiling(tiles, batch, column_blocks, chunk, chunks, owned, alone)
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Of a GPU; the interpreter is one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+class Launches(NamedTuple):
+    """Grids and constants of the launches, which calls with the same shapes share: to make them takes the host longer
+    than a small call's kernels take."""
+
+    cut: Tiling
+    lse_grid: tuple[int, int, int]
+    maps_grid: tuple[int, int, int]
+    sum_grid: tuple[int]
+    lse: dict[str, Any]
+    maps: dict[str, Any]
+    sum: dict[str, Any]
 
 
 @cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    gpu = torch.cuda.get_device_properties(device)
-    return gpu.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
+def launches(
+    query: tuple[int, int, int, int],
+    key_heads: int,
+    concepts: int,
+    slots: int,
+    size: int,
+    target: str,
+    count: int,
+    blocks: Blocks | None,
+    groups: int,
+) -> Launches:
+    """query: its shape. size: bytes of an element. target, count: the GPU's architecture and number of processors.
+    blocks, groups: as of `launch`."""
+    batch, heads, queries, width = query
+    blocks = blocks or blocks_of(target, size)
+    cut = tiling(batch, heads, queries, concepts, slots, count, blocks.queries, groups)
+    early, precision = not cut.alone and starts_early(target), dot_precision(size)
+    shared = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
+    shared |= {"SHARED": heads // key_heads, "PRECISION": precision}
+    shared |= {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    maps = {"LOG2": LOG2_E, "HEADS": heads, "CHUNK": cut.chunk, "ALONE": cut.alone, "EARLY": early}
+    maps |= {"BLOCK_C": block_columns(concepts * slots), "BLOCK_G": MOST_CONCEPTS}
+    added = {"PARTS": cut.parts, "BLOCK": BLOCK_SUM, "EARLY": early, "num_warps": 1}
+    return Launches(
+        cut,
+        (cut.tiles, batch, heads),
+        cut.grid,
+        (triton.cdiv(batch * concepts * queries, BLOCK_SUM),),
+        shared | {"LN2": 1 / LOG2_E, "BLOCK_S": BLOCK_S},
+        shared | maps,
+        added | ({"launch_pdl": True} if early else {}),
+    )
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of the type."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def launch(
@@ -309,76 +356,55 @@ def launch(
 ) -> Tensor:
     """The operator star::attention_maps_triton; see api.attention_maps. blocks, groups: default those of `blocks_of`
     and `tiling`."""
-    dtype = torch.promote_types(query.dtype, key.dtype)
-    query, key = query.to(dtype), key.to(dtype)
-    check_reach("query", query.shape, query.stride())
-    check_reach("key", key.shape, key.stride())
-    batch, heads, queries, width = query.shape
-    keys, device, size = key.shape[2], query.device, query.element_size()
-    concepts, slots = concept_index.shape[1:]
+    if query.dtype != key.dtype:
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(dtype), key.to(dtype)
+    query_strides, key_strides = query.stride(), key.stride()
+    check_reach("query", query.shape, query_strides)
+    check_reach("key", key.shape, key_strides)
+    batch, heads, queries, _ = query.shape
+    _, key_heads, keys, _ = key.shape
+    _, concepts, slots = concept_index.shape
     columns = concepts * slots
     maps = query.new_empty((batch, concepts, queries), dtype=torch.float32) if out is None else out
     if batch * concepts * queries * columns * heads == 0:
         return maps.zero_()
-    index = concept_index.reshape(batch, columns).contiguous()
-    if concept_weight is not None:
-        concept_weight = concept_weight.to(torch.float32).reshape(batch, columns).contiguous()
-    if head_weight is not None:
-        head_weight = head_weight.to(torch.float32).contiguous()
+    index = concept_index.contiguous()
+    weight = None if concept_weight is None else dense(concept_weight, torch.float32)
+    head_weight = None if head_weight is None else dense(head_weight, torch.float32)
     bias = None if key_bias is None else (key_bias.to(torch.float32) * LOG2_E).contiguous()
-    blocks = blocks or blocks_of(architecture(device), size)
-    cut = tiling(batch, heads, queries, concepts, slots, processors(device), blocks.queries, groups)
-    precision = dot_precision(size)
-    shared: dict[str, Any] = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
-    shared["SHARED"] = heads // key.shape[1]
-    shared |= {"PRECISION": precision, "num_warps": blocks.warps, "num_stages": blocks.stages}
+    target, count = architecture(query.device), processors(query.device)
+    shape, size = tuple(query.shape), query.element_size()
+    fixed = launches(shape, key_heads, concepts, slots, size, target, count, blocks, groups)
 
     with torch.cuda.device_of(query):
         if lse is None:
             lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-            lse_kernel[(cut.tiles, batch, heads)](
-                query,
-                key,
-                lse,
-                bias,
-                *query.stride(),
-                *key.stride(),
-                queries,
-                keys,
-                scale * LOG2_E,
-                **shared,
-                LN2=1 / LOG2_E,
-                BLOCK_S=BLOCK_S,
+            lse_kernel[fixed.lse_grid](
+                query, key, lse, bias, *query_strides, *key_strides, queries, keys, scale * LOG2_E, **fixed.lse
             )
-        partial = maps if cut.alone else maps.new_empty((cut.parts, *maps.shape))
-        maps_kernel[cut.grid](
+        partial = maps if fixed.cut.alone else maps.new_empty((fixed.cut.parts, *maps.shape))
+        maps_kernel[fixed.maps_grid](
             query,
             key,
             index,
-            concept_weight,
+            weight,
             lse,
             head_weight,
             bias,
             partial,
-            *query.stride(),
-            *key.stride(),
+            *query_strides,
+            *key_strides,
             *lse.stride(),
             queries,
             keys,
             columns,
             concepts,
             slots,
-            cut.owned,
+            fixed.cut.owned,
             scale * LOG2_E,
-            **shared,
-            LOG2=LOG2_E,
-            HEADS=heads,
-            CHUNK=cut.chunk,
-            ALONE=cut.alone,
-            BLOCK_C=block_columns(columns),
-            BLOCK_G=MOST_CONCEPTS,
+            **fixed.maps,
         )
-        if not cut.alone:
-            sums = (triton.cdiv(maps.numel(), BLOCK_SUM),)
-            sum_kernel[sums](partial, maps, maps.numel(), PARTS=cut.parts, BLOCK=BLOCK_SUM, num_warps=1)
+        if not fixed.cut.alone:
+            sum_kernel[fixed.sum_grid](partial, maps, batch * concepts * queries, **fixed.sum)
     return maps

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels.triton.policy_loss import cut, dense, is_finite, sum_of_tiles
+from star_kernels.triton.policy_loss import cut, dense, is_finite
 
 WARPS = 8  # of each kernel: half as many would take more than 128 registers for the sums
 BLOCK_B, BLOCK_T = 16, 64  # samples and tiles that are added up at once
@@ -124,6 +124,17 @@ def sums_kernel(
     if reference_velocity is not None:
         tl.store(out + KL * tiles, tl.sum(gap.to(tl.float64)))
     tl.store(out + NONFINITE * tiles, tl.sum(tl.where(here & nonfinite, 1.0, 0.0).to(tl.float64)))
+
+
+@triton.jit
+def sum_of_tiles(sums, row, here, tiles, WHICH: tl.constexpr, SUMS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(BLOCK_B,) sums over a sample's tiles."""
+    total = tl.zeros(row.shape, tl.float64)
+    for start in range(0, tiles, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        one = sums + (row[:, None] * SUMS + WHICH) * tiles + t[None, :]
+        total += tl.sum(tl.load(one, mask=here[:, None] & (t < tiles)[None, :], other=0.0), 1)
+    return total
 
 
 @triton.jit(do_not_specialize=["batch", "tiles", "channels", "locations"])

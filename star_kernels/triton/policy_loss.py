@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels.checks import check_reach
+from star_kernels.triton.device import architecture, starts_early
 from star_kernels.triton.gaussian_step import transition_mean
 
 LOG_RATIO_LIMIT = tl.constexpr(30.0)
@@ -123,7 +124,10 @@ def ratios_kernel(
     SUMS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EARLY: tl.constexpr,  # statistics_kernel may start, and waits by itself
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     kind: tl.constexpr = log_ratios.dtype.element_ty
     clip_low, clip_high = tl.full((), clip_low, kind), tl.full((), clip_high, kind)
     adv_clip, per_channel = tl.full((), adv_clip, kind), tl.full((), per_channel, kind)
@@ -213,17 +217,6 @@ def ratios_kernel(
         tl.store(out + DOWN * tiles, tl.sum(tl.where(up, 0.0, mass).to(tl.float64)))
 
 
-@triton.jit
-def sum_of_tiles(sums, row, here, tiles, WHICH: tl.constexpr, SUMS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(BLOCK_B,) sums over a sample's tiles."""
-    total = tl.zeros(row.shape, tl.float64)
-    for start in range(0, tiles, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        one = sums + (row[:, None] * SUMS + WHICH) * tiles + t[None, :]
-        total += tl.sum(tl.load(one, mask=here[:, None] & (t < tiles)[None, :], other=0.0), 1)
-    return total
-
-
 @triton.jit(do_not_specialize=["batch", "tiles", "channels", "locations"])
 def statistics_kernel(
     sums,  # (B, SUMS, tiles) float64
@@ -244,7 +237,10 @@ def statistics_kernel(
     SUMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EARLY: tl.constexpr,  # ratios_kernel may still run
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     kind: tl.constexpr = loss.dtype.element_ty
     clip_low, clip_high = tl.full((), clip_low, kind), tl.full((), clip_high, kind)
     zero = tl.zeros((), tl.float64)
@@ -253,31 +249,43 @@ def statistics_kernel(
     for start in range(0, batch, BLOCK_B):
         row = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         here = row < batch
-        nonfinite += tl.sum(sum_of_tiles(sums, row, here, tiles, NONFINITE, SUMS, BLOCK_T))
-        if KL_TERM:
-            gap = sum_of_tiles(sums, row, here, tiles, KL, SUMS, BLOCK_T)
-            kl += tl.sum(gap * tl.load(kl_precision + row * fields, mask=here, other=0.0).to(kind).to(tl.float64))
-        if RATIO == "location":
-            loss_sum += tl.sum(sum_of_tiles(sums, row, here, tiles, LOSS, SUMS, BLOCK_T))
-            square += tl.sum(sum_of_tiles(sums, row, here, tiles, SQUARE, SUMS, BLOCK_T))
-            low += tl.sum(sum_of_tiles(sums, row, here, tiles, LOW, SUMS, BLOCK_T))
-            high += tl.sum(sum_of_tiles(sums, row, here, tiles, HIGH, SUMS, BLOCK_T))
-            excess_sum += tl.sum(sum_of_tiles(sums, row, here, tiles, EXCESS, SUMS, BLOCK_T))
-            for begin in range(0, tiles, BLOCK_T):
-                t = begin + tl.arange(0, BLOCK_T)
-                inside = here[:, None] & (t < tiles)[None, :]
-                one = sums + row[:, None] * SUMS * tiles + t[None, :]
+        # All of a turn's loads wait for memory together, and the sums over its tiles come at the end.
+        none = tl.zeros((BLOCK_B, BLOCK_T), tl.float64)
+        nonfinite_tiles, gap_tiles = none, none
+        loss_tiles, square_tiles, low_tiles, high_tiles, excess_tiles = none, none, none, none, none
+        for begin in range(0, tiles, BLOCK_T):
+            t = begin + tl.arange(0, BLOCK_T)
+            inside = here[:, None] & (t < tiles)[None, :]
+            one = sums + row[:, None] * SUMS * tiles + t[None, :]
+            nonfinite_tiles += tl.load(one + NONFINITE * tiles, mask=inside, other=0.0)
+            if KL_TERM:
+                gap_tiles += tl.load(one + KL * tiles, mask=inside, other=0.0)
+            loss_tiles += tl.load(one + LOSS * tiles, mask=inside, other=0.0)
+            square_tiles += tl.load(one + SQUARE * tiles, mask=inside, other=0.0)
+            low_tiles += tl.load(one + LOW * tiles, mask=inside, other=0.0)
+            if RATIO == "location":
+                high_tiles += tl.load(one + HIGH * tiles, mask=inside, other=0.0)
+                excess_tiles += tl.load(one + EXCESS * tiles, mask=inside, other=0.0)
                 least = tl.minimum(least, tl.min(tl.load(one + LEAST * tiles, mask=inside, other=float("inf"))))
                 most = tl.maximum(most, tl.max(tl.load(one + MOST * tiles, mask=inside, other=float("-inf"))))
-        else:
-            log_ratio = (sum_of_tiles(sums, row, here, tiles, DELTA, SUMS, BLOCK_T) / locations).to(kind)
+        nonfinite += tl.sum(nonfinite_tiles)
+        if KL_TERM:
+            scale = tl.load(kl_precision + row * fields, mask=here, other=0.0).to(kind).to(tl.float64)
+            kl += tl.sum(tl.sum(gap_tiles, 1) * scale)
+        if RATIO == "location":
+            loss_sum += tl.sum(loss_tiles)
+            square += tl.sum(square_tiles)
+            low += tl.sum(low_tiles)
+            high += tl.sum(high_tiles)
+            excess_sum += tl.sum(excess_tiles)
+        else:  # these slots are DELTA, UP and DOWN
+            log_ratio = (tl.sum(loss_tiles, 1) / locations).to(kind)
             tl.store(log_ratios + row, log_ratio, mask=here)
             limited, excess = limited_ratio(log_ratio)
             one = tl.full((BLOCK_B,), 1.0, kind)
             value_up, _ = surrogate(log_ratio, excess, one, clip_low, clip_high)
             value_down, _ = surrogate(log_ratio, excess, -one, clip_low, clip_high)
-            up = sum_of_tiles(sums, row, here, tiles, UP, SUMS, BLOCK_T)
-            down = sum_of_tiles(sums, row, here, tiles, DOWN, SUMS, BLOCK_T)
+            up, down = tl.sum(square_tiles, 1), tl.sum(low_tiles, 1)
             value = up * value_up.to(tl.float64) + down * value_down.to(tl.float64)
             loss_sum += tl.sum(tl.where(here, value, 0.0))
             square += tl.sum(tl.where(here, limited * limited, 0.0).to(tl.float64))
@@ -398,7 +406,7 @@ class Cut(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.locations, self.block_p), self.batch
+        return -(-self.locations // self.block_p), self.batch  # triton.cdiv takes the host ten times as long
 
 
 @cache
@@ -456,7 +464,8 @@ def launch(
     units = (batch, one.locations) if ratio == "location" else (batch,)
     log_ratios = velocity.new_empty(units, dtype=kind)
     sums = velocity.new_empty((batch, SUMS, tiles), dtype=torch.float64)
-    options = {"RATIO": ratio, "SUMS": SUMS, "enable_fp_fusion": False}
+    early = starts_early(architecture(velocity.device))
+    options = {"RATIO": ratio, "SUMS": SUMS, "EARLY": early, "enable_fp_fusion": False}
     with torch.cuda.device_of(velocity):
         ratios_kernel[one.grid](
             *dense(velocity, sample, prev_sample, old_mean, reference_velocity),
@@ -495,6 +504,7 @@ def launch(
             clip_high,
             kl_coef,
             **options,
+            **({"launch_pdl": True} if early else {}),
             num_warps=STATISTICS_WARPS,
             KL_TERM=reference_velocity is not None,
             BLOCK_B=BLOCK_B,

@@ -26,10 +26,15 @@
 #define __grid_constant__
 #define STAR_LAUNCH(kernel, blocks, threads, stream, ...) \
   cuda_on_host::launch(#kernel, blocks, threads, [&] { kernel(__VA_ARGS__); })
+#define STAR_LAUNCH_EARLY STAR_LAUNCH
 #define STAR_SHARED(T, name) T& name = cuda_on_host::shared<T>()
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 
 namespace cuda_on_host {
@@ -228,7 +233,17 @@ struct Ordered<order, function> {
 
 inline void __syncthreads() { cuda_on_host::barrier(); }
 
-inline void __stwb(uint4* to, uint4 value) { *to = value; }
+template <typename T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
+inline uint4 __ldcs(const uint4* from) { return *from; }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return cuda_on_host::exchange(value, from);
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int offset) {

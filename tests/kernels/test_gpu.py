@@ -144,7 +144,8 @@ def on_the_gpu(build, make, dtype=torch.bfloat16, batch=2) -> tuple[torch.nn.Mod
     """A small model and its inputs, as they are made on the CPU."""
     with torch.device("cpu"):
         model, inputs = build(), make(batch)
-    inputs = {name: x.cuda().to(dtype) if x.ndim > 2 else x.cuda() for name, x in inputs.items()}
+    states = lambda name, x: x.ndim > 1 and not name.endswith("ids")
+    inputs = {name: x.cuda().to(dtype) if states(name, x) else x.cuda() for name, x in inputs.items()}
     return model.to(dtype).cuda(), inputs
 
 

@@ -236,6 +236,18 @@ def test_value_gradient_and_statistics(impl, layout, size, ratio, old, advantage
 
 
 @each_implementation
+@pytest.mark.parametrize("shape", [(2, 3, 200, 180), (3, 1500, 24)], ids=["planar", "packed"])
+def test_many_locations(impl, shape):
+    arguments = make(shape, drift=0.1)
+    expected, expected_gradient, _, statistics = oracle(arguments, "token", 1.0, 1.0, 5.0, False, 0.0)
+    loss, got, gradient = run(arguments, clip_range=1.0, impl=impl)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.approx_kl.double(), statistics["approx_kl"], rtol=1e-4, atol=0)
+    size = expected_gradient.abs().max().item()
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5 * size)
+
+
+@each_implementation
 @pytest.mark.parametrize("ratio", ["token", "location", "sample"])
 @pytest.mark.parametrize("old", ["mean", "guard", "log_prob"])
 @pytest.mark.parametrize("shape", [(2, 3, 2, 3), (2, 5, 3)], ids=["planar", "packed"])

@@ -13,7 +13,7 @@ from builders import TEXT
 from models import CASES, Case, seeded, small_hunyuan_image, small_hunyuan_image_2, small_wan
 from star.capture import allocated, capture, record
 from star.concepts import ConceptTokens
-from star.layouts import LAYOUTS, REFUSED, Layout, Pass, layout_of
+from star.layouts import LAYOUTS, REFUSED, Layout, Pass, _grid_of_ids, layout_of
 from star_kernels import allocate
 from versions import module_or_skip
 
@@ -349,6 +349,12 @@ def test_what_is_refused_is_told_why():
         model = object.__new__(getattr(diffusers, name))
         with pytest.raises(TypeError, match=f"transformer: maps of {name} are not made: .*; a row of your own in star"):
             layout_of(model)
+
+
+def test_position_ids_are_read_whatever_the_default_device_is():
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0))
+    with torch.device("meta"):
+        assert _grid_of_ids(ids) == (2, 3)
 
 
 def test_what_a_pass_may_not_have_is_refused():

@@ -101,7 +101,7 @@ def test_traffic_of_what_runs_over_the_latents():
     sums, finish, gradient = model.policy_loss(2, 16, 64, weighted=True)
     for name, tensor in {"velocity": velocity, "sample": sample, "prev_sample": results[0]}.items():
         assert sums.bytes[name] == gradient.bytes[name] == tensor.nbytes
-    assert sums.bytes["sums"] == finish.bytes["sums"] == 2 * ceil(64 / model.constant("policy_loss.cuh", "TILE")) * 72
+    assert sums.bytes["sums"] == finish.bytes["sums"] == 2 * ceil(64 / model.loss_tile(2, 16, 64, packed=False)) * 72
     assert sums.bytes["old_mean"] == results[1].nbytes and gradient.bytes["gradient"] == velocity.nbytes
     weights = sk.allocate(torch.rand(2, 3, 16), (4, 4))
     assert model.allocate(2, 3, 16, 2)[0].bytes["weights"] == weights.nbytes

@@ -55,7 +55,7 @@ def test_the_gpu_page_names_what_was_compiled():
     build = dict(kernel="maps_kernel", about="bf16", target="sm_90", warps=4, registers=48, stack=0, local=0,
                  shared=30720, matrix=12, vectors=25, occupancy=0.44)  # fmt: skip
     kernel = dict(kernel="allocate_kernel<float>", architecture="sm_90", registers=48, stack=0, spills=0, shared=1120,
-                  loads_16=0, stores_16=0, occupancy=0.62)  # fmt: skip
+                  vector_loads=0, vector_stores=0, occupancy=0.62)  # fmt: skip
     texts = {
         "Triton kernels": gpu_page.triton_table([build], "3.7.1"),
         "CUDA kernels": gpu_page.cuda_table([kernel], lambda kernel: False),

@@ -60,6 +60,20 @@ def test_shapes_and_seeds(pipeline):
     assert images.shape == (6, 3, 36, 36) and images.min() >= 0 and images.max() <= 1
 
 
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_noise_drawn_on_the_device(pipeline, shared_noise):
+    options = dict(shared_noise=shared_noise, noise_on_cpu=False, steps=6, trained=(1, 2, 3, 4))
+    whole, again, other = (rollout(pipeline, seed=seed, **options) for seed in (3, 3, 4))
+    assert torch.equal(whole.latents, again.latents) and not torch.equal(whole.latents, other.latents)
+    assert not torch.equal(whole.latents, rollout(pipeline, seed=3, **options | {"noise_on_cpu": True}).latents)
+    rows = torch.tensor([1, 4])  # as one process of several makes them
+    part = rollout(pipeline, seed=3, rows=rows, **options)
+    torch.testing.assert_close(part.latents, whole.latents[rows], rtol=1e-3, atol=1e-3)
+    s = whole.steps.transitions.rows(torch.tensor(whole.steps.trained)).s.view(-1, 1, 1, 1, 1)
+    noise = (whole.prev_samples - whole.old_means) / s  # some thousand of them
+    assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.06
+
+
 def test_a_group_shares_its_latents_until_the_first_trained_step(pipeline):
     shared = rollout(pipeline)
     assert torch.equal(shared.samples[0, :3], shared.samples[0, 3:])

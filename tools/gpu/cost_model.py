@@ -145,7 +145,7 @@ def read_maps(layers: int, batch: int, concepts: int, tokens: int) -> list[Launc
 def constant(file: str, name: str) -> int:
     """A number of csrc/cuda."""
     text = (Path(__file__).parents[2] / "csrc" / "cuda" / file).read_text()
-    return int(re.search(rf"constexpr int {name} = (\d+)", text)[1])
+    return int(re.search(rf"constexpr int(?:64_t)? [^;]*\b{name} = (\d+)", text)[1])
 
 
 WARP = constant("device.cuh", "WARP")
@@ -177,16 +177,36 @@ def gaussian_step(batch: int, elements: int, sizes: tuple[int, int, int] = (4, 4
     return [Launch("gaussian_step_kernel", batch * tiles, traffic)]
 
 
-def policy_loss(batch: int, channels: int, places: int, weighted: bool, size: int = 4, latent: int = 4) -> list[Launch]:
+def loss_tile(batch: int, channels: int, places: int, packed: bool) -> int:
+    """Locations of a block of policy_loss, as its launcher chooses them. float32 arithmetic."""
+    tile, lanes = constant("policy_loss.cuh", "TILE"), min(WARP, 1 << ceil(channels / 4 - 1).bit_length())
+    if packed:
+        least, most = (
+            constant("policy_loss.cuh", "LOSS_THREADS") // lanes,
+            constant("policy_loss.cu", "PACKED_ELEMENTS"),
+        )
+        while tile > least and tile * channels > most:
+            tile //= 2
+    else:
+        few = constant("policy_loss.cu", "FEW_BLOCKS")
+        while tile > constant("policy_loss.cuh", "SHORT_TILE") and batch * places < few * tile:
+            tile //= 2
+    return tile
+
+
+def policy_loss(
+    batch: int, channels: int, places: int, weighted: bool, size: int = 4, latent: int = 4, packed: bool = False
+) -> list[Launch]:
     """Forward and backward. size, latent: of an element of the velocity, of the latents."""
     every, spots = batch * channels * places, 4 * batch * places
-    tiles = ceil(places / constant("policy_loss.cuh", "TILE"))
+    tile = loss_tile(batch, channels, places, packed)
+    tiles = ceil(places / tile)
     sums = batch * tiles * (7 + 2) * 8  # LocationSums
     latents = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every}
     weights = {"weights": spots} if weighted else {}
-    rounds = ceil(batch / constant("policy_loss.cuh", "FINISH_WARPS")) * ceil(tiles / WARP)
-    # A thread reads its channels two at a time; what belongs to the sample comes before and does not overlap.
-    trips = 2 + ceil(channels / (16 // latent) / 2)
+    rounds = ceil(batch / constant("policy_loss.cuh", "FINISH_WARPS")) * ceil(tiles / WARP / 4)
+    # A thread reads its vectors of four one after the other, the first together with what belongs to the sample.
+    trips = 1 + ceil(channels * tile / 4 / constant("policy_loss.cuh", "LOSS_THREADS"))
     return [
         Launch(
             "policy_loss_sums_kernel",
@@ -194,7 +214,7 @@ def policy_loss(batch: int, channels: int, places: int, weighted: bool, size: in
             latents | {"old_mean": 4 * every, "sums": sums} | weights,
             trips=trips,
         ),
-        Launch("policy_loss_finish_kernel", 1, {"sums": sums}, trips=2 + rounds),
+        Launch("policy_loss_finish_kernel", 1, {"sums": sums}, trips=1 + rounds),
         Launch(
             "policy_loss_gradient_kernel", batch * tiles, latents | {"gradient": size * every} | weights, trips=trips
         ),
@@ -393,7 +413,8 @@ def predict_iteration(model: Model, device: Device, images: int) -> Prediction:
     captured = capture(images, model.heads, model.image, model.text, model.width, CONCEPTS, SLOTS, device.processors)
     maps = model.joint * total(captured, device) + total(read_maps(model.joint, images, CONCEPTS, model.image), device)
     weights = total(allocate(images, CONCEPTS, model.image, model.patch), device)
-    loss = total(policy_loss(images, model.channels, model.locations, weighted=True), device) - plain_loss
+    launches = policy_loss(images, model.channels, model.locations, weighted=True, packed=model.patch == 1)
+    loss = total(launches, device) - plain_loss
     step = total(gaussian_step(images, elements), device) - plain_step
     return Prediction(best, eager, STEPS * step + TRAINED * (maps + weights + loss))
 

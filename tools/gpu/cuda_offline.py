@@ -45,7 +45,7 @@ def warps(kernel: str) -> int:
     if "finish" in kernel:
         return constant("policy_loss.cuh", "FINISH_WARPS")
     threads = {
-        "policy_loss": constant("policy_loss.cuh", "TILE"),
+        "policy_loss": constant("policy_loss.cuh", "LOSS_THREADS"),
         "gaussian_step": constant("gaussian_step.cuh", "THREADS"),
         "allocate": constant("allocate.cuh", "ALLOCATE_THREADS"),
     }
@@ -53,7 +53,7 @@ def warps(kernel: str) -> int:
 
 
 def kernels(library: Path) -> list[dict]:
-    """Of each kernel and architecture: registers, bytes of stack, local and shared memory, global accesses by width."""
+    """Of each kernel and architecture: registers, stack, local and shared memory in bytes, accesses in vectors."""
     found: dict[tuple[str, str], dict] = {}
     architecture = ""
     for line in read("--dump-resource-usage", library=library).splitlines():
@@ -79,16 +79,16 @@ def kernels(library: Path) -> list[dict]:
         kernel["kernel"] = names[name]
         kernel["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", text))
         kernel["atomics"] = len(re.findall(r"\b(?:ATOM\w*|RED)\b", text))
-        kernel["loads_16"] = sum(kind == "LDG" and ".128" in how for kind, how in accesses)
-        kernel["stores_16"] = sum(kind == "STG" and ".128" in how for kind, how in accesses)
+        for name, wanted in (("vector_loads", "LDG"), ("vector_stores", "STG")):
+            kernel[name] = sum(kind == wanted and re.search(r"\.(64|128)", how) is not None for kind, how in accesses)
         kernel["accesses_2"] = sum(".U16" in how or ".U8" in how for _, how in accesses)
         kernel["occupancy"] = occupancy(architecture, kernel["registers"], kernel["shared"], warps(kernel["kernel"]))
     return list(found.values())
 
 
 def is_wide(kernel: dict) -> bool:
-    """Whether it is the form for latents that can be read 16 bytes at a time."""
-    return re.search(r", (2|4|8)>", kernel["kernel"]) is not None
+    """Whether it is the form for latents that can be read in vectors, of 16 bytes in the type of the arithmetic."""
+    return re.search(r", (2|4)>", kernel["kernel"]) is not None
 
 
 def problems(kernel: dict) -> list[str]:
@@ -103,9 +103,9 @@ def problems(kernel: dict) -> list[str]:
         found.append("needs more shared memory than a block has")
     if not kernel["occupancy"]:
         found.append("does not fit a processor")
-    # Every tensor of latents is read and written 16 bytes at a time; only what there is one of per sample is not.
-    if is_wide(kernel) and (kernel["accesses_2"] or kernel["loads_16"] < 4):
+    # Every tensor of latents is read and written in vectors; only what there is one of per sample or location is not.
+    if is_wide(kernel) and (kernel["accesses_2"] or kernel["vector_loads"] < 3):
         found.append("reads latents in small accesses")
-    if is_wide(kernel) and "sums" not in kernel["kernel"] and kernel["stores_16"] < 1:
+    if is_wide(kernel) and "sums" not in kernel["kernel"] and kernel["vector_stores"] < 1:
         found.append("writes latents in small accesses")
     return found

@@ -138,7 +138,7 @@ def operators(shape, images: int, device) -> list[tuple[str, Callable[[], object
         (
             "policy_loss",
             lambda: gradient(one, loss(*arguments)[2], *arguments),
-            model.policy_loss(images, shape.channels, shape.locations, weighted=True),
+            model.policy_loss(images, shape.channels, shape.locations, weighted=True, packed=shape.patch == 1),
         ),
     ]
 

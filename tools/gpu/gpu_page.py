@@ -31,13 +31,13 @@ def triton_table(builds: list[dict], version: str) -> str:
 
 def cuda_table(compiled: list[dict], is_wide: Callable[[dict], bool]) -> str:
     """Markdown: of cuda_offline.kernels() those with 16-byte accesses, and allocate."""
-    numbers = ("registers", "stack", "spills", "shared", "loads_16", "stores_16")
+    numbers = ("registers", "stack", "spills", "shared", "vector_loads", "vector_stores")
     chosen = [k for k in compiled if is_wide(k) or "allocate" in k["kernel"]]
     chosen.sort(key=lambda k: (k["kernel"], int(k["architecture"][3:])))
     cells = [(f"`{k['kernel']}`", k["architecture"], *(k[n] for n in numbers), f"{k['occupancy']:.0%}") for k in chosen]
     titles = "kernel | target | registers | stack | spills | shared | vector loads | vector stores | occupancy"
     threads = {
-        "policy_loss": model.constant("policy_loss.cuh", "TILE"),
+        "policy_loss": model.constant("policy_loss.cuh", "LOSS_THREADS"),
         "gaussian_step": model.constant("gaussian_step.cuh", "THREADS"),
         "allocate": model.constant("allocate.cuh", "ALLOCATE_THREADS"),
     }

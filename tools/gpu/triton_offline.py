@@ -22,6 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from occupancy import PROCESSORS, occupancy
 from star_kernels.triton import allocate, attention_maps, gaussian_step, nft_loss, policy_loss
+from star_kernels.triton.device import starts_early
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -76,7 +77,7 @@ def of_maps(target: str, kernel, dtype: str, width: int, columns: int = 0) -> Ca
     constants |= {"BLOCK_D": code.block_width(width, size, precision), "SHARED": 1, "bias": None}
     if columns:
         constants |= {"lse_n": 1, "LOG2": code.LOG2_E, "BLOCK_C": code.block_columns(columns), "head_weight": None}
-        constants |= {"HEADS": 38, "CHUNK": 5, "ALONE": True, "BLOCK_G": code.MOST_CONCEPTS}
+        constants |= {"HEADS": 38, "CHUNK": 5, "ALONE": True, "BLOCK_G": code.MOST_CONCEPTS, "EARLY": False}
     else:
         constants |= {"LN2": 1 / code.LOG2_E, "BLOCK_S": code.BLOCK_S}
     types = {"query": f"*{dtype}", "key": f"*{dtype}", "index": "*i64", "scale_log2": "fp32"}
@@ -86,6 +87,11 @@ def of_maps(target: str, kernel, dtype: str, width: int, columns: int = 0) -> Ca
     return Case(kernel, about, types, constants, options, products=True)
 
 
+def started(early: bool) -> dict:
+    """Options of a launch that starts before the one in front of it has ended."""
+    return {"launch_pdl": True} if early else {}
+
+
 def cases(target: str) -> Iterator[Case]:
     """What SD3 (64 channels) and FLUX (128) launch."""
     for dtype, width, columns in (("bf16", 64, 16), ("bf16", 128, 16), ("bf16", 128, 64), ("fp32", 64, 16),
@@ -93,9 +99,10 @@ def cases(target: str) -> Iterator[Case]:
         yield of_maps(target, attention_maps.maps_kernel, dtype, width, columns)
     for dtype, width in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield of_maps(target, attention_maps.lse_kernel, dtype, width)
-    parts = {"PARTS": attention_maps.CHUNKS, "BLOCK": attention_maps.BLOCK_SUM}
+    early = starts_early(target)
+    parts = {"PARTS": attention_maps.CHUNKS, "BLOCK": attention_maps.BLOCK_SUM, "EARLY": early}
     types = {"partial": "*fp32", "maps": "*fp32"}
-    yield Case(attention_maps.sum_kernel, f"{parts['PARTS']} parts", types, parts, {"num_warps": 1})
+    yield Case(attention_maps.sum_kernel, f"{parts['PARTS']} parts", types, parts, {"num_warps": 1} | started(early))
 
     types = dict.fromkeys(("sample", "noise", "a", "b", "s", "prev_sample", "mean"), "*fp32")
     constants = {"BLOCK": gaussian_step.BLOCK, "stride_a": 1, "stride_b": 1, "stride_s": 1}
@@ -121,7 +128,7 @@ def cases(target: str) -> Iterator[Case]:
         ((9, 16, 128, 128), "bf16", "location", True),
         ((9, 4096, 64), "bf16", "token", False),
     ):
-        yield from of_loss(shape, dtype, ratio, guard)
+        yield from of_loss(shape, dtype, ratio, guard, early)
     for shape, dtype, each in (
         ((9, 16, 128, 128), "fp32", False),
         ((9, 16, 128, 128), "bf16", True),
@@ -155,7 +162,7 @@ def resources(compiled) -> dict[str, int]:
     return report
 
 
-def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool) -> Iterator[Case]:
+def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool, early: bool) -> Iterator[Case]:
     """Of latents in float32 with weights and a velocity in dtype. guard: with a reference velocity and an advantage for
     each location too."""
     one, code = policy_loss.cut(shape), policy_loss
@@ -170,7 +177,7 @@ def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool) -> Iter
     tiled = fixed | {"GUARD": guard, "EACH_ADVANTAGE": guard, "BLOCK_C": one.block_c, "BLOCK_P": one.block_p}
     tiled |= {"stride_c" if len(shape) == 3 else "stride_p": 1, "step_weights": None}
     tiled |= {} if guard else {"reference_velocity": None}
-    sums = {"EACH_OLD": False, "SUMS": code.SUMS, "old_log_prob": None}
+    sums = {"EACH_OLD": False, "SUMS": code.SUMS, "old_log_prob": None, "EARLY": early}
     # The other cases divide or exponentiate by sequences of fused multiply-adds.
     exact = ratio == "token" and not guard
     yield Case(code.ratios_kernel, about, types, tiled | sums, options, exact=exact)
@@ -178,7 +185,8 @@ def of_loss(shape: tuple[int, ...], dtype: str, ratio: str, guard: bool) -> Iter
     options = options | {"num_warps": code.GRADIENT_WARPS}
     yield Case(code.gradient_kernel, about, types, tiled, options, exact=exact)
     added = {"KL_TERM": guard, "SUMS": code.SUMS, "BLOCK_B": code.BLOCK_B, "BLOCK_T": code.BLOCK_T}
-    options = options | {"num_warps": code.STATISTICS_WARPS}
+    added["EARLY"] = early
+    options = options | {"num_warps": code.STATISTICS_WARPS} | started(early)
     yield Case(code.statistics_kernel, about, types, fixed | added, options, wide=False)
 
 

@@ -324,7 +324,7 @@ class SamplerOptions:
     prompt serves the whole group. chunk: samples per forward pass, and per minibatch of the update
     (`Rollout.velocity`); None means all. captured: steps at which maps are read; None means the trained ones, an empty
     sequence none. layers, normalize: as in `star.capture.capture`. stored_on_cpu: the latents for the update wait in
-    (pinned) memory of the CPU.
+    (pinned) memory of the CPU. noise_on_cpu: noise is drawn on the CPU, the same whatever the model runs on.
     """
 
     size: tuple[int, int]
@@ -335,6 +335,7 @@ class SamplerOptions:
     layers: Sequence[int] | None = None
     normalize: Normalization = "raw"
     stored_on_cpu: bool = False
+    noise_on_cpu: bool = True
 
 
 class Buffers:
@@ -483,7 +484,8 @@ def sample(
         groups: (B,) int64, each sample's prompt.
         steps: from `make_steps`.
         options: see SamplerOptions.
-        generator: on the CPU, so that a seed means the same everywhere.
+        generator: on the CPU, so that a seed means the same everywhere; with options.noise_on_cpu False it seeds one on
+            the model's device, and a seed means the same on devices of one kind.
         rows: (b,) int64, the samples to make of the B; None means all. Their noise is what it is in the whole batch,
             which is drawn whole; the rollout is of these b samples.
         merged: a context for the steps that are not trained, which may compute the same velocity in another way
@@ -497,14 +499,19 @@ def sample(
     total, groups, size = len(groups), groups[rows], options.size
     model = shape_of(transformer)
     channels, batch = model.in_channels, len(groups)
-    start = torch.randn(
-        len(conditions.prompts) if options.shared_noise else total, channels, *size, generator=generator
-    )
-    latents = start[groups if options.shared_noise else rows].to(device)
+    if not options.noise_on_cpu:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(count: int, chosen: Tensor) -> Tensor:
+        noise = torch.randn(count, channels, *size, generator=generator, device=generator.device)
+        return noise[chosen.to(generator.device)]
+
+    latents = (draw(len(conditions.prompts), groups) if options.shared_noise else draw(total, rows)).to(device)
     captured = steps.trained if options.captured is None else options.captured
     buffers = Buffers((batch, channels, *size), steps, captured, options, device)
     for k in range(len(steps.trained)):
-        buffers.set_noise(k, torch.randn(total, channels, *size, generator=generator)[rows])
+        buffers.set_noise(k, draw(total, rows))
 
     count = len(steps.timesteps)
     alone = min(steps.trained, default=count) if options.shared_noise else 0  # steps that run before samples part
