@@ -30,7 +30,7 @@ def is_older_than_pinned(distribution: str) -> bool:
 
 
 def skip_without(distribution: str, what: str) -> NoReturn:
-    """Skip the test that runs, or the file that is read, for what an older version of a distribution lacks; fail it under
+    """Skip the test that runs, or the file that is read, for what an older version of a distribution lacks; fail under
     the pinned one."""
     text = f"{distribution} {version(distribution)} has no {what}"
     if is_older_than_pinned(distribution):

@@ -54,8 +54,8 @@ HOSTS = {
          "matplotlib==3.10.0", "pydantic==2.10.6", "tqdm==4.67.1", "packaging<25"),
     ),
     "Flow-Factory": Host(
-        "its docker file's torch, the least of the rest",
-        ("torch==2.8.0", "diffusers==0.40.0", "transformers==4.57.1", "accelerate==1.11.0", "peft==0.17.0"),
+        "its docker file's torch, its least diffusers and accelerate",
+        ("torch==2.8.0", "diffusers==0.40.0", "accelerate==1.11.0"),
     ),
     "verl-omni": Host(
         "of vllm-omni 0.30",
