@@ -319,7 +319,7 @@ def launches(
     blocks = blocks or blocks_of(target, size)
     cut = tiling(batch, heads, queries, concepts, slots, count, blocks.queries, groups)
     early, precision = not cut.alone and starts_early(target), dot_precision(size)
-    shared = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
+    shared: dict[str, Any] = {"D": width, "BLOCK_D": block_width(width, size, precision), "BLOCK_N": blocks.queries}
     shared |= {"SHARED": heads // key_heads, "PRECISION": precision}
     shared |= {"num_warps": blocks.warps, "num_stages": blocks.stages}
     maps = {"LOG2": LOG2_E, "HEADS": heads, "CHUNK": cut.chunk, "ALONE": cut.alone, "EARLY": early}
