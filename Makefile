@@ -52,8 +52,9 @@ install-check:
 compat: setup
 	$(BIN)/python tools/compat.py $(HOSTS)
 
+# As many processes as cores, of one thread each; a file's tests stay together, for they share what it sets up.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Kernels in an interpreter, or run as fibers, take a hundred times as long: a smaller share.
 CASES ?= 20000

@@ -74,11 +74,16 @@ def test_one_iteration_of_each_preset(folder, tmp_path, name):
     config = scaled(folder, tmp_path / "run", name)
     trainer = Trainer(config)
     metrics = trainer.step()
-    on_policy = metrics["old_deviation"] == 0 if name.endswith("-nft") else metrics["ratio_first"] == 1.0
-    assert on_policy and metrics["nonfinite"] == 0 and metrics["grad_norm"] > 0
+    # Of one update, every pass meets the policy that sampled, which is the reference too.
+    moved = config.optimization.updates_per_iteration > 1
+    if name.endswith("-nft"):
+        assert (metrics["old_deviation"] > 0) == moved
+    else:
+        assert metrics["ratio_first"] == 1.0
+    assert metrics["nonfinite"] == 0 and metrics["grad_norm"] > 0
     assert metrics["updates_skipped"] == 0 and metrics["weights_max"] > 1
     fast = name.endswith("fast")
-    assert (metrics["kl"] > 0) == (not fast)
+    assert (metrics["kl"] > 0) == (not fast and moved)
     assert all(p.dtype == torch.float32 for p in trainer.policy.parameters.values())
     assert trainer.pipeline.text_encoder_3.dtype == torch.bfloat16 and trainer.pipeline.vae.dtype == torch.float32
     assert configuration.load(tmp_path / "run/config.yaml") == config
