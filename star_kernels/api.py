@@ -71,13 +71,19 @@ class NamedValues:
 class Statistics(NamedValues):
     """What a policy loss saw, each a () float32 tensor. "Units" are what the clip acts on: samples, or locations.
 
-    approx_kl: half the mean squared log-ratio. clip_fraction, clip_fraction_low, clip_fraction_high: share of units
-    with a ratio outside the clip range, below it, above it. ratio_mean, ratio_min, ratio_max: over the units. A unit
-    whose log-ratio is not finite makes these three and approx_kl NaN; the shares count it as inside.
-    kl: the KL term to the reference velocity before its coefficient, 0 without one.
-    nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
+    A unit whose log-ratio is not finite makes approx_kl and the three ratios NaN; the shares count it as inside.
 
-    values: (9,) float32, all of them in this order.
+    Attributes:
+        approx_kl: half the mean squared log-ratio.
+        clip_fraction: share of units with a ratio outside the clip range.
+        clip_fraction_low: share of units below it.
+        clip_fraction_high: share of units above it.
+        ratio_mean: mean ratio of the units.
+        ratio_min: the smallest.
+        ratio_max: the largest.
+        kl: the KL term to the reference velocity before its coefficient, 0 without one.
+        nonfinite: number of locations whose log-ratio is not finite; if it is not 0, skip the update.
+        values: (9,) float32, all of them in this order.
     """
 
     approx_kl: Tensor
@@ -95,13 +101,19 @@ class Statistics(NamedValues):
 class NFTStatistics(NamedValues):
     """What an NFT loss saw, each a () float32 tensor.
 
-    positive_loss, negative_loss: the two branches' terms; the loss is adv_clip / beta times their sum, and the KL term.
-    positive_error, negative_error: mean absolute error of the branches' predictions of the clean latents, without
-    weights or reward_prob. old_deviation, old_deviation_max: mean and largest of (velocity - old_velocity)^2.
-    kl: mean of (velocity - reference_velocity)^2 before its coefficient, 0 without one.
-    nonfinite: number of locations at which an error is not finite; if it is not 0, skip the update.
+    The loss is adv_clip / beta times the sum of the two branches' terms, and the KL term.
 
-    values: (8,) float32, all of them in this order.
+    Attributes:
+        positive_loss: the positive branch's term.
+        negative_loss: the negative branch's term.
+        positive_error: mean absolute error of the positive branch's prediction of the clean latents, without weights or
+            reward_prob.
+        negative_error: the same of the negative branch.
+        old_deviation: mean of (velocity - old_velocity)^2.
+        old_deviation_max: the largest.
+        kl: mean of (velocity - reference_velocity)^2 before its coefficient, 0 without one.
+        nonfinite: number of locations at which an error is not finite; if it is not 0, skip the update.
+        values: (8,) float32, all of them in this order.
     """
 
     positive_loss: Tensor
@@ -116,14 +128,24 @@ class NFTStatistics(NamedValues):
 
 
 class PolicyLoss(NamedTuple):
-    """loss: () float32 (float64 for float64 inputs), with a gradient for the velocity alone."""
+    """What `policy_loss` returns.
+
+    Attributes:
+        loss: () float32 (float64 for float64 inputs), with a gradient for the velocity alone.
+        statistics: what the loss saw.
+    """
 
     loss: Tensor
     statistics: Statistics
 
 
 class NFTLoss(NamedTuple):
-    """loss: () float32 (float64 for float64 inputs), with a gradient for the velocity alone."""
+    """What `nft_loss` returns.
+
+    Attributes:
+        loss: () float32 (float64 for float64 inputs), with a gradient for the velocity alone.
+        statistics: what the loss saw.
+    """
 
     loss: Tensor
     statistics: NFTStatistics
@@ -308,7 +330,8 @@ def attention_maps(
         (B, G, N) float32 (float64 for float64 inputs). No gradient flows: a map is a constant of the objective.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
+        TypeError, ValueError: an argument of wrong type, shape or device.
+        RuntimeError: `impl` cannot run here.
     """
     return checked_attention_maps(
         query, key, concept_index, concept_weight,
@@ -424,11 +447,12 @@ def allocate(
         impl: "auto" or one of `implementations("allocate")`.
 
     Returns:
-        (B, rows*patch, columns*patch) float32, of a video (B, frames, rows*patch, columns*patch). A sample without
-        concepts, with only zero maps or with a value that is negative or not finite gets weights of exactly 1.
+        (B, rows * patch, columns * patch) float32, of a video (B, frames, rows * patch, columns * patch). A sample
+        without concepts, with only zero maps or with a value that is negative or not finite gets weights of exactly 1.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or range. RuntimeError: `impl` cannot run here.
+        TypeError, ValueError: an argument of wrong type, shape or range.
+        RuntimeError: `impl` cannot run here.
     """
     check_tensor("maps", maps, ("B", "G", "N"))
     grid = checked_grid(grid, maps.shape[2])
@@ -462,7 +486,8 @@ def gaussian_step(
         prev_sample in the type of `sample`, and mean in float32 (float64 for float64 inputs): the policy's old mean.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or device. RuntimeError: `impl` cannot run here.
+        TypeError, ValueError: an argument of wrong type, shape or device.
+        RuntimeError: `impl` cannot run here.
     """
     check_tensor("sample", sample)
     if sample.ndim < 2:
@@ -496,7 +521,7 @@ def policy_loss(
     guard: bool = False,
     impl: Implementation = "auto",
 ) -> PolicyLoss:
-    """Clipped policy loss of one denoising step, with a weight for each latent position.
+    """Clipped policy loss of one denoising step, with a weight for each latent location.
 
     With d_p the log-ratio of new to old density at location p (mean over channels) and r = exp(mean_p d_p):
     "token" gives every location its sample's ratio r but its own gradient (GSPO-token form, Zheng et al. 2025);
@@ -609,8 +634,10 @@ def nft_loss(
             clamped to +-adv_clip.
         weights: (B, H, W), (B, T, H, W) or (B, L), not negative, mean 1 over each sample; None means 1 everywhere.
         reference_velocity: for the KL term, kl_coef * mean (velocity - reference_velocity)^2, never weighted.
-        beta: strength of the guidance, > 0. adv_clip: the factor that undoes reward_prob's division, > 0.
-        adaptive: False leaves n+ and n- out. adaptive_min: the smallest that they can be, > 0.
+        beta: strength of the guidance, > 0.
+        adv_clip: the factor that undoes reward_prob's division, > 0.
+        adaptive: False leaves n+ and n- out.
+        adaptive_min: the smallest that they can be, > 0.
         kl_coef: coefficient of the KL term, finite.
         impl: "auto" or one of `implementations("nft_loss")`.
 
@@ -620,7 +647,7 @@ def nft_loss(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, range or device. Values outside of 0..1 are seen on the
-        CPU alone.
+            CPU alone.
         RuntimeError: `impl` cannot run here; in the backward pass of a gradient, that there is no second derivative.
 
     Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py; weights and rewards per location are this

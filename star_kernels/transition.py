@@ -12,11 +12,13 @@ from torch import Tensor
 class Transition(NamedTuple):
     """x' ~ N(a x + b v, s^2), x the sample and v the model's velocity. Every field is (B,), float32 or float64.
 
-    a, b: coefficients of sample and velocity in the mean.
-    s: standard deviation of the step; 0 for a deterministic one, which has no density.
-    precision: factor of the squared error in the log-density, 1 / (2 s^2); 1 for `cps`, by its public convention.
-    log_norm: log s + log sqrt(2 pi), subtracted in the log-density; 0 for `cps`.
-    kl_precision: 1 / (2 std^2) with std = s / sqrt(-dt): Flow-GRPO divides its KL term by std^2, not by s^2.
+    Attributes:
+        a: coefficient of the sample in the mean.
+        b: coefficient of the velocity in the mean.
+        s: standard deviation of the step; 0 for a deterministic one, which has no density.
+        precision: factor of the squared error in the log-density, 1 / (2 s^2); 1 for `cps`, by its public convention.
+        log_norm: log s + log sqrt(2 pi), subtracted in the log-density; 0 for `cps`.
+        kl_precision: 1 / (2 std^2) with std = s / sqrt(-dt): Flow-GRPO divides its KL term by std^2, not by s^2.
     """
 
     a: Tensor
@@ -53,8 +55,15 @@ def channel_dim(sample: Tensor) -> int:
 def log_prob(prev_sample: Tensor, mean: Tensor, transition: Transition, per_location: bool = False) -> Tensor:
     """Log-density of a step in Flow-GRPO's convention: averaged over the channels, and over the locations too.
 
-    prev_sample, mean: (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). Computed in float32 or better.
-    Returns (B,), or with per_location the shape of prev_sample without its channel axis.
+    Args:
+        prev_sample: (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). Computed in float32 or better.
+        mean: of the step, same shape.
+        transition: fields (B,).
+        per_location: leave out the mean over the locations.
+
+    Returns:
+        (B,), or with per_location the shape of prev_sample without its channel axis.
+
     Source: Flow-GRPO, flow_grpo/diffusers_patch/sd3_sde_with_logprob.py.
     """
     dtype = torch.promote_types(torch.promote_types(prev_sample.dtype, mean.dtype), torch.float32)

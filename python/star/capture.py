@@ -36,6 +36,8 @@ from star.objective import Allocation, allocation_weights, weighted_gradient
 from star.tap import PARALLEL, Tapped, tapped
 from star_kernels.api import Implementation, checked_attention_maps
 
+__all__ = ["Maps", "Record", "allocated", "capture", "record"]
+
 NORMALIZATIONS = ("raw", "content", "concepts")
 Rows = slice | Sequence[int] | Tensor
 BEYOND = 2**62  # a column that no key is at: its map is NaN
@@ -162,8 +164,10 @@ class Maps:
         self._new_slots(0 if self.grid is None else math.prod(self.grid))
 
     def set_tokens(self, tokens: ConceptTokens) -> None:
-        """Other concepts for the passes that follow, in the buffers that are there if rows are as many and concepts
-        and tokens not more than before: one long capture serves every prompt, and so does a CUDA graph of its pass.
+        """Other concepts for the passes that follow.
+
+        They go into the buffers that are there if rows are as many and concepts and tokens not more than before: one
+        long capture serves every prompt, and so does a CUDA graph of its pass.
 
         Nothing waits for a device. Tokens beyond a pass's texts raise ValueError in the pass; of tokens that are on an
         accelerator, whose values are not looked at, the concept's map is NaN."""
@@ -228,8 +232,9 @@ class Maps:
             self._outs = self.slots.unbind(0)
 
     def move(self, device: torch.device) -> None:
-        """Have everything on the device of the block that runs: under offload, and with a model over several devices,
-        only the pass shows it."""
+        """Have everything on the device of the block that runs.
+
+        Under offload, and with a model over several devices, only the pass shows it."""
         self.device = device
         self.tokens = ConceptTokens(*(x.to(device) for x in self.tokens))
         self._index = self._index.to(device)
@@ -243,8 +248,9 @@ class Maps:
         self.head_weight = None if self.head_weight is None else self.head_weight.to(device)
 
     def require(self, condition: Tensor, message: str) -> None:
-        """ValueError unless the condition holds: at once on the CPU, else when the maps are read, since to look at it
-        now would wait for the device."""
+        """ValueError unless the condition holds.
+
+        At once on the CPU, else when the maps are read, since to look at it now would wait for the device."""
         if condition.device.type != "cpu":
             self._doubts.append((condition, message))
         elif not bool(condition):
@@ -600,7 +606,8 @@ def capture(
         rows: rows of the batch to read. None: all of them; in a batch of twice as many rows as tokens the half that is
             the conditional one in the order of diffusers' pipeline.
         layers: numbers of blocks, default all that read text; FLUX counts its single-stream blocks after the
-            double-stream ones and leaves them out by default. layer_weights: one for each, default equal.
+            double-stream ones and leaves them out by default.
+        layer_weights: one for each, default equal.
         head_weight: (H,), default equal.
         normalize: "raw" mass; "content": divided by the mass of all concepts' tokens together; "concepts": divided by
             the sum over the concepts.
@@ -611,8 +618,8 @@ def capture(
         Maps. The model's output has the same bits as without it.
 
     Raises:
-        TypeError: a model or an attention processor that is not known. ValueError: wrong layers or options; in the
-        pass a grid or rows that do not fit it.
+        TypeError: a model or an attention processor that is not known.
+        ValueError: wrong layers or options; in the pass a grid or rows that do not fit it.
     """
     model = unwrapped(transformer)
     layout = layout_of(model)
@@ -726,12 +733,19 @@ class Record:
         self.grid, self.velocity_shape = grid, velocity_shape
 
     def weights(self, allocation: Allocation | None = None, *, steps: Iterable[int] | None = None) -> Tensor:
-        """(B, S, H, W) float32 of mean 1 over the locations of each of the S passes; (B, S, T, H, W) for a video and
-        (B, S, L) for packed latents.
+        """Weights of the locations, of mean 1 over each of the S passes.
 
-        allocation: strategy "attention" (the default), "topk" or "random", and options. steps: numbers of the passes,
-        for a trainer that trains on some of them; None: all. Raises ValueError for another strategy or a number that
-        no pass has, RuntimeError if no pass was made yet."""
+        Args:
+            allocation: strategy "attention" (the default), "topk" or "random", and options.
+            steps: numbers of the passes, for a trainer that trains on some of them; None: all.
+
+        Returns:
+            (B, S, H, W) float32; (B, S, T, H, W) for a video and (B, S, L) for packed latents.
+
+        Raises:
+            ValueError: another strategy, or a number that no pass has.
+            RuntimeError: no pass was made yet.
+        """
         allocation = _own_maps_allocation(allocation)
         if self.grid is None:
             raise RuntimeError("weights: no pass was made inside `record` yet")
@@ -771,7 +785,8 @@ def record(
         A Record that each pass adds its maps to.
 
     Raises:
-        What `capture` and `Maps.read` raise. RuntimeError: no pass was made through this module.
+        TypeError, ValueError, RuntimeError: as `capture` and `Maps.read`.
+        RuntimeError: no pass was made through this module.
     """
     result = Record()
     tokens = _tokens(prompts, pipeline, concepts, brackets)
@@ -841,8 +856,9 @@ def allocated(
         The Maps of the last pass; with first_pass of the first.
 
     Raises:
-        What `capture` and `Maps.read` raise. ValueError: another strategy, prompts without a pipeline or a pipeline
-        without prompts; in the pass an output that does not fit the grid.
+        TypeError, ValueError, RuntimeError: as `capture` and `Maps.read`.
+        ValueError: another strategy, prompts without a pipeline or a pipeline without prompts; in the pass an output
+            that does not fit the grid.
     """
     allocation = _own_maps_allocation(allocation)
     tokens = _tokens(prompts, pipeline, concepts, brackets)

@@ -253,8 +253,8 @@ def read_prompts(
         options: what else the pipeline is called with; or this for each prompt, which is then encoded alone.
 
     Raises:
-        TypeError: another pipeline, a slow tokenizer. ValueError: what the pipeline says of its call, or embeddings of
-            other texts than the prompts.
+        TypeError: another pipeline, a slow tokenizer.
+        ValueError: what the pipeline says of its call, or embeddings of other texts than the prompts.
     """
     kind = type(pipeline).__name__
     if not callable(getattr(type(pipeline), "encode_prompt", None)):

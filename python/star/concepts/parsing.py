@@ -30,8 +30,9 @@ def parse(prompt: str, source: str = "rules") -> list[Concept]:
         UserWarning: the rules do not know the prompt's script or language; each of its phrases is then one concept.
 
     Raises:
-        TypeError: a prompt that is no str. ValueError: another source, or a language without a model. ImportError:
-            spaCy, or the model, is not installed. Nothing falls back to the rules.
+        TypeError: a prompt that is no str.
+        ValueError: another source, or a language without a model.
+        ImportError: spaCy, or the model, is not installed. Nothing falls back to the rules.
     """
     return parse_all([prompt], source)[0]
 

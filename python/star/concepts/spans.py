@@ -8,7 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Concept:
-    """Characters [start, end) of a prompt. kind: "object", or "text" that is to be written in the image."""
+    """A part of a prompt.
+
+    Attributes:
+        text: the part.
+        start: its first character in the prompt.
+        end: the character after its last one.
+        kind: "object", or "text" that is to be written in the image.
+    """
 
     text: str
     start: int

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Marks = Sequence[Concept | str | tuple[int, int]]
+"""A prompt's concepts as the user marks them: texts that the prompt has, or characters [start, end) of it."""
 Call = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class ConceptTokens(NamedTuple):
     """Which text tokens say which concept.
 
-    index: (B, G, K) int64 rows of the text embeddings that the transformer gets, -1 for none.
-    weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept that no token says).
+    Attributes:
+        index: (B, G, K) int64 rows of the text embeddings that the transformer gets, -1 for none.
+        weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept that no token says).
     """
 
     index: Tensor  # type: ignore[assignment]  # hides the method of tuples
@@ -42,8 +44,10 @@ class ConceptTokens(NamedTuple):
 class Said:
     """A concept of a prompt and the tokens that say it.
 
-    tokens: (row of the text embeddings, characters that the token stands for), for each encoder that says it.
-    cut: whether an encoder left out the end of the prompt, so that the concept may be beyond it.
+    Attributes:
+        concept: which.
+        tokens: (row of the text embeddings, characters that the token stands for), for each encoder that says it.
+        cut: whether an encoder left out the end of the prompt, so that the concept may be beyond it.
     """
 
     concept: Concept
@@ -110,13 +114,13 @@ def concept_tokens(
         gives each an equal part of its weight.
 
     Warns:
-        UserWarning: no token says a concept, mostly because its prompt is longer than the pipeline reads; it has no
-        map then. `star.concepts.said` and `star check` show which. And what `parse` warns of.
+        UserWarning: no token says a concept, mostly because its prompt is longer than the pipeline reads; it has no map
+            then. `star.concepts.said` and `star check` show which. And what `parse` warns of.
 
     Raises:
-        TypeError: another pipeline, a slow tokenizer, prompts that are one str. ValueError: concepts that the prompts
-        do not have, concepts beside a source or brackets, brackets that do not pair, embeddings of other texts than
-        the prompts, or what the pipeline says of its call.
+        TypeError: another pipeline, a slow tokenizer, prompts that are one str.
+        ValueError: concepts that the prompts do not have, concepts beside a source or brackets, brackets that do not
+            pair, embeddings of other texts than the prompts, or what the pipeline says of its call.
     """
     found = said(
         pipeline,
@@ -277,8 +281,9 @@ def locate(
         and neither is what the tokenizers cut off.
 
     Raises:
-        What `parse` raises. TypeError: a slow tokenizer, or prompts that are one str. ValueError: concepts that the
-        prompts do not have, concepts beside a source, or parts without their tokenizer.
+        TypeError, ValueError, ImportError: as `parse`.
+        TypeError: a slow tokenizer, or prompts that are one str.
+        ValueError: concepts that the prompts do not have, concepts beside a source, or parts without their tokenizer.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, expected a list of them")

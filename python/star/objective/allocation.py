@@ -17,7 +17,9 @@ from torch import Tensor
 from star_kernels import allocate
 
 STRATEGIES = ("attention", "topk", "uniform", "shuffled", "random", "inverted", "final_step", "oracle")
+"""What `Allocation.strategy` may be."""
 TEMPORAL = ("none", "noise_level", "concentration")
+"""What `temporal_weights` takes."""
 
 
 @dataclass
@@ -88,8 +90,9 @@ def uniform_rows(weights: Tensor) -> int:
 
 
 def captured_steps(strategy: str, trained: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Which of `steps` sampling steps a strategy wants the maps of: the trained ones, the last one for all of them, or
-    none."""
+    """Which of `steps` sampling steps a strategy wants the maps of.
+
+    The trained ones, the last one for all of them, or none."""
     if strategy in ("uniform", "oracle"):
         return ()
     return (steps - 1,) if strategy == "final_step" else tuple(trained)
@@ -117,8 +120,8 @@ def allocation_weights(
         generator: for "shuffled" and "random".
 
     Returns:
-        (B, rows*patch, columns*patch) float32 of mean 1, of a video (B, frames, rows*patch, columns*patch) with mean 1
-        over the clip, or None for "uniform": the loss then needs no weights.
+        (B, rows * patch, columns * patch) float32 of mean 1, of a video (B, frames, rows * patch, columns * patch) with
+        mean 1 over the clip, or None for "uniform": the loss then needs no weights.
 
     Raises:
         ValueError: an unknown strategy, or one without what it needs.
@@ -158,7 +161,7 @@ def allocation_weights(
 
 
 def repeat_tokens(x: Tensor, patch: int) -> Tensor:
-    """(B, [frames,] rows, columns) of image tokens -> (B, [frames,] rows*patch, columns*patch) of their latent
+    """(B, [frames,] rows, columns) of image tokens -> (B, [frames,] rows * patch, columns * patch) of their latent
     locations."""
     return x.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
 

@@ -46,7 +46,8 @@ def nft_loss(
         t: (B,) noise level in 0..1.
         reward_prob: (B,) or one per location, in 0..1: DiffusionNFT's r.
         weights: one per location, mean 1 over each sample. Take them from the old policy's pass at (xt, t).
-        beta: strength of the guidance. adv_clip_max: the factor that DiffusionNFT multiplies by.
+        beta: strength of the guidance.
+        adv_clip_max: the factor that DiffusionNFT multiplies by.
         adaptive_weight_min: smallest normalizer; None leaves the normalizer out.
 
     Returns: (), with a gradient for forward_prediction alone. Raises TypeError, ValueError: shapes that do not fit.
@@ -76,7 +77,12 @@ def nft_loss(
 
 
 class DPOLoss(NamedTuple):
-    """loss: (). implicit_acc: () share of pairs that the policy already orders right."""
+    """What `diffusion_dpo_loss` returns.
+
+    Attributes:
+        loss: (), with a gradient for model_pred.
+        implicit_acc: () share of pairs that the policy already orders right.
+    """
 
     loss: Tensor
     implicit_acc: Tensor
@@ -91,8 +97,9 @@ def diffusion_dpo_loss(
     weights for the policy and the reference.
 
     Args:
-        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen images
-            first, then the B rejected ones. target: noise - x0 for flow matching.
+        model_pred, model_pred_ref, target: (2 B, C, H, W), (2 B, C, T, H, W) or (2 B, L, C): the B chosen images first,
+            then the B rejected ones.
+        target: noise - x0 for flow matching.
         weights: one per location of all 2 B images, mean 1 over each.
         beta: strength.
 

@@ -155,7 +155,15 @@ def sde_step_with_logprob(
 
 
 class GRPOLoss(NamedTuple):
-    """loss: () with a gradient for log_prob. The others: () without one, over samples, or locations for "location"."""
+    """What `grpo_loss` returns: () tensors. All but the loss are over samples, or over locations for "location".
+
+    Attributes:
+        loss: with a gradient for log_prob; the others have none.
+        approx_kl: half the mean squared log-ratio.
+        clip_fraction: share with a ratio outside the clip range.
+        clip_fraction_low: share below it.
+        clip_fraction_high: share above it.
+    """
 
     loss: Tensor
     approx_kl: Tensor
@@ -306,14 +314,16 @@ def fused_grpo_loss(
         prev_sample_mean: the mean stored in the rollout: the exact form of the ratio. Or
         log_probs: the log_prob stored in the rollout, (B,) or one per location.
         model_output_ref: the reference's velocity, for beta.
-        clip_range, adv_clip_max, beta: Flow-GRPO's. guard: GRPO-Guard, needs prev_sample_mean.
+        clip_range, adv_clip_max, beta: Flow-GRPO's.
+        guard: GRPO-Guard, needs prev_sample_mean.
         ratio, impl: of `star_kernels.policy_loss`.
 
     Returns:
         PolicyLoss(loss, statistics); the gradient goes to model_output alone.
 
     Raises:
-        TypeError, ValueError: as `star_kernels.policy_loss`. RuntimeError: `impl` cannot run here.
+        TypeError, ValueError: as `star_kernels.policy_loss`.
+        RuntimeError: `impl` cannot run here.
     """
     check_latents("model_output", model_output)
     transition = scheduler_transition(scheduler, timestep, noise_level, sde_type).to(model_output.device)

@@ -37,7 +37,7 @@ def route_advantages(
         patch: latent locations per token and side; 1 for packed latents.
 
     Returns:
-        (B, rows*patch, columns*patch) in the type of advantages; where nothing is added, the very bits of A.
+        (B, rows * patch, columns * patch) in the type of advantages; where nothing is added, the very bits of A.
 
     Raises:
         ValueError: shapes that do not fit each other, or a strength out of its range.
@@ -72,8 +72,10 @@ def route_advantages(
 
 
 def other_concepts(maps: Tensor) -> Tensor:
-    """The same maps (B, G, N), each of another concept of its sample: the control that tells whether it matters where
-    a concept's map looks. The concepts with a map, one that is not all zeros, trade in a circle."""
+    """The same maps (B, G, N), each of another concept of its sample.
+
+    The control that tells whether it matters where a concept's map looks. The concepts with a map, one that is not all
+    zeros, trade in a circle."""
     present = maps.ne(0).any(-1)  # (B, G)
     count = present.sum(1, keepdim=True)
     order = (~present).long().argsort(dim=1, stable=True)  # those with a map first

@@ -19,7 +19,8 @@ from torch import Tensor
 from star.messages import one_line
 from star_kernels.requirements import install_line
 
-# Names of rewards, and under which keys of run.reward_models each finds its weights.
+__all__ = ["NAMES", "WEIGHTS", "Metadata", "Reward", "RewardError", "Scores", "Weighted", "load", "parse"]
+
 WEIGHTS = {
     "ocr": (),
     "geneval": ("geneval", "geneval_clip"),
@@ -31,7 +32,9 @@ WEIGHTS = {
     "jpeg_compressibility": (),
     "jpeg_incompressibility": (),
 }
+"""By name of a reward the keys of `models` (of a run: `reward_models`) under which it finds its weights."""
 NAMES = tuple(WEIGHTS)
+"""Rewards that `load` knows by name."""
 SERVERS = ("http://", "https://")
 ROUNDING = 1e-3  # by which values in 0..1 may be beyond
 
@@ -40,12 +43,15 @@ ROUNDING = 1e-3  # by which values in 0..1 may be beyond
 class Scores:
     """What a reward says of B images of H x W pixels. NaN stands for what it could not say.
 
-    reward: (B,) float32. details: further (B,) values to be logged by name. masks: (B, H, W) in 0..1, where the image
-    shows what was asked for, if the reward knows. reward_map: (B, H, W), what each pixel's location earned, on the
-    scale of `reward`, if the reward localizes. terms: (B,) by name, what a weighted sum is of. credits: (B, G), what
-    each of the prompt's concepts earned, NaN where the reward cannot say. concepts: for each image the phrases of its
-    prompt, as they stand there, that the columns of `credits` are of; empty: they are of the concepts that
-    `star.concepts.parse` finds, in its order.
+    Attributes:
+        reward: (B,) float32.
+        details: further (B,) values to be logged by name.
+        masks: (B, H, W) in 0..1, where the image shows what was asked for, if the reward knows.
+        reward_map: (B, H, W), what each pixel's location earned, on the scale of `reward`, if the reward localizes.
+        terms: (B,) by name, what a weighted sum is of.
+        credits: (B, G), what each of the prompt's concepts earned, NaN where the reward cannot say.
+        concepts: for each image the phrases of its prompt, as they stand there, that the columns of `credits` are of;
+            empty: they are of the concepts that `star.concepts.parse` finds, in its order.
     """
 
     reward: Tensor
@@ -58,6 +64,7 @@ class Scores:
 
 
 Metadata = Sequence[Mapping[str, Any]]
+"""What a prompt file says of each prompt: B dicts, empty where it has none."""
 Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[float | None]]
 """images (B, 3, H, W) float32 in 0..1, B prompts, B dicts (empty where a prompt file has none) -> Scores, or the bare
 (B,) rewards; None or NaN: it failed for an image. It is called from one thread at a time, with gradients off."""
@@ -245,7 +252,8 @@ class Weighted:
     """The weighted sum of rewards; of one reward with weight 1, that reward. Images may be of any floating-point type.
 
     Raises:
-        ValueError: images that are none, see `check_images`. RewardError: a reward returned something else.
+        ValueError: images that are none, see `check_images`.
+        RewardError: a reward returned something else.
     """
 
     rewards: dict[str, Reward]
@@ -379,8 +387,8 @@ def load(
         device: for rewards that run a model.
 
     Raises:
-        ValueError: an unknown name, or a key of `models` that none of the rewards reads. RewardError: libraries that
-            are missing, and weights or tokenizers that are not whole.
+        ValueError: an unknown name, or a key of `models` that none of the rewards reads.
+        RewardError: libraries that are missing, and weights or tokenizers that are not whole.
     """
     weights, models = parse(specification), {name: str(path) for name, path in (models or {}).items()}
     check_models(models, specification)
