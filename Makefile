@@ -7,13 +7,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test fuzz lint links install-check compat bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test fuzz lint links docs install-check compat bench gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
 	@echo "make fuzz      random calls of the operators against the reference; CASES=20000"
 	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
+	@echo "make docs      the documentation's site in build/site; fails at any warning"
 	@echo "make install-check  every documented install line in an empty environment; half an hour"
 	@echo "make compat    operators, capture and drop-ins beside the versions that other trainers pin; hours, HOSTS=\"newest\""
 	@echo "make bench     every benchmark, one table"
@@ -44,6 +45,10 @@ lint: setup
 
 links:
 	$(PYTHON) tools/check_links.py
+
+# Docstrings are read from the source: nothing is compiled or imported. The variable silences an announcement of the theme's.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 install-check:
 	$(PYTHON) tools/install_check.py

@@ -6,6 +6,7 @@ libtorch for nothing but its stable ABI. In an empty environment with the pinned
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # C++ names of ATen and c10: they change from one torch to the next. What is inline in their headers is not asked for.
 UNSTABLE = r"\b_ZNK?(?:2at|3c10|5torch)\w*"
+
+
+def check_tag(wheel: str, tag: str | None) -> None:
+    """A release's tag is v and the version. tag: None where none started the build."""
+    version = wheel.split("-")[1]
+    assert tag in (None, f"v{version}"), f"tag: got {tag}, expected v{version}, the version in pyproject.toml"
 
 
 def check_sdist(path: Path) -> None:
@@ -72,6 +79,7 @@ def check_installed(wheel: Path) -> None:
 
 def main(folder: str) -> None:
     (sdist,), (wheel,) = Path(folder).glob("*.tar.gz"), Path(folder).glob("*.whl")
+    check_tag(wheel.name, os.environ.get("GITHUB_REF_NAME") if os.environ.get("GITHUB_REF_TYPE") == "tag" else None)
     check_sdist(sdist)
     with zipfile.ZipFile(wheel) as archive:
         cuda = any("_cuda" in name for name in archive.namelist())

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distribution import check_tag
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
@@ -32,6 +34,14 @@ def test_versions_agree():
     citation = read(ROOT / "CITATION.cff")
     assert released == version == citation["version"]
     assert date == str(citation["date-released"])
+
+
+def test_a_release_is_tagged_with_its_version():
+    wheel = "star_kernels-1.2.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+    check_tag(wheel, None)
+    check_tag(wheel, "v1.2.0")
+    with pytest.raises(AssertionError, match=r"tag: got v1\.2, expected v1\.2\.0"):
+        check_tag(wheel, "v1.2")
 
 
 def test_the_citation_has_what_the_format_demands():
