@@ -46,9 +46,10 @@ lint: setup
 links:
 	$(PYTHON) tools/check_links.py
 
-# Docstrings are read from the source: nothing is compiled or imported. The variable silences an announcement of the theme's.
+# Docstrings are read from the source: nothing is compiled or imported. With --quiet no warning would fail. The variable
+# silences an announcement of the theme's.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install-check:
 	$(PYTHON) tools/install_check.py

@@ -165,3 +165,9 @@ def test_pins_and_extra_name_the_same_packages():
     pinned = set(re.findall(r"^(mkdocs[\w-]*)==", (ROOT / "requirements-ci.txt").read_text(), re.M))
     extra = re.search(r"^docs = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert pinned == set(re.findall(r'"([\w-]+)', extra)) and len(pinned) > 2
+
+
+def test_warnings_fail_the_build():
+    """MkDocs counts warnings only where it would print them."""
+    (command,) = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text())
+    assert "--strict" in command and not re.search(r"--quiet|-q\b", command)

@@ -77,7 +77,9 @@ class Allocation:
     def strength(self, sigma: Tensor, iteration: int) -> Tensor:
         """How much maps count, 0..1, like sigma: 0 outside the noise window, growing over the warm-up, 1 after it.
 
-        sigma: noise levels. iteration: how many there were before this one.
+        Args:
+            sigma: noise levels.
+            iteration: how many there were before this one.
         """
         low, high = self.noise_window
         grown = min(iteration / self.warmup, 1.0) if self.warmup else 1.0

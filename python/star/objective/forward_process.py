@@ -50,7 +50,12 @@ def nft_loss(
         adv_clip_max: the factor that DiffusionNFT multiplies by.
         adaptive_weight_min: smallest normalizer; None leaves the normalizer out.
 
-    Returns: (), with a gradient for forward_prediction alone. Raises TypeError, ValueError: shapes that do not fit.
+    Returns:
+        (), with a gradient for forward_prediction alone.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit.
+
     Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py.
     """
     _check_same_shape(forward_prediction=forward_prediction, old_prediction=old_prediction, x0=x0, xt=xt)

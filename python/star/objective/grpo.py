@@ -257,8 +257,18 @@ def reinforce_loss(
 ) -> Tensor:
     """The score-function loss of DDPO, mean of -A w log_prob: for one update on the rollout's own policy.
 
-    log_prob: (B,) or one per location. advantages: (B,) or one per location. weights: like a log_prob per location.
-    Returns (). Raises TypeError or ValueError for shapes that do not fit.
+    Args:
+        log_prob: (B,) or one per location.
+        advantages: (B,) or one per location.
+        weights: like a log_prob per location. None: 1.
+        adv_clip_max: advantages are clamped to +-adv_clip_max first.
+
+    Returns:
+        (), with a gradient for log_prob.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit.
+
     Source: DDPO (Black et al. 2023), its estimator DDPO-SF.
     """
     _check(log_prob, advantages, weights, adv_clip_max)
@@ -311,8 +321,8 @@ def fused_grpo_loss(
         scheduler, model_output, timestep, sample, prev_sample, noise_level, sde_type: as in `sde_step_with_logprob`.
         advantages: (B,), or one per location.
         weights: one per location, mean 1 over each sample.
-        prev_sample_mean: the mean stored in the rollout: the exact form of the ratio. Or
-        log_probs: the log_prob stored in the rollout, (B,) or one per location.
+        prev_sample_mean: the mean stored in the rollout: the exact form of the ratio.
+        log_probs: instead of it the log_prob stored in the rollout, (B,) or one per location.
         model_output_ref: the reference's velocity, for beta.
         clip_range, adv_clip_max, beta: Flow-GRPO's.
         guard: GRPO-Guard, needs prev_sample_mean.
