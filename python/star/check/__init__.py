@@ -240,7 +240,7 @@ def noise(passes: Passes, question: Question) -> Verdict:
     lines = [f"{'|log-ratio| of the policy to itself':{width}}  exact    as two log-probs"]
     lines += [f"{floor.way:{width}}  {_numbers(floor)}" for floor in found]
     clip = f"clip_range {question.clip_range:g}"
-    above = [floor for floor in found if floor.error is None and floor.largest >= question.clip_range]
+    above = [floor for floor in found if floor.error is None and floor.largest > question.clip_range]
     same = [floor for floor in above if floor.way not in (BATCH, AUTOCAST)]
     if same:
         words = f"{clip} lies below the noise of {same[0].way!r}, {same[0].largest:.1e}: the first ratio is not 1"
@@ -252,7 +252,8 @@ def noise(passes: Passes, question: Question) -> Verdict:
     if failed:
         return Verdict("noise", "warning", f"{failed[0].way!r} cannot run", tuple(lines))
     guided = "" if passes.guidance is None else f", guidance {passes.guidance:g}"
-    return Verdict("noise", "ok", f"{clip} lies above it{guided}", tuple(lines))
+    but = ", but below that of autocast in one pass alone" if above else ""
+    return Verdict("noise", "ok", f"{clip} lies above it{guided}{but}", tuple(lines))
 
 
 def _numbers(floor: Floor) -> str:
