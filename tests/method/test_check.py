@@ -180,6 +180,19 @@ def test_autocast_alone_above_the_clip_range_is_said():
     assert found.level == "ok" and found.words.endswith("but below that of autocast in one pass alone")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"call": {"height": 64, "width": 64}}, "call: got num_inference_steps None, expected at least 2"),
+        ({"call": {**CALL, "num_inference_steps": 1}}, "call: got num_inference_steps 1, expected at least 2"),
+        ({"prompts": ()}, "prompts: got none, expected at least one"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_one_clear_line(changes, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        verdicts(flux(), **changes)
+
+
 def test_what_cannot_run_is_a_warning():
     def refuse(module, inputs, output):
         if module.training:
