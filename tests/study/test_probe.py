@@ -145,3 +145,6 @@ def test_from_the_command_line(tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "found.json").read_text())["images"] == 12
     assert main(["probe", "--preset", "shapes", "--batches", "2"]) == 1
     assert "batches: got 2, expected a number at least 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # the start of a name is no name
+        main(["probe", "--preset", "shapes", "--batch", "3"])
+    assert "--batch" in capsys.readouterr().err
