@@ -169,8 +169,8 @@ class Maps:
         They go into the buffers that are there if rows are as many and concepts and tokens not more than before: one
         long capture serves every prompt, and so does a CUDA graph of its pass.
 
-        Nothing waits for a device. Tokens beyond a pass's texts raise ValueError in the pass; of tokens that are on an
-        accelerator, whose values are not looked at, the concept's map is NaN."""
+        The maps are NaN until the next pass. Nothing waits for a device. Tokens beyond a pass's texts raise ValueError
+        in the pass; of tokens that are on an accelerator, whose values are not looked at, the concept's map is NaN."""
         index, weight = tokens
         # Before they move, so that nobody waits for their values.
         on_cpu = index.device.type == "cpu"
@@ -189,6 +189,8 @@ class Maps:
         _, groups, width = index.shape
         self.weights.zero_()[:, :groups, :width] = weight.to(self.device, non_blocking=True)
         self._kind = None
+        if hasattr(self, "slots"):  # maps of the old concepts must not be read as those of the new ones
+            self._empty_slots(self.slots.shape[-1])
         self._place()
 
     def _place(self) -> None:
@@ -220,8 +222,11 @@ class Maps:
         ):
             self._texts, self._shown = texts, shown._replace(latents=[], embeds=[])  # which need not be kept
             self._place()
-        if self.slots.shape[1:] != (*self.columns.shape[:2], shown.tokens):
-            self._new_slots(shown.tokens)
+        self._empty_slots(shown.tokens)
+
+    def _empty_slots(self, image_tokens: int) -> None:
+        if self.slots.shape[1:] != (*self.columns.shape[:2], image_tokens):
+            self._new_slots(image_tokens)
         else:
             self.slots.fill_(torch.nan)
 

@@ -87,7 +87,7 @@ def read_config(arguments: list[str], prog: str) -> Config:
     from star.config import Config, expand_paths
     from star.presets import preset
 
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--config")
     parser.add_argument("--out")
@@ -182,7 +182,7 @@ def train(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true")
     known, rest = parser.parse_known_args(arguments)
@@ -214,7 +214,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def probe(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser("star probe", add_help=False, allow_abbrev=False)
     for name, default in PROBED.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
@@ -231,9 +231,11 @@ def probe(arguments: list[str]) -> None:
 
     chosen = probing.Probe(known.batches, known.prompts, known.images)
     check_ranges(chosen, "")
+    if known.json is not None:  # before hours of measuring
+        known.json.parent.mkdir(parents=True, exist_ok=True)
     found = probing.probe(config, chosen)
     if known.json is not None:
-        files.replace_text(known.json, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+        files.replace_text(known.json, json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False) + "\n")
     console = Console()
     for table in probing.tables(found):
         console.print(Markdown(table.markdown()))
@@ -253,14 +255,19 @@ def check(arguments: list[str]) -> int:
     from star.training.prompts import read_prompts
 
     options = read_options(Check, arguments, "star check")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
     if options.model is None:
         pipeline, usual = chosen_task(None, None).pipeline(device, dtype), DRAWN
     else:
         pipeline, usual = load_any(options.model, device, dtype), PHOTOGRAPHED
-    prompts = [prompt.text for prompt in read_prompts(options.prompts)[: options.n]] if options.prompts else []
-    prompts = prompts or list(options.prompt) or list(usual)
+    prompts = list(options.prompt) or list(usual)
+    if options.prompts is not None:
+        prompts = [prompt.text for prompt in read_prompts(options.prompts)[: options.n]]
+        if not prompts:
+            raise ValueError(f"prompts: {options.prompts} has none")
     takes = inspect.signature(type(pipeline).__call__).parameters
     sizes = {"height": options.height, "width": options.width}
     call: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
@@ -270,7 +277,10 @@ def check(arguments: list[str]) -> int:
     if options.image is not None:
         from PIL import Image
 
-        call["image"], prompts = Image.open(options.image).convert("RGB"), prompts[:1]
+        try:
+            call["image"], prompts = Image.open(options.image).convert("RGB"), prompts[:1]
+        except OSError as error:
+            raise ValueError(f"image: {options.image} cannot be read ({one_line(error)})") from error
     question = Question(
         prompts,
         call,

@@ -356,7 +356,7 @@ class Config:
         self._check_scoring()
         self._check_concepts()
         if self.loss.objective == "nft":
-            self._check_nft()
+            self._check_nft(optimization.micro_batch or update // processes)
         if self.loss.normalize_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.loss.normalize_rewards and self.loss.advantage == "concept":
@@ -366,8 +366,9 @@ class Config:
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
 
-    def _check_nft(self) -> None:
-        """Raise ConfigError for what the forward process has no use for: it would be left out in silence."""
+    def _check_nft(self, chunk: int) -> None:
+        """Raise ConfigError for what the forward process has no use for: it would be left out in silence. chunk: images
+        of a forward pass."""
         sampling, loss = self.sampling, self.loss
         if loss.noise_levels > len(sampling.trained_steps):
             raise ConfigError(
@@ -390,6 +391,11 @@ class Config:
         for name, (value, expected) in refused.items():
             if value != expected:
                 raise ConfigError(f"{name}: got {value!r}, loss.objective nft has none; expected {expected!r}")
+        if self.allocation.strategy == "shuffled" and chunk < 2:
+            raise ConfigError(
+                f"allocation.strategy: shuffled needs 2 images or more in a pass of loss.objective nft, got {chunk}; "
+                "raise optimization.micro_batch"
+            )
         if self.allocation.strategy == "final_step":
             raise ConfigError("allocation.strategy: final_step is not for loss.objective nft, which has no steps")
 

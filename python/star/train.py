@@ -140,7 +140,10 @@ class Trainer:
         device = rollout.latents.device
         own_advantages = advantages[self.share.rows].to(device)
         own_concepts = None if concepts is None else concepts[self.share.rows].to(device)
-        credit = self.objective.credit(rollout, own_advantages, own.masks, generator, self.iteration, own_concepts)
+        masks = own.masks
+        if masks is None and not own.reward.isfinite().any():  # a reward that failed says nothing of its masks
+            masks = torch.zeros(len(own.reward), *self.grid)
+        credit = self.objective.credit(rollout, own_advantages, masks, generator, self.iteration, own_concepts)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)
             self.objective.finish()

@@ -166,6 +166,33 @@ def recorded(pipeline):
         return record(pipeline, PROMPTS, {**CALL, "generator": torch.Generator().manual_seed(0)})
 
 
+def test_a_clip_range_of_0_is_not_below_a_noise_of_0():
+    pipeline = flux()
+    exact = {floor.way for floor in floors(record(pipeline, list(PROMPTS), CALL), 0.7, 0) if floor.largest == 0}
+    found = verdicts(pipeline, clip_range=0.0)["noise"]
+    assert "the same pass again" in exact and not any(way in found.words for way in exact)
+
+
+def test_autocast_alone_above_the_clip_range_is_said():
+    pipeline = flux()
+    largest = {floor.way: floor.largest for floor in floors(record(pipeline, list(PROMPTS), CALL), 0.7, 0)}
+    found = verdicts(pipeline, clip_range=0.5 * largest[AUTOCAST])["noise"]
+    assert found.level == "ok" and found.words.endswith("but below that of autocast in one pass alone")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"call": {"height": 64, "width": 64}}, "call: got num_inference_steps None, expected at least 2"),
+        ({"call": {**CALL, "num_inference_steps": 1}}, "call: got num_inference_steps 1, expected at least 2"),
+        ({"prompts": ()}, "prompts: got none, expected at least one"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_one_clear_line(changes, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        verdicts(flux(), **changes)
+
+
 def test_what_cannot_run_is_a_warning():
     def refuse(module, inputs, output):
         if module.training:
@@ -263,9 +290,13 @@ def test_the_command_on_a_folder(capsys, tmp_path):
     load_pipeline().save_pretrained(tmp_path / "saved")
     (tmp_path / "prompts.txt").write_text("a [red] circle left of a blue square\ntwo green rings\n")
     arguments = ["check", str(tmp_path / "saved"), "--prompts", str(tmp_path / "prompts.txt"), "--brackets"]
-    code = main([*arguments, "--n", "1", "--dtype", "bfloat16", "--json", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
+    code = main([*arguments, "--n", "1", "--dtype", "bfloat16", "--json", str(tmp_path / "new" / "found.json")])
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
     assert code == any(verdict["level"] == "wrong" for verdict in found)
     assert [verdict["name"] for verdict in found] == ["bits", "maps", "words", "noise", "native"]
     out = capsys.readouterr().out
     assert "cpu, bfloat16" in out and "red  2: red" in out and "ring" not in out
+    for name in ("prompts", "image"):
+        (tmp_path / name).write_text("")
+        assert main([*arguments[:2], f"--{name}", str(tmp_path / name)]) == 1
+        assert f"star: {name}: " in capsys.readouterr().err

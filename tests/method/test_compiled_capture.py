@@ -173,6 +173,19 @@ def test_larger_tokens_other_rows_and_another_grid_take_new_buffers():
             torch.testing.assert_close(maps.read(), new.read())
 
 
+def test_new_tokens_have_no_maps_before_their_pass():
+    """Fewer concepts, as many and more: those of the old ones would look like theirs."""
+    model, inputs = small_transformer(), small_inputs()
+    with torch.no_grad(), capture(model, prompt(1)) as maps:
+        for number, count in ((0, 1), (1, 2), (5, 6)):
+            model(**inputs)
+            assert maps.read().isfinite().all()
+            maps.set_tokens(prompt(number))
+            assert maps.read().shape == (2, count, N) and maps.read().isnan().all()
+        model(**inputs)
+        assert maps.read().isfinite().all()
+
+
 def test_set_tokens_checks_what_capture_checks():
     model = small_transformer()
     with torch.no_grad(), capture(model, prompt(1)) as maps:

@@ -147,6 +147,18 @@ def test_a_video_has_weights_of_its_frames(strategy):
     assert temporal_weights("concentration", torch.ones(2, 4), torch.stack([found, own])).shape == (2, 4)
 
 
+@pytest.mark.parametrize("strategy", ["attention", "topk", "shuffled", "random", "inverted"])
+def test_a_video_of_one_frame_has_the_bits_of_an_image(strategy):
+    maps = torch.rand(4, 2, 48, generator=torch.Generator().manual_seed(0))
+
+    def weights(grid):
+        generator, groups = torch.Generator().manual_seed(1), torch.arange(4) % 2
+        options = Allocation(strategy=strategy, smooth=1.0)
+        return allocation_weights(options, maps, grid, groups=groups, generator=generator)
+
+    assert torch.equal(weights((1, 6, 8)), weights((6, 8))[:, None])
+
+
 def test_random_fields_of_a_video_are_as_smooth_as_its_weights():
     noise = torch.randn(8, 1, 8, 12, 12, generator=torch.Generator().manual_seed(1))
     own = torch.nn.functional.avg_pool3d(noise, 3, stride=1)[:, 0].exp()

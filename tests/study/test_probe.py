@@ -1,5 +1,6 @@
 """`star probe`: every number of it on inputs whose answer is known, and one run of the whole."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 
 from builders import small_run
 from star.cli import main
+from star.config import ConfigError
 from star.rewards import Scores
+from star.rewards.worker import RewardError
 from star.study import probe as probing
 from star.study.probe import Probe, area_under_curve, correlations, recommend, relative_map
 
@@ -84,11 +87,64 @@ def test_a_run_with_credits_of_concepts_has_an_arm_for_them(tmp_path):
     assert found.gradients["attention"]["norm"] != found.gradients["uniform"]["norm"]  # the warm-up is not waited for
 
 
+def constant(images, prompts, metadata):
+    return torch.ones(len(images))
+
+
+def broken(images, prompts, metadata):
+    raise RuntimeError("no server")
+
+
+def broken_at_first(images, prompts, metadata):
+    broken_at_first.calls += 1  # a batch, then its two images one by one
+    return broken(images, prompts, metadata) if broken_at_first.calls <= 3 else left(images, prompts, metadata)
+
+
+def probed(out, reward, **changes):
+    return probing.probe(small_run(out, **changes, run={"reward": f"test_probe:{reward}"}), Probe(3, 2, 2))
+
+
+def test_equal_rewards_are_told_and_the_file_is_json(tmp_path):
+    found = probed(tmp_path, "constant")
+    assert found.equal and found.inside == found.outside == (None, None)
+    text = probing.verdict(found)
+    assert "same reward" in text and "nan" not in text and "--batches" not in text
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+def test_a_reward_that_always_fails_ends_the_probe_as_it_ends_a_run(tmp_path):
+    with pytest.raises(RewardError, match=r"no server.*it failed for every image"):
+        probed(tmp_path, "broken")
+
+
+def test_images_without_a_reward_are_counted(tmp_path):
+    broken_at_first.calls = 0
+    found = probed(tmp_path, "broken_at_first", optimization={"micro_batch": 3})  # of 4 images two fit into a pass
+    assert (found.failed, found.images, found.equal) == (2, 12, False)
+    text = probing.verdict(found)
+    assert text.startswith("2 of 12 images have no reward. Recommended") and "nan" not in text
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+@pytest.mark.parametrize("loss", [{"ratio": "sample"}, {"normalize_rewards": True}])
+def test_what_the_run_would_refuse_is_no_arm(tmp_path, loss):
+    assert set(probed(tmp_path, "left", loss=loss).gradients) == {"uniform", "attention", "oracle"}
+
+
+@pytest.mark.parametrize("advantage", ["location", "concept"])
+def test_a_reward_without_what_the_run_needs_is_refused_as_by_the_run(tmp_path, advantage):
+    with pytest.raises(ConfigError, match=f"loss.advantage: '{advantage}' needs a reward"):
+        probed(tmp_path, "constant", loss={"advantage": advantage})
+
+
 def test_from_the_command_line(tmp_path, capsys):
     options = ["--batches", "3", "--prompts", "2", "--images", "2", "--sampling.steps", "3"]
-    assert main(["probe", "--preset", "shapes", *options, "--json", str(tmp_path / "found.json")]) == 0
+    assert main(["probe", "--preset", "shapes", *options, "--json", str(tmp_path / "new" / "found.json")]) == 0
     printed = capsys.readouterr().out
     assert "Recommended:" in printed and "attention" in printed and "Too few images" in printed
-    assert json.loads((tmp_path / "found.json").read_text())["images"] == 12
+    assert json.loads((tmp_path / "new" / "found.json").read_text())["images"] == 12
     assert main(["probe", "--preset", "shapes", "--batches", "2"]) == 1
     assert "batches: got 2, expected a number at least 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # the start of a name is no name
+        main(["probe", "--preset", "shapes", "--batch", "3"])
+    assert "--batch" in capsys.readouterr().err

@@ -401,6 +401,15 @@ def test_a_card_names_the_hubs_base_model_and_every_reward(tmp_path):
     assert rewards.parse(config.run.reward) == {"ocr": 1.0, "pickscore": 0.5}
 
 
+@pytest.mark.parametrize(("objective", "other"), [("grpo", "nft"), ("nft", "grpo")])
+def test_a_card_names_the_runs_own_objective(tmp_path, objective, other):
+    config = configuration.update(configuration.Config(), {"loss": {"objective": objective}})
+    text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog").read_text()
+    said = text.split("## Scores")[0].lower()
+    assert objective in said and other not in said
+    assert objective in ModelCard(text).data.tags
+
+
 def test_a_checkout_that_is_not_installed_writes_its_card_too(tmp_path, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -260,9 +260,18 @@ def test_a_reward_that_always_fails_ends_the_run(tmp_path):
         trainer.step()
 
 
-@pytest.mark.parametrize("loss", [{}, {"advantage": "location"}, {"normalize_rewards": True}])
-def test_an_iteration_whose_rewards_all_fail_teaches_nothing(tmp_path, loss):
-    trainer = Trainer(small_run(tmp_path, loss=loss))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": {"advantage": "location"}},
+        {"loss": {"normalize_rewards": True}},
+        {"allocation": {"strategy": "oracle"}},
+    ],
+    ids=["image", "location", "normalized", "oracle"],
+)
+def test_an_iteration_whose_rewards_all_fail_teaches_nothing(tmp_path, changes):
+    trainer = Trainer(small_run(tmp_path, **changes))
     trainer.step()
     trainer.worker.reward = broken_reward
     metrics = trainer.step()

@@ -61,7 +61,13 @@ def check(pipeline: Any, question: Question) -> list[Verdict]:
 
     The pipeline is called once, without decoding; its transformer then makes the same passes again.
 
-    Raises what `star.concept_tokens` and the pipeline's call raise."""
+    Raises ValueError for no prompt and fewer than two steps, and what `star.concept_tokens` and the pipeline's call
+    raise."""
+    steps = question.call.get("num_inference_steps")
+    if not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"call: got num_inference_steps {steps}, expected at least 2")
+    if not question.prompts:
+        raise ValueError("prompts: got none, expected at least one")
     tokens, spoken = words(pipeline, question)
     texts = unbracket(question.prompts)[0] if question.brackets else list(question.prompts)
     generator = torch.Generator().manual_seed(question.seed)
@@ -109,7 +115,8 @@ def words(pipeline: Any, question: Question) -> tuple[ConceptTokens, Verdict]:
         return tokens, Verdict("words", "wrong", f"no token says {names}: {why}", (*told, *lines))
     if told or not all(found):
         return tokens, Verdict("words", "warning", told[0] if told else "a prompt has no concept", tuple(lines))
-    return tokens, Verdict("words", "ok", f"every concept of {len(found)} prompts has its text tokens", tuple(lines))
+    prompts = "1 prompt" if len(found) == 1 else f"{len(found)} prompts"
+    return tokens, Verdict("words", "ok", f"every concept of {prompts} has its text tokens", tuple(lines))
 
 
 def _spelled(one: Said) -> str:
@@ -240,7 +247,7 @@ def noise(passes: Passes, question: Question) -> Verdict:
     lines = [f"{'|log-ratio| of the policy to itself':{width}}  exact    as two log-probs"]
     lines += [f"{floor.way:{width}}  {_numbers(floor)}" for floor in found]
     clip = f"clip_range {question.clip_range:g}"
-    above = [floor for floor in found if floor.error is None and floor.largest >= question.clip_range]
+    above = [floor for floor in found if floor.error is None and floor.largest > question.clip_range]
     same = [floor for floor in above if floor.way not in (BATCH, AUTOCAST)]
     if same:
         words = f"{clip} lies below the noise of {same[0].way!r}, {same[0].largest:.1e}: the first ratio is not 1"
@@ -252,7 +259,8 @@ def noise(passes: Passes, question: Question) -> Verdict:
     if failed:
         return Verdict("noise", "warning", f"{failed[0].way!r} cannot run", tuple(lines))
     guided = "" if passes.guidance is None else f", guidance {passes.guidance:g}"
-    return Verdict("noise", "ok", f"{clip} lies above it{guided}", tuple(lines))
+    but = ", but below that of autocast in one pass alone" if above else ""
+    return Verdict("noise", "ok", f"{clip} lies above it{guided}{but}", tuple(lines))
 
 
 def _numbers(floor: Floor) -> str:

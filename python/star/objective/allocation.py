@@ -266,6 +266,8 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     correlate as in its weights; of all that was tried the nearest one is kept. Samples with the very same weights, like
     a group's that part after the step, get the same field: else these would even out over the group and those not.
     """
+    if weights.ndim == 4 and weights.shape[1] == 1:  # a frame alone is an image
+        return random_like(weights[:, 0], generator, draws, halvings)[:, None]
     which = weights.flatten(1).unique(dim=0, return_inverse=True)[1]
     first = torch.full_like(which, len(which)).scatter_reduce(
         0, which, torch.arange(len(which), device=which.device), "amin"

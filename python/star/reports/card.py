@@ -12,11 +12,14 @@ from star.config import Config, to_dict
 from star.reports.evaluations import format_error
 from star.rewards import parse
 
+OBJECTIVES = {"grpo": "Flow-GRPO's objective", "nft": "DiffusionNFT's objective (arXiv 2509.16117)"}
+
 
 def write(folder: Path, config: Config, summary: dict, prompt: str) -> Path:
     """Write README.md into an exported adapter's or model's folder. summary: as in summary.json. prompt: an example."""
     model, adapter = config.model, config.model.lora_rank > 0
-    tags = ["text-to-image", "diffusers", "reinforcement-learning", "grpo", "star", *(["lora"] if adapter else [])]
+    objective = config.loss.objective
+    tags = ["text-to-image", "diffusers", "reinforcement-learning", objective, "star", *(["lora"] if adapter else [])]
     # Only what the hub knows belongs into its field; a folder's path means nothing to others.
     public = model.path is not None and model.path.count("/") == 1 and not Path(model.path).exists()
     data = ModelCardData(
@@ -46,6 +49,7 @@ def _text(folder: Path, config: Config, summary: dict, prompt: str) -> str:
         ("Prompts", f"`{Path(sampling.prompts).name if sampling.prompts else name}`"),
         ("Iterations", summary["iterations"]),
         ("Images per iteration", f"{sampling.prompts_per_iteration} prompts, {sampling.images_per_prompt} each"),
+        ("Objective", f"`{config.loss.objective}`"),
         ("Allocation", f"`{config.allocation.strategy}`"),
         ("Learning rate", f"{config.optimization.learning_rate:g}"),
         ("Seed", config.run.seed),
@@ -55,9 +59,9 @@ def _text(folder: Path, config: Config, summary: dict, prompt: str) -> str:
     reached = "Nothing was measured on held-out prompts; `star eval` does."
     if scores:
         reached = "\n".join(["| held-out score | before | after | difference |", "|---|---|---|---|", *scores])
-    method = "Flow-GRPO's objective"
+    method = OBJECTIVES[config.loss.objective]
     if config.allocation.strategy != "uniform":
-        method += ", its update\nallocated to latent positions (STAR, arXiv 2606.17979)"
+        method += ", its update\nallocated to latent locations (STAR, arXiv 2606.17979)"
     settings = yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()
     return f"""# {kind} of {Path(model.path).name if model.path else name}
 

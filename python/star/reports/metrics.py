@@ -28,7 +28,7 @@ MEANING = {
     "concepts_credited": "concepts with a credit, mean over images; from one alone nothing is told apart",
     "concept_shift": "mean size of what the concepts add to a location's advantage, where loss.advantage is concept",
     "explored_share": "share of the image tokens that the trained steps noised, where sampling.explore is set",
-    "loss": "the clipped policy loss; near 0 when each image's ratio is near 1",
+    "loss": "the clipped policy loss, near 0 when each image's ratio is near 1; nft: the loss of both branches",
     "ratio_first": "ratio of the first pass, before any update: exactly 1, or the rollout is not what is trained on",
     "ratio_mean": "mean ratio of new to old density, over samples (over locations with loss.ratio 'location')",
     "ratio_min": "smallest ratio",

@@ -7,9 +7,10 @@ images whose rewards differ also differ there, and do weights make the gradients
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -60,14 +61,18 @@ class Found:
     0.5 if the maps know nothing; None without masks. inside, outside: correlation, over the pairs of a prompt's images,
     of the difference of their rewards with that of their latents, in the half of the locations that the maps favor and
     in the other, each with its standard error. gradients: by arm, see `compare_with_scalar`. recommended: an arm.
+    failed: images without a reward. equal: whether no prompt had images whose rewards differ. What cannot be known
+    is None.
     """
 
     images: int
+    failed: int
+    equal: bool
     sigmas: list[float]
-    concentration: list[float]
-    localization: list[float] | None
-    inside: tuple[float, float]
-    outside: tuple[float, float]
+    concentration: list[float | None]
+    localization: list[float | None] | None
+    inside: tuple[float | None, float | None]
+    outside: tuple[float | None, float | None]
     gradients: dict[str, dict[str, float | None]]
     recommended: str
     batches: int
@@ -85,6 +90,9 @@ def probe(config: Config, options: Probe) -> Found:
 
 
 def _probed(config: Config, options: Probe, out: Path) -> Config:
+    images, most = options.prompts * options.images, config.optimization.micro_batch
+    # A pass must fit in memory, as those of the run do.
+    micro_batch = max(n for n in range(1, min(most, images) + 1) if images % n == 0) if most else 0
     return dataclasses.replace(
         config,
         sampling=dataclasses.replace(
@@ -93,7 +101,7 @@ def _probed(config: Config, options: Probe, out: Path) -> Config:
             images_per_prompt=options.images,
         ),
         allocation=dataclasses.replace(config.allocation, warmup=0),
-        optimization=dataclasses.replace(config.optimization, updates_per_iteration=1, micro_batch=0),
+        optimization=dataclasses.replace(config.optimization, updates_per_iteration=1, micro_batch=micro_batch),
         scoring=dataclasses.replace(config.scoring, count=0),
         run=dataclasses.replace(config.run, out=out, trackers=(), figures=False, grid_every=0),
     )
@@ -105,8 +113,11 @@ def _measure(trainer: Trainer, options: Probe) -> Found:
     gradients: dict[str, list[np.ndarray]] = defaultdict(list)
     concentration, localization = [], []
     pairs: list[np.ndarray] = []
+    failed, equal = 0, True
     for batch in tqdm(range(options.batches), desc="probe", dynamic_ncols=True):
         rollout, scores = _sample(trainer, batch, range(steps))
+        failed += trainer.worker.count_failures()
+        _check_advantages(trainer, scores)
         fields = torch.stack([relative_map(maps, rollout.grid) for maps in rollout.captured_maps()])
         concentration.append(fields.square().mean((1, 2)).cpu().numpy())
         if scores.masks is not None:
@@ -114,6 +125,7 @@ def _measure(trainer: Trainer, options: Probe) -> Found:
             assert masks is not None
             localization.append([area_under_curve(field, masks) for field in fields])
         pairs.append(pair_differences(rollout, scores.reward, fields.mean(0)))
+        equal = equal and not pairs[-1][:, 0].any()
         for arm, config in arms(trainer.config, scores):
             gradients[arm].append(_gradient(trainer, config, rollout, scores, coordinates, batch))
     stacked = {arm: np.stack(values) for arm, values in gradients.items() if len(values) == options.batches}
@@ -121,15 +133,33 @@ def _measure(trainer: Trainer, options: Probe) -> Found:
     (inside, outside), errors = correlations(pairs)
     return Found(
         images=options.batches * options.prompts * options.images,
+        failed=failed,
+        equal=equal,
         sigmas=rollout.steps.sigmas[:steps].tolist(),
-        concentration=np.mean(concentration, 0).tolist(),
-        localization=np.nanmean(localization, 0).tolist() if localization else None,
-        inside=(inside, errors[0]),
-        outside=(outside, errors[1]),
+        concentration=[_known(x) for x in np.mean(concentration, 0)],
+        localization=[_known_mean(column) for column in zip(*localization, strict=True)] if localization else None,
+        inside=(_known(inside), _known(errors[0])),
+        outside=(_known(outside), _known(errors[1])),
         gradients=compared,
         recommended=recommend(compared, options.batches),
         batches=options.batches,
     )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _known_mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _check_advantages(trainer: Trainer, scores: Scores) -> None:
+    """Raise ConfigError for a reward without what the run's own advantages need, as the run would."""
+    loss, weights = trainer.config.loss, trainer.reward.weights
+    compute_advantages(scores, trainer.groups, loss, weights, trainer.size)
+    compute_concept_advantages(scores, trainer.groups, loss, weights)
 
 
 def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Scores]:
@@ -163,7 +193,9 @@ def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
     yield name, arm(name, "image")
     if scores.masks is not None:
         yield "oracle", arm("oracle", "image")
-    if scores.reward_map is not None:
+    # What a run would refuse is no arm.
+    takes_locations = config.loss.ratio != "sample" and not config.loss.normalize_rewards
+    if scores.reward_map is not None and takes_locations:
         yield "location", arm("uniform", "location")
     if config.loss.advantage == "concept" and scores.credits is not None:
         yield "concept", arm("uniform", "concept")
@@ -295,7 +327,11 @@ def tables(found: Found) -> list[Table]:
 def verdict(found: Found) -> str:
     """One recommendation in a few sentences, and how sure it is."""
     scalar, arms = found.gradients[SCALAR], found.gradients
-    sentences = [f"Recommended: {found.recommended}."]
+    lost = [f"{found.failed} of {found.images} images have no reward."] if found.failed else []
+    if found.equal:
+        why = "the images of each prompt have the same reward, so that no update has a direction"
+        return " ".join([*lost, f"Nothing can be said: {why}. Raise --images, or choose another reward."])
+    sentences = [*lost, f"Recommended: {found.recommended}."]
     if found.recommended != SCALAR:
         gain = _signed(arms[found.recommended], "adamw_agreement_gain")
         sentences.append(f"Its steps agree more with what raises the reward of other images: {gain}.")
@@ -309,10 +345,13 @@ def verdict(found: Found) -> str:
         sentences.append(f"The reward's own masks would give {_signed(arms['oracle'], 'adamw_agreement_gain')}.")
     sentences.append(
         "The more the rewards of a prompt's images differ, the more the images differ in the half that the maps favor "
-        f"(r {found.inside[0]:+.2f} ± {found.inside[1]:.2f}) and in the other "
-        f"({found.outside[0]:+.2f} ± {found.outside[1]:.2f})."
+        f"(r {_correlation(found.inside)}) and in the other ({_correlation(found.outside)})."
     )
     return " ".join(sentences)
+
+
+def _correlation(estimate: tuple[float | None, float | None]) -> str:
+    return f"{format_number(estimate[0], 2, sign=True)} ± {format_number(estimate[1], 2)}"
 
 
 def _signed(numbers: dict[str, float | None], name: str) -> str:
