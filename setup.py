@@ -71,6 +71,7 @@ def compiler():
 CXX = compiler()
 # No contraction into fused multiply-adds: the mean of a step must have the bits that gaussian_step stored, or the
 # on-policy ratio would not be exactly 1. It costs nothing in loops that wait for memory.
+CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -82,7 +83,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     TARGET,
-    *shlex.split(os.environ.get("CXXFLAGS", "")),
+    *CXXFLAGS,
 ]
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("STAR_SANITIZE") == "1" else []
 if SANITIZE:  # every report ends the process
@@ -286,7 +287,7 @@ def cuda_builds(folder, library, home):
         builds.append((target, source, [*nvcc, "-DUSE_CUDA", *includes, "-c", source, "-o", target]))
     module, source = folder / "cuda_module.o", ROOT / "csrc" / "cuda" / "module.cpp"
     tell = [f'-DSTAR_CUDA_ARCHITECTURES="{" ".join(wanted)}"', f"-I{home}/include"]
-    plain = [*CXX, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+    plain = [*CXX, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", *CXXFLAGS]
     builds.append((module, source, [*plain, *tell, *includes, "-c", source, "-o", module]))
     portable = folder / "cuda_portable.o"
     builds.append((portable, PORTABLE, [*plain, "-c", PORTABLE, "-o", portable]))

@@ -19,8 +19,8 @@ RUNTIME = {
     *("cudaLaunchKernel", "__cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGetLastError", "cudaGetErrorString"),
     *("__cudaPushCallConfiguration", "__cudaPopCallConfiguration", "__cudaGetKernel"),
     *("__cudaRegisterFatBinary", "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary", "__cudaRegisterFunction"),
-    *("__cudaInitModule", "__cudaRegisterVar"),
-}  # it starts kernels, asks for errors and registers code
+    *("__cudaInitModule", "__cudaRegisterVar", "cudaGetDevice", "cudaDeviceGetAttribute"),
+}  # it starts kernels, asks for errors and for the GPU's kind, and registers code
 ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 
 
@@ -66,7 +66,8 @@ def test_the_library_loads_beside_a_torch_without_cuda(library):
 
 
 # Whatever waits for the GPU, or allocates or frees memory itself, is not for a CUDA graph.
-WAITING = r"cuda\w*(?:Synchronize|Memcpy|Memset|Malloc|Free|Query|ElapsedTime)|cudaEvent|cudaHost"
+# The wait of a kernel for the one before it (cudaGridDependencySynchronize) is the GPU's own.
+WAITING = r"cuda(?!GridDependency)\w*(?:Synchronize|Memcpy|Memset|Malloc|Free|Query|ElapsedTime)|cudaEvent|cudaHost"
 
 
 def test_the_launchers_neither_wait_nor_allocate():
