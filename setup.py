@@ -69,9 +69,9 @@ def compiler():
 
 
 CXX = compiler()
+CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 # No contraction into fused multiply-adds: the mean of a step must have the bits that gaussian_step stored, or the
 # on-policy ratio would not be exactly 1. It costs nothing in loops that wait for memory.
-CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 FLAGS = [
     "-std=c++20",
     "-O3",
