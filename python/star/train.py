@@ -28,7 +28,7 @@ from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages, compute_concept_advantages
 from star.training.concept_credit import matched_credits
-from star.training.credit import Credit
+from star.training.credit import Credit, masks_or_nothing
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.exploration import explore_maps, explore_masks
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
@@ -120,33 +120,19 @@ class Trainer:
         seconds: dict[str, float] = defaultdict(float)
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
         prompts = draw_prompts(self.task, config, self.iteration)
-        tickets: list[Ticket] = []
-        with timed(seconds, "rollout"):
-            rollout = self.rollout(
-                [prompt.text for prompt in prompts],
-                generator,
-                [prompt.concepts for prompt in prompts],
-                # Scored while the next chunk is sampled.
-                finished=lambda rows, latents: tickets.append(self.submit(prompts, rows, latents)),
-                find=lambda rows, latents: self.found_masks(prompts, rows, latents),
-            )
-        with timed(seconds, "reward"):
-            own = rewards.concatenate([ticket.result() for ticket in tickets])
-            failures = self.worker.count_failures()
-        own = self.with_matched_credits(own, prompts, rollout)
+        rollout, own = self.scored_rollout(prompts, generator, seconds)
+        failures = self.worker.count_failures()
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
         concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
         device = rollout.latents.device
         own_advantages = advantages[self.share.rows].to(device)
         own_concepts = None if concepts is None else concepts[self.share.rows].to(device)
-        masks = own.masks
-        if masks is None and not own.reward.isfinite().any():  # a reward that failed says nothing of its masks
-            masks = torch.zeros(len(own.reward), *self.grid)
+        masks = masks_or_nothing(own, self.grid)
         credit = self.objective.credit(rollout, own_advantages, masks, generator, self.iteration, own_concepts)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)
-            self.objective.finish()
+            self.policy.follow()
         self.iteration += 1
 
         categories = [prompts[i].category for i in self.groups.tolist()]
@@ -165,6 +151,30 @@ class Trainer:
         if config.run.grid_every and self.iteration % config.run.grid_every == 0:
             self.preview = preview.of_rollout(self.pipeline, rollout, weights, own.reward)
         return self.share.reduce(metrics | dict(seconds))
+
+    def scored_rollout(
+        self,
+        prompts: list[Prompt],
+        generator: torch.Generator,
+        seconds: dict[str, float],
+        captured: Sequence[int] | None = None,
+    ) -> tuple[Rollout, Scores]:
+        """This process' images of an iteration, and what the reward says of them. seconds: gets the time of both.
+        captured: see `rollout`."""
+        tickets: list[Ticket] = []
+        with timed(seconds, "rollout"):
+            rollout = self.rollout(
+                [prompt.text for prompt in prompts],
+                generator,
+                [prompt.concepts for prompt in prompts],
+                captured,
+                # Scored while the next chunk is sampled.
+                finished=lambda rows, latents: tickets.append(self.submit(prompts, rows, latents)),
+                find=lambda rows, latents: self.found_masks(prompts, rows, latents),
+            )
+        with timed(seconds, "reward"):
+            scores = rewards.concatenate([ticket.result() for ticket in tickets])
+        return rollout, self.with_matched_credits(scores, prompts, rollout)
 
     def rollout(
         self,
@@ -202,7 +212,7 @@ class Trainer:
         elif sampling.explore == "masks":
             assert find is not None  # whoever trains gives it
             explore = explore_masks(self.first_masks(conditions, options, generator, find), self.grid)
-        with self.objective.sampling():
+        with self.policy.old():
             return sample(
                 self.policy.transformer,
                 conditions,
@@ -243,11 +253,11 @@ class Trainer:
 
     def found_masks(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Tensor:
         """What the reward finds in some of this process' images, (n, height, width); nothing where it failed."""
-        scores = self.submit(prompts, rows, latents).result()
-        if scores.masks is None and scores.reward.isfinite().any():
+        masks = masks_or_nothing(self.submit(prompts, rows, latents).result(), self.grid)
+        if masks is None:
             names = ", ".join(self.reward.weights)
             raise ConfigError(f"sampling.explore: 'masks' needs a reward with masks, not {names}")
-        return torch.zeros(len(rows), 1, 1).expand(-1, *self.grid) if scores.masks is None else scores.masks
+        return masks
 
     def with_matched_credits(self, scores: Scores, prompts: list[Prompt], rollout: Rollout) -> Scores:
         """This process' scores with credits in the order of the concepts whose maps the run reads, or without."""

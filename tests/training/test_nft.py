@@ -116,7 +116,7 @@ def test_a_run_of_the_other_objective_goes_on_with_an_old_policy_of_its_own(tmp_
     assert trainer.step()["grad_norm"] > 0
 
 
-def test_the_old_policy_samples_and_follows(tmp_path):
+def test_the_old_policy_samples_and_follows(tmp_path, monkeypatch):
     options = {"old_decay": 0.6, "old_decay_rate": 0.2, "old_decay_start": 1}
     trainer = Trainer(nft_run(tmp_path, loss=options, optimization={"updates_per_iteration": 1}))
     old = parameters(trainer)
@@ -130,9 +130,11 @@ def test_the_old_policy_samples_and_follows(tmp_path):
     prompts = ["red circle", "two blue squares", "green ring"]
     sampled = trainer.rollout(prompts, torch.Generator().manual_seed(0)).latents
     policy = parameters(trainer)
-    trainer.objective.sampling = nullcontext
-    assert not torch.equal(trainer.rollout(prompts, torch.Generator().manual_seed(0)).latents, sampled)
-    with trainer.policy.old():
+    with monkeypatch.context() as without:
+        without.setattr(trainer.policy, "old", nullcontext)
+        assert not torch.equal(trainer.rollout(prompts, torch.Generator().manual_seed(0)).latents, sampled)
+    with trainer.policy.old(), monkeypatch.context() as without:
+        without.setattr(trainer.policy, "old", nullcontext)
         assert torch.equal(trainer.rollout(prompts, torch.Generator().manual_seed(0)).latents, sampled)
     assert all(torch.equal(a, b) for a, b in zip(parameters(trainer), policy, strict=True))
 

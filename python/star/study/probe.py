@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star import config as configuration
-from star import rewards
 from star.config import Config, Positive, Range
 from star.rewards import Scores
 from star.study.gradient_signal import compare_with_scalar, jackknife_error
@@ -166,17 +165,7 @@ def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Sco
     """The images of a batch with the maps of every step, and what the reward says."""
     trainer.iteration = batch
     prompts = draw_prompts(trainer.task, trainer.config, batch)
-    tickets = []
-    rollout = trainer.rollout(
-        [prompt.text for prompt in prompts],
-        torch.Generator().manual_seed(batch),
-        [prompt.concepts for prompt in prompts],
-        captured=captured,
-        finished=lambda rows, latents: tickets.append(trainer.submit(prompts, rows, latents)),
-        find=lambda rows, latents: trainer.found_masks(prompts, rows, latents),
-    )
-    scores = rewards.concatenate([ticket.result() for ticket in tickets])
-    return rollout, trainer.with_matched_credits(scores, prompts, rollout)
+    return trainer.scored_rollout(prompts, torch.Generator().manual_seed(batch), defaultdict(float), captured)
 
 
 def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:

@@ -19,6 +19,7 @@ from star.objective import (
     other_concepts,
     route_advantages,
 )
+from star.rewards import Scores
 from star.training.distributed import Share
 from star.training.rollout import Rollout
 
@@ -75,6 +76,14 @@ class Pass(NamedTuple):
     loss: Tensor
     statistics: dict[str, Tensor]
     weights: Tensor | None
+
+
+def masks_or_nothing(scores: Scores, grid: tuple[int, int]) -> Tensor | None:
+    """The reward's masks (B, height, width), or None of a reward that has none. Where it failed for every image it says
+    nothing of them: they are empty."""
+    if scores.masks is None and not scores.reward.isfinite().any():
+        return torch.zeros(len(scores.reward), *grid)
+    return scores.masks
 
 
 def token_masks(masks: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor | None:

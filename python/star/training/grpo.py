@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -23,11 +20,6 @@ class GRPO:
     def __init__(self, config: Config, policy: Policy, share: Share, groups: Tensor, patch: int) -> None:
         self.config, self.policy, self.share, self.groups, self.patch = config, policy, share, groups, patch
         self.iteration = 0
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """The policy samples its own images."""
-        yield
 
     def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         sampling = self.config.sampling
@@ -94,6 +86,3 @@ class GRPO:
         )
         loss, statistics = explored_loss(config, tensors, rollout.explored_at(k, rows))
         return Pass(loss, statistics._asdict() | concept_metrics(own, advantages), own.weights)
-
-    def finish(self) -> None:
-        """After an iteration's updates there is nothing to do."""

@@ -8,18 +8,16 @@ they cost no pass of their own, and they are read before the noise can tell what
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from star.capture import capture
 from star.config import Config
 from star.objective import allocation_weights, blend_weights
 from star.training.credit import Credit, Pass, concept_metrics, steps_with_maps, token_masks
 from star.training.distributed import Share
 from star.training.policy import Policy
-from star.training.rollout import Batch, Rollout
+from star.training.rollout import Batch, MapOptions, Rollout
 from star_kernels import nft_loss
 
 
@@ -30,10 +28,6 @@ class NFT:
         self.config, self.policy, self.share, self.groups, self.patch = config, policy, share, groups, patch
         self.iteration = 0
         self.masks: Tensor | None = None
-
-    def sampling(self) -> AbstractContextManager[None]:
-        """The old policy samples the images."""
-        return self.policy.old()
 
     def stochastic_steps(self, iteration: int) -> tuple[int, ...]:
         return ()
@@ -71,20 +65,16 @@ class NFT:
         def velocity(transformer: torch.nn.Module) -> Tensor:
             return batch.velocity(transformer, latents, timesteps, rollout.guidance_scale)
 
+        sampling, reads_maps = self.config.sampling, steps_with_maps(self.config, self.config.sampling.trained_steps)
         with self.policy.old(), torch.no_grad():
             transformer = self.policy.unwrapped()
-            if not steps_with_maps(self.config, self.config.sampling.trained_steps):
-                old_velocity, maps = velocity(transformer), None
+            if reads_maps:
+                reading = MapOptions(rollout.grid, sampling.layers, sampling.normalize)
+                old_velocity, maps = batch.captured_velocity(
+                    transformer, latents, timesteps, rollout.guidance_scale, reading
+                )
             else:
-                with capture(
-                    transformer,
-                    batch.conditions.tokens,
-                    grid=rollout.grid,
-                    layers=self.config.sampling.layers,
-                    normalize=self.config.sampling.normalize,
-                ) as captured:
-                    old_velocity = velocity(transformer)
-                maps = captured.read()
+                old_velocity, maps = velocity(transformer), None
         weights = allocation_weights(
             self.config.allocation,
             maps,
@@ -130,7 +120,3 @@ class NFT:
 
     def generator(self, *numbers: object) -> torch.Generator:
         return torch.Generator().manual_seed(random.Random(self.seed(*numbers)).getrandbits(32))
-
-    def finish(self) -> None:
-        """After an iteration's updates the old policy follows."""
-        self.policy.follow()

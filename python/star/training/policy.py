@@ -106,7 +106,8 @@ class Policy:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The old policy becomes `decay` of itself and the rest of the policy; the decay grows with the updates."""
+        """The old policy, if there is one, becomes `decay` of itself and the rest of the policy; the decay grows with
+        the updates."""
         if self.old_parameters is None:
             return
         decay = old_decay(self.lag, self.updates)

@@ -234,6 +234,11 @@ def group_members(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids, first, member
 
 
+def _maps_at(maps: Tensor | None, captured: tuple[int, ...], step: int, rows: Tensor | slice) -> Tensor | None:
+    """Of maps (M, B, G, N) at the M captured steps those of some samples at a step; None if it was not captured."""
+    return None if maps is None or step not in captured else maps[captured.index(step), rows]
+
+
 @dataclass(frozen=True)
 class Rollout:
     """B samples and their S trained steps. Samples are cut into chunks, which are also the update's minibatches.
@@ -267,7 +272,7 @@ class Rollout:
 
     def maps_at(self, step: int, rows: Tensor | slice = slice(None)) -> Tensor | None:
         """(B', G, N) of some samples at a step of the schedule, or None if its maps were not read."""
-        return None if self.maps is None or step not in self.captured else self.maps[self.captured.index(step), rows]
+        return _maps_at(self.maps, self.captured, step, rows)
 
     def velocity(self, transformer: torch.nn.Module, k: int, rows: Tensor) -> Tensor:
         """Velocity (B', C, H, W) of some samples at the k-th trained step, from the very batch that `sample` ran when
@@ -292,6 +297,14 @@ class Rollout:
         return samples, prev_samples, old_means, transition
 
 
+class MapOptions(NamedTuple):
+    """How maps are read. grid: (rows, columns) of the image tokens. layers, normalize: as in `star.capture.capture`."""
+
+    grid: tuple[int, int]
+    layers: Sequence[int] | None
+    normalize: Normalization
+
+
 class Batch:
     """One forward pass for some samples; one row for each of their prompts while they share their latents."""
 
@@ -308,6 +321,27 @@ class Batch:
         if self.first is not None:
             latents = latents[self.first]
         return self.expand(predict_velocity(transformer, latents, timestep, self.conditions, guidance_scale))
+
+    def captured_velocity(
+        self,
+        transformer: torch.nn.Module,
+        latents: Tensor,
+        timestep: Tensor,
+        guidance_scale: float,
+        reading: MapOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """The same velocity, and the maps (B, G, N) of the pass; of a guided one those of the rows with the prompts."""
+        length = len(self.conditions.prompts)
+        with capture(
+            transformer,
+            self.conditions.tokens,
+            grid=reading.grid,
+            rows=None if self.conditions.negative_embeds is None else slice(length, 2 * length),
+            layers=reading.layers,
+            normalize=reading.normalize,
+        ) as maps:
+            velocity = self.velocity(transformer, latents, timestep, guidance_scale)
+        return velocity, self.expand(maps.read())
 
     def expand(self, x: Tensor) -> Tensor:
         """(P, ...) rows of the pass -> (B, ...) rows of the samples. index_select: its gradient is summed in a fixed
@@ -385,7 +419,7 @@ class Buffers:
         self.maps[self.captured.index(step), rows] = maps
 
     def maps_at(self, step: int, rows: Tensor) -> Tensor | None:
-        return None if self.maps is None or step not in self.captured else self.maps[self.captured.index(step), rows]
+        return _maps_at(self.maps, self.captured, step, rows)
 
     def store_explored(self, k: int, rows: Tensor, chosen: Tensor) -> None:
         if self.explored is None:
@@ -433,18 +467,11 @@ class Sampler:
         timestep, guidance_scale = self.steps.timesteps[step], self.options.guidance_scale
         if step not in self.buffers.captured:
             return batch.velocity(self.transformer, latents, timestep, guidance_scale)
-        length = len(batch.conditions.prompts)
         patch = shape_of(self.transformer).patch_size
-        with capture(
-            self.transformer,
-            batch.conditions.tokens,
-            grid=(self.options.size[0] // patch, self.options.size[1] // patch),
-            rows=None if self.conditions.negative_embeds is None else slice(length, 2 * length),
-            layers=self.options.layers,
-            normalize=self.options.normalize,
-        ) as maps:
-            velocity = batch.velocity(self.transformer, latents, timestep, guidance_scale)
-        self.buffers.store_maps(step, rows, batch.expand(maps.read()))
+        grid = (self.options.size[0] // patch, self.options.size[1] // patch)
+        reading = MapOptions(grid, self.options.layers, self.options.normalize)
+        velocity, maps = batch.captured_velocity(self.transformer, latents, timestep, guidance_scale, reading)
+        self.buffers.store_maps(step, rows, maps)
         return velocity
 
     def run(
