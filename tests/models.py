@@ -50,6 +50,14 @@ def seeded(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     return model
 
 
+def class_name(case: Case) -> str:
+    """The name of its model's class, also of one that an older library lacks."""
+    try:
+        return type(case.build()).__name__
+    except AttributeError as error:
+        return str(error.name)
+
+
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 

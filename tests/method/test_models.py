@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from builders import TEXT
-from models import CASES, Case, seeded, small_hunyuan_image, small_hunyuan_image_2, small_wan
+from models import CASES, Case, class_name, seeded, small_hunyuan_image, small_hunyuan_image_2, small_wan
 from star.capture import allocated, capture, record
 from star.concepts import ConceptTokens
 from star.layouts import LAYOUTS, REFUSED, Layout, Pass, _grid_of_ids, layout_of
@@ -297,7 +297,7 @@ def test_rows_of_a_text_whose_keys_differ(name):
     assert torch.equal(*found)
 
 
-COMPILED = {type(case.build()).__name__: name for name, case in reversed(CASES.items())}
+COMPILED = {class_name(case): name for name, case in reversed(CASES.items())}
 """One case of each class: compiling takes most of the time of this file."""
 
 
@@ -338,7 +338,7 @@ def blocks(model):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_row_of_the_table_is_tried(name):
-    assert name in {type(case.build()).__name__ for case in CASES.values()}
+    assert name in {class_name(case) for case in CASES.values()}
 
 
 def test_what_is_refused_is_told_why():
