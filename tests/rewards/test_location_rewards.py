@@ -41,6 +41,16 @@ def test_places_earn_what_the_nearest_object_earns():
     assert set(scores.reward_map[1][torch.from_numpy(masks[0]) > 0.9].tolist()) == {0.0}
 
 
+def test_objects_of_one_group_earn_what_each_of_them_is_worth():
+    mixed, masks = drawn(Things("red", "circle", 2), Things("red", "square"), relation=None)
+    surplus, more = drawn(Things("red", "circle", 3), Things("red", "circle"), relation=None)
+    _, scores = scored(mixed, surplus, prompt="three red circles")
+    inside = [set(scores.reward_map[0][torch.from_numpy(mask) > 0.9].tolist()) for mask in masks]
+    assert inside[0] == inside[1] == {1.0} and len(inside[2]) == 1 and 0 < min(inside[2]) < scores.reward[0] < 1
+    objects = torch.from_numpy(more.max(0)) > 0.9
+    assert sorted(set(scores.reward_map[1][objects].tolist())) == [0.0, 1.0]  # one of four is one too many
+
+
 def test_nobody_is_to_blame_for_what_is_missing_and_all_are_for_a_wrong_relation():
     alone, masks = drawn(Things("blue", "square"), relation=None)
     _, scores = scored(alone)

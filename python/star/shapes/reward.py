@@ -98,10 +98,8 @@ def reward_map(verdict: Verdict, scene: Scene, size: tuple[int, int]) -> np.ndar
         return (things * credit + sum(whole)) / (things + len(whole))
 
     field, occupied = np.full(size, verdict.soft, np.float32), np.zeros(size, bool)
-    for detection in verdict.detections:
-        field[detection.mask], occupied[detection.mask] = earned(0.0), True
-    for credit, mask in zip(verdict.parts, verdict.masks, strict=False):
-        field[mask] = earned(credit)
+    for detection, credit in zip(verdict.detections, verdict.credits, strict=True):
+        field[detection.mask], occupied[detection.mask] = earned(credit), True
     if len(verdict.detections) >= sum(thing.count for thing in scene.things) > 0:
         rows, columns = ndimage.distance_transform_edt(~occupied, return_distances=False, return_indices=True)
         field = field[rows, columns]

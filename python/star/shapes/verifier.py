@@ -46,7 +46,8 @@ class Detection:
 class Verdict:
     """strict: all right and nothing besides. soft: 0..1. parts: credit of each requirement.
 
-    masks: (things of the scene, S, S) bool, where each required group was found (empty where it was not).
+    masks: (things of the scene, S, S) bool, where each required group was found (empty where it was not). credits: 0..1
+    of each detection, 0 of one that was not requested.
     """
 
     strict: bool
@@ -54,6 +55,7 @@ class Verdict:
     parts: tuple[float, ...]
     masks: np.ndarray
     detections: tuple[Detection, ...]
+    credits: tuple[float, ...]
 
 
 def _crop(image: np.ndarray, center_x: float, center_y: float) -> np.ndarray:
@@ -132,11 +134,12 @@ def verify(image: np.ndarray, scene: Scene) -> Verdict:
         raise ValueError(f"image: got shape {image.shape}, expected (S, S, 3)")
     detections = detect(image)
     free = list(range(len(detections)))
-    parts, centers, masks = [], [], []
+    parts, centers, masks, own = [], [], [], {}
     for things in scene.things:
         credits = {i: _credit(detections[i], things) for i in free}
         best = sorted((i for i in free if credits[i] > 0), key=lambda i: -credits[i])[: things.count]
         free = [i for i in free if i not in best]
+        own |= {i: credits[i] for i in best}
         parts.append(sum(credits[i] for i in best) / things.count)
         centers.append(detections[best[0]].center if best else None)
         masks.append(np.any([detections[i].mask for i in best], 0) if best else np.zeros(image.shape[:2], bool))
@@ -159,4 +162,5 @@ def verify(image: np.ndarray, scene: Scene) -> Verdict:
         parts=tuple(parts),
         masks=np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool),
         detections=detections,
+        credits=tuple(own.get(i, 0.0) for i in range(len(detections))),
     )
