@@ -167,32 +167,47 @@ def large_batch() -> Study:
 
 def credit() -> Study:
     """DiffusionNFT, in which knowing the locations helps or does not: what each location or concept earned, where the
-    reward's masks are, where the maps look. The learning rate is the scalar arm's best; see docs/evidence.md."""
+    reward's masks are, where the maps look; and Flow-GRPO beside it. Learning rates are those at which the scalar arm
+    of each objective does best; see docs/evidence.md."""
     concept = {"advantage": "concept"}
+    grpo: dict[str, Any] = {
+        "model": {"lora_rank": 128},
+        "sampling": {"trained_steps": (1,), "shared_noise": True, "merge_adapter": True},
+        "loss": {"objective": "grpo", "noise_levels": 0, "clip_range": 2e-3},
+        "optimization": {"learning_rate": 3.5e-5, "schedule": "constant", "warmup": 0},
+    }
     return Study(
         preset="shapes-nft",
         baselines=("uniform",),
         changes={
+            # Every checkpoint is kept: the drift at equal score is measured on them.
             "scoring": {"every": 16, "count": 512},
-            "run": {"save_every": 16, "keep_checkpoints": 1, "figures": False},
-            "optimization": {"iterations": 64, "learning_rate": 1e-4},
+            "run": {"save_every": 16, "keep_checkpoints": 4, "figures": False},
+            "model": {"lora_rank": 0},
+            "sampling": {"merge_adapter": False},
+            "loss": {"noise_levels": 2},
+            "optimization": {"iterations": 64, "learning_rate": 1e-4, "warmup": 24},
             **_allocation("uniform"),
         },
         arms={
             "uniform": {},
-            # The verifier says what each location earned: a perfect map and a perfect judge.
+            # The verifier says what each location earned: a perfect map and a perfect judge, the positive control.
             "location": {"loss": {"advantage": "location"}},
             # The reward says what each concept earned, and the model's own maps where that belongs.
             "concept": {"loss": concept},
             "concept_other": {"loss": concept | {"concept_maps": "other"}},
-            "oracle": _allocation("oracle"),
             "attention": _allocation("attention"),
+            "oracle": _allocation("oracle"),
             "shuffled": _allocation("shuffled"),
             "random": _allocation("random"),
             "topk": _allocation("topk"),
             "topk_late": _allocation("topk", noise_window=(0.0, 0.5)),
             "location_attention": {"loss": {"advantage": "location"}, **_allocation("attention")},
+            "location_oracle": {"loss": {"advantage": "location"}, **_allocation("oracle")},
             "concept_double": {"loss": concept | {"concept_strength": 2.0}},
+            "grpo": grpo,
+            # The noise of Flow-GRPO's step, and with it what a group differs in, at the locations that the maps choose.
+            "grpo_explore": grpo | {"sampling": grpo["sampling"] | {"explore": "maps"}},
         },
     )
 
