@@ -1,6 +1,7 @@
 """The figures and the table of docs/evidence.md, from the tables of the studies' own pages: `python tools/evidence.py`.
 
-`star compare --document docs/evidence/NAME.md` writes those pages. Run this afterwards.
+`star compare --document docs/evidence/NAME.md` writes those pages; run this afterwards. README's docs/face.png has
+the same differences beside weights over images of the embedded model.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from star import document
+from star import document, presets
 from star.reports import figures
+from star.shapes.task import load_pipeline
+from star.training import preview
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT, MARKS = ROOT / "docs" / "evidence.md", "differences to uniform"
@@ -25,6 +28,8 @@ STUDIES = {"shapes": "small batches", "large_batch": "large batches", "credit": 
 LEAST_SEEDS = 3  # of an arm that is shown
 COLOR, GRAY = "tab:blue", "0.6"
 WIDTH = 6.4  # inches
+FACE = ROOT / "docs" / "face.png"
+PROMPTS = ("a green triangle and a red ring", "a blue square above a red circle")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
@@ -100,7 +105,7 @@ def draw_forest(axes: Axes, rows: list[Difference], labels: list[str]) -> None:
     axes.axvline(0, color=GRAY, linewidth=1)
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("held-out reward at the end, difference to uniform")
+    axes.set_xlabel("held-out reward,\ndifference to uniform")
 
 
 def forest() -> Figure:
@@ -146,6 +151,32 @@ def noise() -> Figure:
     return figure
 
 
+def face(shown: figures.Shown) -> Figure:
+    """Images with the weights of their steps, and beside them the differences."""
+    assert shown.weights is not None
+    steps, rows = len(shown.weights), all_differences()
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
+    images = left.subplots(len(shown.images), steps + 1, squeeze=False)
+    for row, image in enumerate(shown.images):
+        figures.show_image(images[row, 0], image)
+        figures.set_text(images[row, 0], title=shown.prompts[row])
+        for step in range(steps):
+            figures.overlay(images[row, step + 1], image, shown.weights[step, row], float(shown.weights.max()))
+            if row == 0:
+                figures.set_text(images[row, step + 1], title=shown.labels[step])
+    axes = right.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw_forest(axes, rows, [one.label for one in rows])
+    return figure
+
+
+def traced() -> preview.Preview:
+    """Images of the embedded model with the weights of every step."""
+    return preview.of_prompts(load_pipeline(), presets.preset("shapes"), PROMPTS)
+
+
 FIGURES = {"forest": forest, "why_optimizer": optimizer, "why_extra_objects": extra_objects, "why_noise": noise}
 
 
@@ -153,6 +184,7 @@ def main() -> None:
     document.fill(DOCUMENT, {MARKS: main_table()})
     for name, draw in FIGURES.items():
         figures.save(draw(), PAGES / f"{name}.png")
+    figures.save(face(traced()), FACE)
 
 
 if __name__ == "__main__":

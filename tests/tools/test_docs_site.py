@@ -50,7 +50,7 @@ def test_what_is_written_by_hand_is_no_longer_than_250_lines(name):
 
 def test_links_lead_to_pages_and_files_of_the_site(tmp_path):
     pages = {name: docs_site.site_text(page) for name, page in docs_site.sources().items()} | docs_site.generated()
-    others = {path.relative_to(docs_site.DOCS).as_posix(): "" for path in docs_site.DOCS.rglob("*.png")}
+    others = {path.relative_to(docs_site.DOCS).as_posix(): "" for path in docs_site.DOCS.rglob("*.[ps][nv]g")}
     for name, text in (others | pages).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
