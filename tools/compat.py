@@ -3,7 +3,7 @@
 For each host one new virtual environment gets the host's versions and then star-kernels from a clone, as a user of the
 host would install it: nothing else may change. The tests that run there skip what a version lacks (tests/versions.py).
 build/compat/HOST.log has all that was printed. A host that has a result for its present versions is not run again,
-unless it is named. Results are kept in tools/compat.json, and docs/trainers.md shows them.
+unless it is named. Results are kept in tools/compat.json, and docs/versions.md shows them.
 
 `pip install torch==...` takes a build for the CPU where pip finds one, else what pip finds: several GB for a while.
 """
@@ -27,7 +27,7 @@ from star import document
 RESULTS = ROOT / "tools" / "compat.json"
 ENVIRONMENTS = Path(tempfile.gettempdir()) / "star-compat"  # one that was interrupted goes on there
 LOGS = ROOT / "build" / "compat"
-DOCUMENT, MARKS = ROOT / "docs" / "trainers.md", "versions that were run"
+DOCUMENT, MARKS = ROOT / "docs" / "versions.md", "versions that were run"
 SHOWN = ("torch", "diffusers", "transformers", "accelerate", "peft")
 LONGEST = 3600  # seconds of one host's tests
 

@@ -25,6 +25,8 @@ def test_a_diff_is_short_and_its_page_names_it(diff):
     assert any(re.search(r"from star\b", line) for line in added)
     page = (EXAMPLES.parent / "docs" / PAGE[diff.split("/")[0]]).read_text()
     assert f"examples/{diff}" in page or diff.split("/")[1] in page
+    changed = len(re.findall(r"^(?:\+(?!\+\+)|-(?!--))", (EXAMPLES / diff).read_text(), re.M))
+    assert f"{changed} changed lines" in page or re.search(rf"`{diff.split('/')[1]}` \| {changed} \|", page)
 
 
 @pytest.mark.parametrize("diff", [diff for diff in DIFFS if diff.startswith("flow_grpo/")])
@@ -43,7 +45,8 @@ def test_an_adapter_of_verl_omni_is_short_and_for_a_pipeline_of_its_own(path):
     assert sum(bool(line.strip()) for line in text.splitlines()) <= MOST_LINES
     kind = "QwenImagePipeline" if "qwen" in path else "StableDiffusion3Pipeline"
     assert f'@DiffusionModelBase.register("{kind}", algorithm="flow_grpo")' in text
-    assert path in (EXAMPLES.parent / "docs" / "verl_omni.md").read_text()
+    page = (EXAMPLES.parent / "docs" / "verl_omni.md").read_text()
+    assert path in page and f"{sum(bool(line.strip()) for line in text.splitlines())} " in page
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""README's snippets run as they stand, on a small pipeline of SD3.5's structure."""
+"""The snippets of README and docs/trainers.md run as they stand, on a small pipeline of SD3.5's structure."""
 
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from star.concepts import concept_tokens
 from star.objective import scheduler_transition
 from star_kernels import allocate, policy_loss
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 PROMPTS = ["a red bench left of two green cats", "a dog"]
 
 
-def snippet(section: str) -> str:
+def snippet(section: str, page: str = README) -> str:
     """The Python block of a section."""
-    (block,) = README.split(f"## {section}\n")[1].split("\n## ")[0].split("```python\n")[1:]
+    (block,) = page.split(f"## {section}\n")[1].split("\n## ")[0].split("```python\n")[1:]
     return block.split("```")[0]
 
 
@@ -67,7 +68,7 @@ def test_in_your_trainer(given, guidance):
 
 def test_the_parts(given):
     names = given[0]
-    exec(snippet("The parts"), names)
+    exec(snippet("The parts", (ROOT / "docs/trainers.md").read_text()), names)
     assert names["weights"].shape == (2, 8, 12) and (names["weights"] != 1).any()
     torch.testing.assert_close(names["weights"].mean((1, 2)), torch.ones(2))
     torch.testing.assert_close(names["loss"], torch.tensor(0.0), rtol=0, atol=1e-6)  # on policy, mean advantage 0

@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
 
 
 def test_every_metric_is_documented_once(runs):
-    documented = Path(__file__).parents[2].joinpath("docs/training.md").read_text()
+    documented = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text()
     assert re.findall(r"^\| `([^`]+)` \| (.+) \|$", documented.split("The metrics:")[1], re.M) == list(MEANING.items())
     logged = set(tracking.read(runs / "star")[0]) - {"iteration"}
     assert not [name for name in logged if not meaning(name)]

@@ -465,10 +465,11 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
 
 
 def test_the_documentation_has_marks_for_the_results_of_every_preset():
-    text = (Path(__file__).parents[2] / "docs/evidence.md").read_text()
-    marks = [f"results of {name}" for name in spec.PRESETS] + ["diagnosis of shapes", "diagnosis of global"]
-    for mark in marks:
-        assert text.index(f"<!-- {mark} -->") < text.index(f"<!-- end of {mark} -->")
+    folder = Path(__file__).parents[2] / "docs/evidence"
+    for name in spec.PRESETS:
+        document.surroundings(folder / f"{name}.md", f"results of {name}")
+    for name in ("shapes", "global"):
+        document.surroundings(folder / f"{name}.md", f"diagnosis of {name}")
 
 
 # --- diagnosis --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`make compat`: its hosts, what it installs, how it reads results, and the table that docs/trainers.md shows."""
+"""`make compat`: its hosts, what it installs, how it reads results, and the table that docs/versions.md shows."""
 
 import json
 import subprocess

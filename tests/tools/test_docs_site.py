@@ -40,9 +40,17 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(navigation) == sorted(made | written) and not made & written
 
 
+@pytest.mark.parametrize("name", sorted(docs_site.sources()))
+def test_what_is_written_by_hand_is_no_longer_than_250_lines(name):
+    """What a tool writes between marks may be longer."""
+    text = docs_site.sources()[name].read_text()
+    by_hand = re.sub(r"<!-- (.+?) -->.*?<!-- end of \1 -->", "", text, flags=re.S)
+    assert len(by_hand.splitlines()) <= 250
+
+
 def test_links_lead_to_pages_and_files_of_the_site(tmp_path):
     pages = {name: docs_site.site_text(page) for name, page in docs_site.sources().items()} | docs_site.generated()
-    others = {path.relative_to(docs_site.DOCS).as_posix(): "" for path in docs_site.DOCS.rglob("*.png")}
+    others = {path.relative_to(docs_site.DOCS).as_posix(): "" for path in docs_site.DOCS.rglob("*.[ps][nv]g")}
     for name, text in (others | pages).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

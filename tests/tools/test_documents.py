@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import evidence
 import gpu_page
 import table
 from star import document
@@ -48,7 +49,7 @@ def marked(page: Path, name: str) -> str:
 
 def test_the_gpu_page_has_the_predictions_of_the_cost_model():
     for name, text in gpu_page.predictions().items():
-        assert marked(gpu_page.DOCUMENT, name) == text, f"run tools/gpu/gpu_static.py: {name}"
+        assert marked(gpu_page.PAGES[name], name) == text, f"run tools/gpu/gpu_static.py: {name}"
 
 
 def test_the_gpu_page_names_what_was_compiled():
@@ -62,6 +63,38 @@ def test_the_gpu_page_names_what_was_compiled():
     }
     for name, text in texts.items():
         launched, _, titles, rule, row = text.splitlines()
-        page = marked(gpu_page.DOCUMENT, name).splitlines()
+        page = marked(gpu_page.PAGES[name], name).splitlines()
         assert [launched, titles, rule] == [page[0], *page[2:4]]
         assert row.count("|") == titles.count("|")
+
+
+def test_the_evidence_page_has_the_differences_of_the_studies_pages():
+    assert marked(evidence.DOCUMENT, evidence.MARKS) == evidence.main_table(), "run tools/evidence.py"
+
+
+def test_a_studys_page_is_read_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "PAGES", tmp_path)
+    monkeypatch.setattr(evidence, "STUDIES", {"one": "first"})
+    row = "| {} | {} | 0.1 | {} | +9.000 [+8.000, +9.900] |"
+    rows = [row.format("uniform", "-", "-"), row.format("few", "+0.300 [+0.100, +0.500]", "1/2")]
+    rows += [row.format("a", "-0.020 [-0.030, -0.010] *", "0/3"), row.format("b", "+0.001 [-0.010, +0.013]", "2/4")]
+    titles = "| arm | reward, final | p | seeds ahead | reward, area |\n| --- | --- | --- | --- | --- |\n"
+    heading = "**difference to uniform, paired by seed and prompt**\n\n"
+    (tmp_path / "one.md").write_text(heading + titles + "\n".join(rows) + "\n\n" + heading + titles)
+    assert evidence.main_table().splitlines()[2:] == [
+        "| [b, first (n=4)](evidence/one.md) | +0.001 | -0.010 to +0.013 | 2/4 |",
+        "| [a, first (n=3)](evidence/one.md) | -0.020 \\* | -0.030 to -0.010 | 0/3 |",
+    ]
+    (tmp_path / "one.md").write_text("not run yet\n")
+    assert evidence.all_differences() == []
+
+
+def test_every_figure_of_the_evidence_page_can_be_drawn():
+    assert len(evidence.forest().axes[0].lines) == 2 * len(evidence.all_differences()) + 1
+    gains = [bar.get_height() for bar in evidence.optimizer().axes[0].patches]
+    assert gains[0] > 0.0005 > abs(gains[1])  # what the page says of them
+    shares = [bar.get_height() for bar in evidence.extra_objects().axes[0].patches]
+    assert max(shares) == shares[2] == 0.440
+    assert {f"evidence/{name}.png" for name in evidence.FIGURES} <= set(
+        evidence.re.findall(r"\((evidence/\w+\.png)\)", evidence.DOCUMENT.read_text())
+    )

@@ -1,14 +1,34 @@
-"""The tables of docs/gpu.md; gpu_static.py puts them there."""
+"""The tables of docs/gpu.md and of the pages in docs/gpu; gpu_static.py puts them there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cost_model as model
+from star import document
 from star_kernels.triton import attention_maps as kernels
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = {
+    "Triton kernels": DOCS / "gpu" / "triton.md",
+    "CUDA kernels": DOCS / "gpu" / "cuda.md",
+    "predictions": DOCS / "gpu" / "predictions.md",
+    "assumptions": DOCS / "gpu.md",
+    "goals": DOCS / "gpu.md",
+    "devices": DOCS / "gpu.md",
+}
+"""The page of each text, by the name of its marks."""
+
+
+def fill(texts: Mapping[str, str]) -> None:
+    """Put each text on its page."""
+    by_page: dict[Path, dict[str, str]] = defaultdict(dict)
+    for name, text in texts.items():
+        by_page[PAGES[name]][name] = text
+    for page, parts in by_page.items():
+        document.fill(page, parts)
 
 
 def rows(titles: str, cells: list[tuple]) -> str:
@@ -82,7 +102,7 @@ def goals() -> str:
 
 
 def predictions() -> dict[str, str]:
-    """The parts of docs/gpu.md that need no compiler: text by the name of its marks."""
+    """The texts that need no compiler, by the name of their marks."""
     return {
         "assumptions": assumptions(),
         "goals": goals(),

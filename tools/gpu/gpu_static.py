@@ -1,6 +1,6 @@
-"""What the GPU kernels need, from their machine code; with the cost model's predictions it goes to docs/gpu.md.
+"""What the GPU kernels need, from their machine code; with the cost model's predictions it fills docs/gpu.md and more.
 
-python tools/gpu/gpu_static.py            # fills docs/gpu.md; without nvcc it leaves the CUDA kernels out
+python tools/gpu/gpu_static.py            # fills these pages; without nvcc it leaves the CUDA kernels out
 python tools/gpu/gpu_static.py --check    # writes nothing and fails where a kernel breaks a rule
 """
 
@@ -16,14 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(builds: list[dict], compiled: list[dict]) -> None:
-    """Write the tables of docs/gpu.md."""
+    """Write the tables of the pages."""
     import cuda_offline
     import gpu_page
-    from star import document
 
     cuda = gpu_page.cuda_table(compiled, cuda_offline.is_wide) if compiled else "Not built: there is no nvcc."
     texts = {"Triton kernels": gpu_page.triton_table(builds, triton_offline.triton.__version__), "CUDA kernels": cuda}
-    document.fill(gpu_page.DOCUMENT, texts | gpu_page.predictions())
+    gpu_page.fill(texts | gpu_page.predictions())
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ class Compare:
     train: bool = True
     """--no-train: write the report of the finished runs, and train nothing."""
     diagnose: bool = False
-    """Also measure where the gradient's signal is; see docs/evidence.md."""
+    """Also measure where the gradient's signal is; see docs/evidence/method.md."""
     document: Path | None = None
     """A Markdown file that takes the tables at its mark `<!-- results of NAME -->`; NAME is the last part of `out`."""
 

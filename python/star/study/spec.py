@@ -82,7 +82,7 @@ def shapes() -> Study:
     return Study(
         changes={
             # Checkpoints and scores at the same iterations; the norm of the updates is measured, not changed. The
-            # learning rate is the one at which the scalar arm does best; see docs/evidence.md.
+            # learning rate is the one at which the scalar arm does best; see docs/evidence/method.md.
             "scoring": {"every": 30, "count": 512},
             "run": {"save_every": 30, "keep_checkpoints": 1, "figures": False},
             "optimization": {"update_norm": 0.0, "learning_rate": 3.5e-5},
@@ -146,7 +146,7 @@ def noise() -> Study:
 def plain() -> Study:
     """Plain gradients with momentum instead of AdamW's steps, all of one norm. AdamW takes out what weights gain."""
     study = _shapes_with_arms("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
-    # Half the norm of AdamW's updates: the one at which the scalar arm does best; see docs/evidence.md.
+    # Half the norm of AdamW's updates: the one at which the scalar arm does best; see docs/evidence/method.md.
     study.changes["optimization"] |= {"adam_epsilon": 1.0, "weight_decay": 0.0, "update_norm": 0.0093}
     study.baselines = ("uniform", "shuffled")
     return study
@@ -168,7 +168,7 @@ def large_batch() -> Study:
 def credit() -> Study:
     """DiffusionNFT, in which knowing the locations helps or does not: what each location or concept earned, where the
     reward's masks are, where the maps look; and Flow-GRPO beside it. Learning rates are those at which the scalar arm
-    of each objective does best; see docs/evidence.md."""
+    of each objective does best; see docs/evidence/credit.md."""
     concept = {"advantage": "concept"}
     grpo: dict[str, Any] = {
         "model": {"lora_rank": 128},
