@@ -160,8 +160,8 @@ class Loss:
     adv_clip: AboveZero = 5.0
     """Advantages are clamped to +-adv_clip. nft: which is a probability of 1 or 0 that an image is a good one."""
     kl_coef: NotNegative = 0.0
-    """Coefficient of the KL term to the model without its adapter; nft: of the squared difference of the velocities.
-    0: no such term."""
+    """Coefficient of the KL term to the model before the run; nft: of the squared difference of the velocities. 0: no
+    such term."""
     guard: bool = False
     """Normalize ratios as GRPO-Guard does."""
     global_std: bool = False
@@ -338,10 +338,6 @@ class Config:
             )
         if self.allocation.temporal == "concentration" and self.allocation.strategy == "uniform":
             raise ConfigError("allocation.temporal: concentration needs a strategy other than uniform")
-        if self.loss.kl_coef and not self.model.lora_rank:
-            raise ConfigError(
-                "loss.kl_coef: needs an adapter (model.lora_rank > 0): without it the reference is the model"
-            )
         if self.model.adapter and not self.model.lora_rank:
             raise ConfigError("model.adapter: needs model.lora_rank, the adapter's rank")
         if self.model.frozen_dtype not in ("float32", optimization.mixed_precision):

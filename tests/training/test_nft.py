@@ -91,6 +91,23 @@ def test_the_loss_is_the_published_one(tmp_path, changes):
         torch.testing.assert_close(found, correct, rtol=1e-3, atol=1e-5)
 
 
+def test_where_all_weights_are_trained_the_reference_is_the_model_before_the_run(tmp_path):
+    options = {"model": {"lora_rank": 0}, "loss": {"kl_coef": 0.1}, "sampling": {"merge_adapter": False}}
+    trainer = Trainer(nft_run(tmp_path / "a", **options))
+    start = parameters(trainer)
+    assert planning.plan(trainer.config).memory["reference"] == planning.count_bytes(start)
+    assert [trainer.step()["kl"] > 0 for _ in range(2)] == [True, True]
+    moved = parameters(trainer)
+    trainer.save()
+    resumed = Trainer(nft_run(tmp_path / "a", **options, run={"resume": True}))
+    for policy in (trainer.policy, resumed.policy):
+        with policy.reference() as model:
+            assert all(torch.equal(p, old) for p, old in zip(model.parameters(), start, strict=True))
+        assert all(torch.equal(p, new) for p, new in zip(policy.parameters.values(), moved, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(start, moved, strict=True))
+    assert trainer.step()["loss"] == resumed.step()["loss"]
+
+
 def test_a_resumed_run_has_the_same_bits(tmp_path):
     options = {"loss": {"old_decay": 0.5, "old_decay_rate": 0.2}, "optimization": {"schedule": "cosine"}}
     whole = Trainer(nft_run(tmp_path / "a", **options))

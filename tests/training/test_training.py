@@ -367,7 +367,6 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
             "sampling.merge_adapter: needs model.frozen_dtype float32, got bfloat16",
         ),
         ({"run": {"resume": True}}, "run.resume: .* has no checkpoint"),
-        ({"model": {"lora_rank": 0}, "loss": {"kl_coef": 0.1}}, "loss.kl_coef: needs an adapter"),
         ({"run": {"reward": "beauty"}}, "reward: unknown 'beauty'"),
         ({"model": {"path": "/nowhere"}}, "model.path: '/nowhere' is no pipeline"),
     ],

@@ -37,7 +37,7 @@ MEANING = {
     "clip_fraction": "share of ratios outside the clip range",
     "clip_fraction_low": "share below it",
     "clip_fraction_high": "share above it",
-    "kl": "KL term to the model without its adapter (nft: squared difference), before loss.kl_coef; 0 without one",
+    "kl": "KL term to the model before the run (nft: squared difference), before loss.kl_coef; 0 without one",
     "positive_loss": "loss.objective nft: the term that draws the policy to its good images, before adv_clip / beta",
     "negative_loss": "the term that drives it from its bad ones; each holds the noise that no model can predict",
     "positive_error": "mean absolute error of the positive branch's prediction of the image, without weights",

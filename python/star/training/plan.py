@@ -263,6 +263,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         "optimizer": 8 * trained_parameters // shards,
         "moving average": 4 * trained_parameters // shards if optimization.ema_decay else 0,
         "old policy": 4 * trained_parameters // shards if nft else 0,
+        "reference": 4 * trained_parameters // shards if config.loss.kl_coef and not config.model.lora_rank else 0,
         "rollout": 0 if sampling.rollout_device == "cpu" else 3 * len(steps) * own * latents * 4,
         "maps and weights": count * own * (CONCEPTS * tokens + locations) * 4,
         "text": (sampling.prompts_per_iteration + guided - 1) * embedding,
@@ -281,7 +282,8 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         memory["activations"] = saved.bytes
         reference = 0
         if config.loss.kl_coef:
-            transformer.disable_adapters()
+            if config.model.lora_rank:
+                transformer.disable_adapters()
             with flop_counter() as flops, torch.no_grad():
                 predict(transformer, 1, size, text, config)
             reference = flops.get_total_flops()

@@ -51,6 +51,9 @@ class Policy:
         self.old_parameters: list[Tensor] | None = None
         if config.loss.objective == "nft":
             self.old_parameters = [p.detach().clone() for p in self.parameters.values()]
+        self.reference_parameters: list[Tensor] | None = None
+        if config.loss.kl_coef and not config.model.lora_rank:
+            self.reference_parameters = [p.detach().clone() for p in self.parameters.values()]
 
     def step(self) -> tuple[float, bool, float | None]:
         """Clip the gradients, update and forget them. Returns their norm, whether the update was skipped because it was
@@ -120,8 +123,13 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The model before this run, without gradients: with the adapter that it began with, or with none."""
-        with self.starting_adapter() if has_reference(self.bare) else self.without_adapter(), torch.no_grad():
+        """The model before this run, without gradients: with the adapter that it began with, with none, or, where all
+        weights are trained, with the weights that it began with."""
+        if self.reference_parameters is not None:
+            before = self.replaced(self.reference_parameters)
+        else:
+            before = self.starting_adapter() if has_reference(self.bare) else self.without_adapter()
+        with before, torch.no_grad():
             yield self.unwrapped()
 
     @contextmanager
