@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from builders import head_state, save_small_clip, small_run, small_sd35
 from star import config as configuration
 from star.cli import FAULT, main
+from star.reports import shown
 from star.shapes.model import load_pipeline
 from star.study import spec
 from star.train import train
@@ -45,7 +47,9 @@ def world(tmp_path_factory):
     torch.save(head_state(16), root / "head.pt")
     config = small_run(root / "run", optimization={"iterations": 1}, scoring={"count": 4}, run={"figures": False})
     configuration.save(config, root / "c.yaml")
-    train(config)
+    train(config, ["star", "train"])
+    fields = {0: [shown.Field("map", "x", np.ones((2, 2)))]}
+    shown.write_maps(config.run.out, "after", shown.Maps(1, fields))
     out = root / "study"
     study = spec.Study(
         changes={"scoring": {"every": 1, "count": 4}, "optimization": {"iterations": 1}}, baselines=("uniform",),
@@ -103,7 +107,13 @@ COMMANDS = {
     "head.pt": lambda root: scored(
         "--reward", "aesthetic", "--models", "aesthetic", f"{root}/head.pt", "aesthetic_clip", f"{root}/clip"
     ),
-    **dict.fromkeys(("run/config.yaml", "run/metrics.jsonl", "run/evaluations.jsonl", "run/summary.json"), report),
+    **dict.fromkeys(
+        (
+            *("run/config.yaml", "run/metrics.jsonl", "run/evaluations.jsonl", "run/summary.json"),
+            *("run/commands.jsonl", "run/held_out/prompts.jsonl", "run/held_out/maps_after.jsonl"),
+        ),
+        report,
+    ),
     **dict.fromkeys(("run/checkpoints/iteration-000001/meta.json", "run/checkpoints/iteration-000001/state.pt"),
                     resumed),
     "spec.yaml": lambda root: ["compare", "--spec", f"{root}/spec.yaml", "--out", f"{root}/new", "--arms", "none"],
@@ -116,7 +126,10 @@ TAKEN = {
     *(("p.txt", how) for how in ("number", "list", "object")),
     *(
         (f"run/{name}", how)
-        for name in ("metrics.jsonl", "evaluations.jsonl")
+        for name in (
+            *("metrics.jsonl", "evaluations.jsonl", "commands.jsonl"),
+            *("held_out/prompts.jsonl", "held_out/maps_after.jsonl"),
+        )
         for how in ("empty", "gone", "truncated")
     ),
     *(("run/config.yaml", how) for how in ("empty", "object")),

@@ -157,7 +157,7 @@ def train(arguments: list[str]) -> None:
     from star.reports.evaluations import format_error
     from star.train import train as run
 
-    summary = run(config)
+    summary = run(config, ["star", "train", *arguments])
     if int(os.environ.get("RANK", 0)):
         return  # the first process speaks for all
     if summary.get("stopped"):
@@ -440,17 +440,19 @@ def maps(arguments: list[str]) -> None:
 def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("star report", description="Write one self-contained HTML page of runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or going")
-    parser.add_argument("--out", type=Path, help="the page; report.html in the folder of a single run")
+    parser.add_argument(
+        "--out", type=Path, help="the page; without it report.html, in a single run's folder or else in this one"
+    )
     options = parser.parse_args(arguments)
     options.runs = [path.expanduser() for path in options.runs]
 
     from star.reports import page
 
-    if options.out is None and len(options.runs) > 1:
-        raise ValueError("out: needed for several runs")
-    out = options.runs[0] / "report.html" if options.out is None else options.out.expanduser()
-    page.write(options.runs, out)
-    print(f"{out}: {len(options.runs)} run{'s'[: len(options.runs) > 1]}, {out.stat().st_size / 2**20:.1f} MiB")
+    folders = page.distinct(options.runs)
+    folder = folders[0] if len(folders) == 1 else Path()
+    out = folder / "report.html" if options.out is None else options.out.expanduser()
+    page.write(folders, out)
+    print(f"{out}: {len(folders)} run{'s'[: len(folders) > 1]}, {out.stat().st_size / 2**20:.1f} MiB")
 
 
 def info(arguments: list[str]) -> None:

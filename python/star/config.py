@@ -273,7 +273,8 @@ class Run:
     keep_checkpoints: Positive = 2
     """Checkpoints that are kept, the newest ones."""
     figures: bool = True
-    """Draw the reward's curve, images before and after, and the allocation at the end."""
+    """Draw the reward's curve, images before and after, and the allocation at the end; keep the maps of the held-out
+    images that are kept, before and after training, for `star report`."""
     grid_every: Count = 0
     """Iterations from one grid of the rollout's images and weights to the next, in grids/. 0: none."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)

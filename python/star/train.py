@@ -20,7 +20,7 @@ from star import config as configuration
 from star import files, rewards
 from star.config import Config, ConfigError
 from star.messages import one_line
-from star.reports import card, evaluations
+from star.reports import card, commands, evaluations, shown
 from star.reports.metrics import UpdateMetrics, iteration_metrics, peak_memory, weight_metrics
 from star.reports.tracking import Tracker, timed
 from star.rewards import Scores
@@ -297,10 +297,20 @@ class Trainer:
 
     def score(self) -> None:
         """Score the averaged policy on the held-out prompts, if that is due."""
-        if self.held_out.is_due(self.iteration, self.config.optimization.iterations):
+        last = self.config.optimization.iterations
+        if self.held_out.is_due(self.iteration, last):
             # Every process takes part, because the weights may be sharded over them.
             with self.policy.averaged(), self.encode.on_device():
                 self.held_out_score = self.held_out.score(self.pipeline, self.judge, self.iteration, self.accelerator)
+                if self.config.run.figures and self.iteration in (0, last):
+                    self.keep_maps()
+
+    def keep_maps(self) -> None:
+        """Keep the maps of the held-out images that are kept."""
+        fields = preview.held_out_maps(self.pipeline, self.config, self.held_out)
+        if self.accelerator.is_main_process:
+            stage: shown.Stage = "before" if self.iteration == 0 else "after"
+            shown.write_maps(self.config.run.out, stage, shown.Maps(self.iteration, fields))
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """What the progress bar says beside the iterations."""
@@ -349,13 +359,16 @@ class Trainer:
         on_main(self.accelerator, lambda: configuration.save(self.config, run.out / "config.yaml"))
 
 
-def train(config: Config) -> dict:
+def train(config: Config, command: Sequence[str] = ()) -> dict:
     """Run a configuration to its end. Returns (and writes to summary.json) what it reached; after a signal to
-    end it returns early, with the signal's name as `stopped` and a checkpoint to continue from."""
+    end it returns early, with the signal's name as `stopped` and a checkpoint to continue from. command: what was typed
+    for it, if anything; the run keeps it."""
     trainer = None
     try:
         with Termination() as termination, held_folder(config):
             trainer = Trainer(config)
+            if command and trainer.accelerator.is_main_process:
+                commands.note(config.run.out, command, trainer.iteration, trainer.accelerator.num_processes)
             return run(trainer, termination)
     except RuntimeError as error:
         if trainer is None or trainer.accelerator.num_processes == 1 or not is_lost_process(error):

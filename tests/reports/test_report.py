@@ -1,11 +1,7 @@
-"""What a run shows: metrics with a meaning, grids, trackers, and the page that compares runs."""
+"""What a run shows: metrics with a meaning, grids and trackers. Its page: test_page.py."""
 
-import base64
-import io
-import json
 import math
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,49 +12,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from builders import small_run
-from star import config as configuration
 from star import train as training
-from star.cli import main
 from star.config import ConfigError
-from star.presets import preset
-from star.reports import page, tracking
+from star.reports import tracking
 from star.reports.metrics import MEANING, category_means, gradient_share, meaning, weight_metrics
 from star_kernels.reference import NFT_STATISTICS
-
-
-def test_images_come_before_curves_and_links_are_not_followed(runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs / "star", run)
-    page.write([run], tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
-    assert 0 < text.index("Images of") < text.index("<h2>Curves")
-    secret = tmp_path / "secret.png"
-    shutil.copy(run / "reward_curve.png", secret)
-    data = base64.b64encode(secret.read_bytes()).decode()
-    assert data in text
-    (run / "reward_curve.png").unlink()
-    (run / "reward_curve.png").symlink_to(secret)
-    (run / "before_after.png").write_text("root:x:0:0")
-    page.write([run], tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
-    assert data not in text and base64.b64encode(b"root:x:0:0").decode() not in text
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two finished runs, one without allocation."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, strategy in (("star", "attention"), ("uniform", "uniform")):
-        run = {"grid_every": 2, "figures": True}
-        changes = {
-            "scoring": {"count": 8, "every": 1},
-            "allocation": {"strategy": strategy},
-            "loss": {"advantage": "concept"},
-            "sampling": {"explore": "maps"},
-            "optimization": {"update_norm": 0.0},
-        }
-        training.train(small_run(folder / name, run=run, **changes))
-    return folder
 
 
 def test_every_metric_is_documented_once(runs):
@@ -156,40 +114,3 @@ def test_wandb_gets_the_configuration_and_the_metrics(tmp_path, monkeypatch):
     )
     assert wandb.config["optimization"]["iterations"] == 2
     assert [step for step, _ in wandb.logged] == [0, 1] and "reward" in wandb.logged[0][1]
-
-
-def test_the_page_holds_everything_and_needs_nothing(runs, capsys):
-    assert main(["report", str(runs / "star"), str(runs / "uniform"), "--out", str(runs / "compare.html")]) == 0
-    text = (runs / "compare.html").read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:)', text)
-    images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
-    assert len(images) == 2 * 3 + 2 and all(Image.open(io.BytesIO(image)).width > 100 for image in images)
-    found = json.loads((runs / "star/summary.json").read_text())["held_out"]["reward"]
-    assert f"{found['before']:.4f} → {found['after']:.4f} ({found['difference']:+.4f} ± " in text
-    assert "<code>held-out reward</code>" in text and "<td>reward</td><td>counting</td>" in text
-    assert "<code>allocation.strategy</code></td><td>attention</td><td>uniform</td>" in text
-    assert "run.out</code>" not in text  # where a run is, is no difference
-    for name in ("reward", "weights_on_object", "seconds/update"):
-        assert f"<code>{name}</code> {meaning(name)}" in text.replace("&#39;", "'")
-
-
-def test_the_page_of_a_run_that_is_going(tmp_path):
-    run = tmp_path / "<b>run"
-    run.mkdir()
-    configuration.save(preset("shapes"), run / "config.yaml")
-    page.write([run], run / "report.html")
-    text = (run / "report.html").read_text()
-    assert "No iteration has been finished yet" in text and "<b>run" not in text.replace("&lt;b&gt;run", "")
-    (run / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "reward": 0.5}) + "\n" + '{"iterat')
-    page.write([run], run / "report.html")
-    assert text.count("data:image/svg") == 0 and (run / "report.html").read_text().count("data:image/svg") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["nowhere"], "runs: nowhere is no run"), (["a", "b"], "out: needed for several runs")],
-)
-def test_what_is_wrong_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", *arguments]) == 1
-    assert message in capsys.readouterr().err

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from star.config import Config, to_dict
+from star.reports.commands import installed_version
 from star.reports.evaluations import format_error
 from star.rewards import parse
 
@@ -39,10 +39,7 @@ def _text(folder: Path, config: Config, summary: dict, prompt: str) -> str:
     kind = f"LoRA adapter of rank {model.lora_rank}" if adapter else "Fine-tuned model"
     weights = parse(config.run.reward) if config.run.reward else {f"the reward of {name}": 1.0}
     rewards = ", ".join(f"`{reward}`" if len(weights) == 1 else f"{w:g} `{reward}`" for reward, w in weights.items())
-    try:
-        version = f" {importlib.metadata.version('star-kernels')}"
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
-        version = ""
+    version = f" {installed}" if (installed := installed_version()) else ""
     rows = [
         ("Base model", f"`{name}`"),
         ("Reward", rewards),

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from star import files
+from star.reports.chart import moving_average
 
 
 class Shown(Protocol):
@@ -77,11 +78,6 @@ def overlay(axes: Axes, image: np.ndarray, field: np.ndarray, largest: float) ->
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(field, cmap="inferno", vmin=0, vmax=largest, alpha=0.75, extent=extent, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-
-
-def moving_average(values: np.ndarray, width: int) -> np.ndarray:
-    """Means of `width` neighbors, len(values) - width + 1 of them."""
-    return np.convolve(values, np.ones(width) / width, "valid")
 
 
 def reward_curve(iterations: Sequence[int], rewards: Sequence[float], path: Path) -> None:

@@ -1,129 +1,45 @@
-"""`star report`: one self-contained HTML page of one or several runs, with curves, images and what differs."""
+"""`star report`: one self-contained HTML page of one or several runs, with scores, images, curves and what differs."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_hex
 
-from star import config as configuration
 from star import files
-from star.config import flatten
-from star.reports import tracking
-from star.reports.evaluations import Evaluation, compare, format_error, read_evaluations
-from star.reports.figures import make_grid, moving_average
+from star.reports import chart, gallery, runs
+from star.reports.chart import Chart, Curve
+from star.reports.commands import installed_version
 from star.reports.metrics import MEANING, meaning, patterns
+from star.reports.runs import Run
 
-FIGURES = {
-    "reward_curve.png": "reward of the training prompts",
-    "before_after.png": "the same prompts and noise before and after",
-    "allocation.png": "weights that attention allocates, step by step",
-}
+HERE = Path(__file__).parent
+GENERATOR = "star report"
+# What tells a page of this command, of this version and of version 0.1.
+SIGNATURES = (f'<meta name="generator" content="{GENERATOR}">', '<div class="curves">')
+DRAWN = 24  # categories that have a chart of their own
+
+
+def render(folder: Path, template: str, values: Mapping[str, object]) -> str:
+    """A page from a template in a folder, which may extend base.html."""
+    loader = jinja2.FileSystemLoader([folder, HERE])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = environment.get_template(template).render(values)
+    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run's folder holds. config: flat, by dotted name. summary: empty while the run is going."""
+class Score:
+    """A held-out score: its chart over all prompts, those by category, and its table."""
 
     name: str
-    color: str
-    config: dict[str, object]
-    metrics: list[dict[str, float]]
-    evaluations: list[Evaluation]
-    summary: dict[str, object]
-    images: list[tuple[str, str]]  # caption, data URL
-    grids: list[tuple[str, str]]
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """The rows of the table that compares runs."""
-        rows = {"iterations": f"{len(self.metrics)} of {self.config.get('optimization.iterations', '?')}"}
-        tail = [line["reward"] for line in self.metrics[-max(1, len(self.metrics) // 10) :] if "reward" in line]
-        if tail:
-            rows["reward, last tenth"] = f"{np.nanmean(tail):.4f}"
-        seconds = [sum(v for k, v in line.items() if k.startswith("seconds/")) for line in self.metrics]
-        if seconds:
-            rows["seconds per iteration, median"] = f"{np.median(seconds):.2f}"
-        if "seconds" in self.summary:
-            rows["seconds in all"] = f"{self.summary['seconds']:.0f}"
-        memory = [line["memory_gib"] for line in self.metrics if "memory_gib" in line]
-        if memory:
-            rows["peak memory, GiB"] = f"{max(memory):.2f}"
-        return rows
-
-    @property
-    def held_out(self) -> dict[tuple[str, str], str]:
-        """By (column, category) the scores before and after, or those so far."""
-        if not self.evaluations:
-            return {}
-        first, last = self.evaluations[0], self.evaluations[-1]
-        rows = {}
-        for column in first.values:
-            for category in (None, *first.category_names()):
-                found = compare(first, last, category).get(column)
-                before = first.mean(column, category)
-                label = (column, category or "all prompts")
-                if len(self.evaluations) == 1 or found is None:
-                    rows[label] = f"{before.mean:.4f}{format_error(before.standard_error)}"
-                else:
-                    change = f"{found['difference']:+.4f}{format_error(found['standard_error'])}"
-                    rows[label] = f"{found['before']:.4f} → {found['after']:.4f} ({change})"
-        return rows
-
-
-def data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def read_figure(file: Path) -> bytes | None:
-    """The PNG that a run drew; None where there is none. Whoever sends a run's folder must not choose what of the
-    reader's files is in the page: links are left out, and so is what is no PNG."""
-    if file.is_symlink() or not file.is_file():
-        return None
-    data = file.read_bytes()
-    return data if data.startswith(b"\x89PNG\r\n\x1a\n") else None
-
-
-def read(path: Path, name: str, color: str) -> Run:
-    """Read a run's folder. Raises ValueError if it is none, or holds what no run writes."""
-    if not (path / "config.yaml").is_file():
-        raise ValueError(f"runs: {path} is no run (it has no config.yaml)")
-
-    def images(found: Sequence[tuple[Path, str]]) -> list[tuple[str, str]]:
-        return [(caption, data_url(data, "png")) for file, caption in found if (data := read_figure(file))]
-
-    grids = sorted((path / "grids").glob("*.png"))
-    return Run(
-        name=name,
-        color=color,
-        config=flatten(configuration.read(path / "config.yaml")),
-        metrics=tracking.read(path),
-        evaluations=read_evaluations(path),
-        summary=tracking.read_summary(path),
-        images=images([(path / file, caption) for file, caption in FIGURES.items()]),
-        grids=images([(file, f"after {int(file.stem)} iterations") for file in grids if file.stem.isdecimal()]),
-    )
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, or, where two are the same, paths."""
-    short = [path.resolve().name for path in paths]
-    return short if len(set(short)) == len(short) else [str(path) for path in paths]
-
-
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The settings that are not the same in all runs, but for where they are."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    rows = {key: [str(run.config.get(key, "—")) for run in runs] for key in keys}
-    ignored = ("run.out", "run.resume", "run.overwrite")
-    return {key: row for key, row in rows.items() if len(set(row)) > 1 and key not in ignored}
+    whole: Chart | None
+    parts: list[tuple[str, Chart]]
+    rows: list[list[str]]
 
 
 def order(name: str) -> tuple[int, str]:
@@ -133,78 +49,113 @@ def order(name: str) -> tuple[int, str]:
     return (len(ranks) if pattern is None else ranks.index(pattern)), name
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The points of one run. errors: half the width of a band around them, or None."""
-
-    color: str
-    x: np.ndarray
-    y: np.ndarray
-    errors: np.ndarray | None = None
-
-
-def draw_curves(curves: Sequence[Curve]) -> str | None:
-    """A line for each run, as a data URL; None if there is nothing to see. Without errors a moving average is drawn
-    over the points."""
-    curves = [curve for curve in curves if len(curve.x)]
-    if not curves:
-        return None
-    figure, ((axes,),) = make_grid(1, 1, (4.2, 2.3))
-    for curve in curves:
-        width = max(1, len(curve.y) // 15) if curve.errors is None else 1
-        axes.plot(curve.x, curve.y, color=curve.color, linewidth=0.8, alpha=0.3 if width > 1 else 1.0)
-        if width > 1:
-            smooth = moving_average(curve.y, width)
-            axes.plot(curve.x[width // 2 : width // 2 + len(smooth)], smooth, color=curve.color, linewidth=1.8)
-        if curve.errors is not None:
-            axes.plot(curve.x, curve.y, "o", color=curve.color, markersize=3)
-            low, high = curve.y - curve.errors, curve.y + curve.errors
-            axes.fill_between(curve.x, low, high, color=curve.color, alpha=0.15, linewidth=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("iteration", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return data_url(buffer.getvalue(), "svg+xml")
-
-
 def metric_curve(name: str, run: Run) -> Curve:
     """A metric over the iterations."""
     points = [(line["iteration"] + 1, line[name]) for line in run.metrics if name in line]
-    points = [(x, y) for x, y in points if np.isfinite(y)]
-    x, y = np.array(points).reshape(-1, 2).T
-    return Curve(run.color, x, y)
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    return Curve(run.number, run.name, x, y)
 
 
-def held_out_curve(column: str, run: Run) -> Curve:
+def held_out_curve(column: str, category: str | None, run: Run) -> Curve:
     """A held-out score over the scorings, with its standard error."""
-    means = [(e.iteration, e.mean(column)) for e in run.evaluations if column in e.values]
-    points = [(i, m.mean, np.nan_to_num(m.standard_error)) for i, m in means if m.prompts]
-    x, y, errors = np.array(points).reshape(-1, 3).T
-    return Curve(run.color, x, y, errors)
+    scorings = [one for one in run.evaluations if one.iteration is not None and column in one.values]
+    means = [one.mean(column, category) for one in scorings]
+    points = [(one.iteration, mean.mean, mean.standard_error) for one, mean in zip(scorings, means, strict=True)]
+    x, y, errors = np.array(points, dtype=float).reshape(-1, 3).T
+    return Curve(run.number, run.name, x, y, errors)
+
+
+def categories(found: Sequence[Run]) -> list[str]:
+    """The known ones of all runs, in the order of the prompts."""
+    return list(dict.fromkeys(name for run in found for one in run.evaluations for name in one.category_names()))
+
+
+def counted(category: str, found: Sequence[Run]) -> str:
+    """How many prompts a category has."""
+    counts = sorted({int(run.evaluations[-1].is_of(category).sum()) for run in found if run.evaluations})
+    return f"{' or '.join(map(str, counts))} prompt{'s'[: counts != [1]]}"
+
+
+def score(column: str, found: Sequence[Run]) -> Score:
+    names = categories(found)
+    whole = chart.draw(f"held-out {column}", [held_out_curve(column, None, run) for run in found])
+    parts = []
+    for name in names[:DRAWN]:
+        curves = [held_out_curve(column, name, run) for run in found]
+        drawn = chart.draw(f"held-out {column}, {name}", curves)
+        if drawn is not None:
+            parts.append((f"{name}, {counted(name, found)}", drawn))
+    rows = []
+    for category in (None, *names):
+        cells = [runs.held_out(run.evaluation("before"), run.evaluation("after"), column, category) for run in found]
+        if any(cell != "—" for cell in cells):
+            rows.append([column, category or "all prompts", *cells, *runs.to_first(found, column, category)])
+    return Score(column, whole, parts, rows)
+
+
+def metric_charts(found: Sequence[Run]) -> list[tuple[str, str, Chart]]:
+    """Name, meaning and chart of every metric, in the order of the documentation."""
+    logged = sorted({key for run in found for line in run.metrics for key in line} - {"iteration"}, key=order)
+    drawn = [(name, chart.draw(name, [metric_curve(name, run) for run in found])) for name in logged]
+    return [(name, meaning(name), one) for name, one in drawn if one is not None]
+
+
+def distinct(paths: Sequence[Path]) -> list[Path]:
+    """Without folders that come again."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError if something else than a page of this command is there."""
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; name a file in it")
+    if out.exists():
+        beginning = out.read_bytes()[:100_000].decode(errors="replace")
+        if not any(sign in beginning for sign in SIGNATURES):
+            raise ValueError(f"out: {out} is no page of star report, so it stays as it is; choose another --out")
 
 
 def write(paths: Sequence[Path], out: Path) -> None:
-    """Write the page of the runs in `paths`. Raises ValueError for a folder that is no run."""
-    colors = [to_hex(color) for color in matplotlib.color_sequences["tab10"]]
-    runs = [
-        read(path, name, colors[i % len(colors)])
-        for i, (path, name) in enumerate(zip(paths, names(paths), strict=True))
-    ]
-    columns = list(dict.fromkeys(column for run in runs for e in run.evaluations for column in e.values))
-    meanings = {f"held-out {c}": "mean over the held-out prompts; band: one standard error" for c in columns}
-    drawn = {f"held-out {c}": draw_curves([held_out_curve(c, run) for run in runs]) for c in columns}
-    for name in sorted({key for run in runs for line in run.metrics for key in line} - {"iteration"}, key=order):
-        meanings[name], drawn[name] = meaning(name), draw_curves([metric_curve(name, run) for run in runs])
-    curves = [(name, meanings[name], image) for name, image in drawn.items() if image is not None]
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = template.get_template("page.html").render(
-        runs=runs,
-        facts=list(dict.fromkeys(key for run in runs for key in run.facts)),
-        held_out=list(dict.fromkeys(key for run in runs for key in run.held_out)),
-        differences=differences(runs) if len(runs) > 1 else {},
-        curves=curves,
-    )
+    """Write the page of the runs in `paths`, over nothing but an earlier page. Raises ValueError for a folder that is
+    no run, and for an `out` that is something else."""
+    check_out(out)
+    paths = distinct(paths)
+    found = [runs.read(path, name, i) for i, (path, name) in enumerate(zip(paths, runs.names(paths), strict=True))]
+    columns = list(dict.fromkeys(column for run in found for one in run.evaluations for column in one.values))
+    facts = [runs.facts(run) for run in found]
+    known = dict.fromkeys(key for own in facts for key in own)
+    differing, lacking = runs.differences(found)
+    galleries = gallery.galleries(found)
+    values = {
+        "generator": GENERATOR,
+        "title": ", ".join(run.name for run in found),
+        "version": installed_version(),
+        "command": shlex.join(["star", "report", *map(str, paths), "--out", str(out)]),
+        "runs": found,
+        "facts": [[key, *(own.get(key, "—") for own in facts)] for key in known],
+        "gaps": [(run, said) for run in found if (said := runs.gaps(run))],
+        "scores": [score(column, found) for column in columns],
+        "categories": categories(found),
+        "drawn": DRAWN,
+        "paired": runs.paired(found),
+        "differing": [[key, *row] for key, row in differing.items()],
+        "lacking": [[key, *row] for key, row in lacking.items()],
+        "galleries": galleries,
+        "most": max((len(one.choices) for own in galleries for one in own.examples), default=0),
+        "figures": [(run, own) for run in found if (own := figures(run))],
+        "curves": metric_charts(found),
+        "provenance": [(run, runs.provenance(run)) for run in found],
+    }
+    text = render(HERE, "page.html", values)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.replace_text(out, text)
+
+
+def figures(run: Run) -> list[tuple[str, str]]:
+    """Caption and data of what a run drew itself; images before and after are in the gallery, if they are kept."""
+    left_out = runs.BEFORE_AFTER if run.shown.images["after"] else None
+    drawn = [(caption, data) for caption, data in [*run.figures, *run.grids] if caption != left_out]
+    return [(caption, gallery.data_url(data, "png")) for caption, data in drawn]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from star import config as configuration
 from star import files
+from star.reports import gallery, page
 from star.study import figure
 from star.study.results import Results
 from star.study.spec import Study
@@ -23,16 +22,16 @@ def write(study: Study, results: Results, out: Path) -> str:
     tables, notes = report_tables(study, results), reading_notes(results)
     figure.draw(results, study.baselines[0], out / "report.png")
     text = markdown(tables, notes)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("star.study", "."), autoescape=True)
-    html = environment.get_template("page.html").render(
-        title=out.name,
-        notes=notes,
-        tables=tables,
-        figure=base64.b64encode((out / "report.png").read_bytes()).decode(),
-        arms={arm: configuration.to_dict(study.arms[arm]) for arm in results.arms},
-        study=configuration.to_dict(study),
-    )
-    files.replace_text(out / "report.html", html)
+    values = {
+        "generator": "star compare",
+        "title": out.name,
+        "notes": notes,
+        "tables": tables,
+        "figure": gallery.data_url((out / "report.png").read_bytes(), "png"),
+        "arms": {arm: configuration.to_dict(study.arms[arm]) for arm in results.arms},
+        "study": configuration.to_dict(study),
+    }
+    files.replace_text(out / "report.html", page.render(Path(__file__).parent, "page.html", values))
     files.replace_text(out / "report.md", text)
     return text
 

@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor
 
 from star.concepts import Marks
 from star.config import Config
 from star.messages import one_line
 from star.objective import Allocation, allocation_weights
-from star.reports import tracking
+from star.reports import shown, tracking
 from star.reports.evaluations import read_evaluations
 from star.training.pipeline import latent_size
 from star.training.prompts import Prompt, concepts_of
 from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
-from star.training.scoring import SHOWN, read_images
+from star.training.scoring import SHOWN, HeldOut, first_noise
 
 log = logging.getLogger("star")
 TRACED = 4  # prompts whose allocation is drawn step by step
@@ -112,6 +113,43 @@ def _arrays(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _read(paths: Sequence[Path]) -> np.ndarray:
+    """(n, H, W, 3) uint8."""
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+
+
+def held_out_maps(
+    pipeline: StableDiffusion3Pipeline, config: Config, held_out: HeldOut
+) -> dict[int, list[shown.Field]]:
+    """Where attention looks while the held-out images that are kept are sampled again: by the image's number the mean
+    over the steps of each concept's map and of the weights that attention would allocate."""
+    kept, options, sampling = held_out.prompts[:SHOWN], held_out.options, config.sampling
+    size = latent_size(pipeline, options.height, options.width)
+    reading = SamplerOptions(
+        size, options.guidance_scale, chunk=options.batch, layers=sampling.layers, normalize=sampling.normalize
+    )
+    conditions = encode(
+        pipeline,
+        [prompt.text for prompt in kept],
+        options.max_sequence_length,
+        options.guidance_scale,
+        sampling.concepts,
+        [prompt.concepts for prompt in kept],
+    )
+    noise = first_noise(len(held_out.prompts), (pipeline.transformer.config.in_channels, *size), options)
+    rollout = trace(pipeline, conditions, options.steps, reading, options.seed, noise)
+    maps = rollout.captured_maps().float().mean(0).unflatten(-1, rollout.grid).cpu().numpy()  # (B, G, rows, columns)
+    weights = attention_weights(pipeline, rollout, config.allocation).mean(0)
+    fields = {}
+    for i, concepts in enumerate(concepts_of(kept, sampling.concepts)):
+        found = [("map", concept.text, field) for concept, field in zip(concepts, maps[i], strict=False)]
+        found.append(("weights", "weights", weights[i]))
+        own = [shown.Field(kind, name, field / field.mean()) for kind, name, field in found if field.mean() > 0]
+        if len(own) > 1:  # a prompt without concepts has weights of 1, which say nothing
+            fields[i] = own
+    return fields
+
+
 # --- drawing: a figure that cannot be drawn costs a warning, never the run --------------------------------------------
 
 
@@ -131,8 +169,8 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
     # Prompts of several concepts say most about where the maps look.
     distinct = list({prompt.text: prompt for prompt in prompts[:512]}.values())
     found = concepts_of(distinct, config.sampling.concepts)
-    shown = [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -len(found[i]))[:TRACED]]
-    traced = of_prompts(pipeline, config, [p.text for p in shown], [p.concepts for p in shown])
+    chosen = [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -len(found[i]))[:TRACED]]
+    traced = of_prompts(pipeline, config, [p.text for p in chosen], [p.concepts for p in chosen])
     if not write:
         return
     from star.reports import figures  # matplotlib is slow to import
@@ -146,9 +184,16 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
         first, last = evaluations[0].values["reward"], evaluations[-1].values["reward"]
 
         def draw() -> None:
-            before, after = read_images(out / "held_out/before"), read_images(out / "held_out/after")
-            shown = figures.BeforeAfter([p.text for p in prompts[: len(before)]], before, after, first, last)
-            figures.before_after(shown, out / "before_after.png")
+            before, after = shown.image_paths(out, "before"), shown.image_paths(out, "after")
+            kept = sorted(before.keys() & after.keys())
+            pairs = figures.BeforeAfter(
+                [prompts[i].text for i in kept],
+                _read([before[i] for i in kept]),
+                _read([after[i] for i in kept]),
+                first[kept],
+                last[kept],
+            )
+            figures.before_after(pairs, out / "before_after.png")
 
         _attempt(out / "before_after.png", draw)
     _attempt(out / "allocation.png", lambda: figures.allocation(traced, out / "allocation.png"))

@@ -502,6 +502,7 @@ def sample(
     merged: Callable[[], AbstractContextManager[None]] = nullcontext,
     finished: Callable[[Tensor, Tensor], None] | None = None,
     explore: Explore | None = None,
+    start: Tensor | None = None,
 ) -> Rollout:
     """Run the sampler, chunk after chunk.
 
@@ -521,6 +522,7 @@ def sample(
             one begins.
         explore: says which image tokens the noise of a trained step reaches; the others take the deterministic step.
             None: all of them.
+        start: (b, C, H, W), the noise that these samples start from. None: it is drawn.
     """
     device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups, size = len(groups), groups[rows], options.size
@@ -534,7 +536,10 @@ def sample(
         noise = torch.randn(count, channels, *size, generator=generator, device=generator.device)
         return noise[chosen.to(generator.device)]
 
-    latents = (draw(len(conditions.prompts), groups) if options.shared_noise else draw(total, rows)).to(device)
+    if start is None:
+        latents = (draw(len(conditions.prompts), groups) if options.shared_noise else draw(total, rows)).to(device)
+    else:
+        latents = start.to(device, copy=True)
     captured = steps.trained if options.captured is None else options.captured
     buffers = Buffers((batch, channels, *size), steps, captured, options, device)
     for k in range(len(steps.trained)):
@@ -567,9 +572,15 @@ def sample(
 
 
 def trace(
-    pipeline: StableDiffusion3Pipeline, conditions: Conditions, steps: int, options: SamplerOptions, seed: int
+    pipeline: StableDiffusion3Pipeline,
+    conditions: Conditions,
+    steps: int,
+    options: SamplerOptions,
+    seed: int,
+    start: Tensor | None = None,
 ) -> Rollout:
-    """Sample one image for each prompt without noise in the steps, with the maps of every step."""
+    """Sample one image for each prompt without noise in the steps, with the maps of every step. start: (B, C, H, W),
+    their noise. None: it is drawn from the seed."""
     return sample(
         pipeline.transformer,
         conditions,
@@ -577,6 +588,7 @@ def trace(
         make_steps(pipeline.scheduler, steps, (), "ode", 0.0),
         replace(options, shared_noise=False, captured=range(steps)),
         torch.Generator().manual_seed(seed),
+        start=start,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star.config import Config, ConfigError
+from star.reports import shown
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.rewards import Scores, pixels
 from star.rewards.worker import RewardWorker, Ticket
@@ -58,8 +59,7 @@ def sample_images(
     Batches go round the processes. All of them make the same number of passes, because weights may be sharded: the
     images of a pass too many are dropped. Another number of processes changes no image.
     """
-    jobs = [(i, k) for i in range(len(prompts)) for k in range(options.images_per_prompt)]
-    batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+    batches = _batches(len(prompts), options)
     shape = (pipeline.transformer.config.in_channels, *latent_size(pipeline, options.height, options.width))
     generator = torch.Generator().manual_seed(options.seed)
     for start in range(0, len(batches), processes):
@@ -80,6 +80,12 @@ def sample_images(
             yield batches[start + own], images
 
 
+def _batches(prompts: int, options: ImageOptions) -> list[list[tuple[int, int]]]:
+    """(prompt, image) of every image, batch by batch."""
+    jobs = [(i, k) for i in range(prompts) for k in range(options.images_per_prompt)]
+    return [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+
+
 def _noise(
     batch: list[tuple[int, int]], shape: tuple[int, int, int], options: ImageOptions, generator: torch.Generator
 ) -> Tensor:
@@ -87,6 +93,18 @@ def _noise(
         return torch.randn(len(batch), *shape, generator=generator)
     seeds = (np.random.SeedSequence([options.seed, *job]).generate_state(1)[0] for job in batch)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+def first_noise(prompts: int, shape: tuple[int, int, int], options: ImageOptions) -> Tensor:
+    """(n, C, H, W): the noise that `sample_images` starts the first image of each of the first prompts from. prompts:
+    of the whole scoring. n: those whose images are kept."""
+    generator, found = torch.Generator().manual_seed(options.seed), []
+    for batch in _batches(prompts, options):
+        noise = _noise(batch, shape, options, generator)
+        found += [row for row, (index, number) in zip(noise, batch, strict=True) if index < SHOWN and number == 0]
+        if len(found) == min(SHOWN, prompts):
+            break
+    return torch.stack(found)
 
 
 def evaluate(
@@ -182,11 +200,6 @@ class FirstImages:
             Image.fromarray(pixels(image[None])[0]).save(folder / f"{index:05d}.png")
 
 
-def read_images(folder: Path) -> np.ndarray:
-    """(n, H, W, 3) uint8: what FirstImages wrote."""
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))])
-
-
 # --- a run's own held-out prompts -------------------------------------------------------------------------------------
 
 
@@ -222,7 +235,7 @@ class HeldOut:
     ) -> float:
         """Score the policy as it is; the run's evaluations.jsonl gets a line, and held_out/ its first images. Returns
         the mean reward."""
-        shown = FirstImages()
+        first = FirstImages()
         evaluation = evaluate(
             pipeline,
             self.prompts,
@@ -231,11 +244,15 @@ class HeldOut:
             iteration=iteration,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
-            observe=shown,
+            observe=first,
         )
         if accelerator.is_main_process:
             write_evaluation(self.run, evaluation)
-            shown.save(self.run / "held_out" / ("before" if iteration == 0 else "after"))
+            stage: shown.Stage = "before" if iteration == 0 else "after"
+            if iteration == 0:
+                shown.write_prompts(self.run, [prompt.text for prompt in self.prompts[:SHOWN]])
+            shown.maps_path(self.run, stage).unlink(missing_ok=True)  # they are of images that are replaced
+            first.save(self.run / shown.FOLDER / stage)
         return evaluation.mean("reward").mean
 
     def is_due(self, iteration: int, last: int) -> bool:
