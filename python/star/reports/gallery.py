@@ -141,9 +141,9 @@ def as_url(data: bytes) -> tuple[str | None, bool]:
         if longer <= LARGEST:
             image.verify()
             return data_url(data, "png"), longer < PIXELATED
-        image = image.convert("RGB")
-        image.thumbnail((LARGEST, LARGEST))
-        return data_url(encoded(image, "JPEG"), "jpeg"), False
+        smaller = image.convert("RGB")
+        smaller.thumbnail((LARGEST, LARGEST))
+        return data_url(encoded(smaller, "JPEG"), "jpeg"), False
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None, False
 
