@@ -1,5 +1,6 @@
 """`star eval` on prompt files, and the model card of what a run exports."""
 
+import ast
 import importlib.metadata
 import json
 import math
@@ -408,6 +409,18 @@ def test_a_card_names_the_runs_own_objective(tmp_path, objective, other):
     said = text.split("## Scores")[0].lower()
     assert objective in said and other not in said
     assert objective in ModelCard(text).data.tags
+
+
+def test_a_card_shows_texts_of_others_as_they_are(tmp_path):
+    prompt = 'a `sign` that says "```" and | $x$ \u05d7\u05ea\u05d5\u05dc'
+    config = configuration.update(configuration.Config(), {"sampling": {"prompts": "a|b.txt"}})
+    held_out = {"my|score": {"before": 0.1, "after": 0.2, "difference": 0.1, "standard_error": None}}
+    text = card.write(tmp_path, config, {"iterations": 3, "held_out": held_out}, prompt).read_text()
+    code = re.search(r"^(`{4,})python\n(.*?)\n\1$", text, re.S | re.M)[2]
+    assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    lines = [re.sub(r"\\\|", "", line) for line in text.splitlines()]
+    assert [line.count("|") for line in lines if "ab.txt" in line or "myscore" in line] == [3, 5]
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)\n```", text, re.S)[1])["sampling"]["prompts"] == "a|b.txt"
 
 
 def test_a_checkout_that_is_not_installed_writes_its_card_too(tmp_path, monkeypatch):

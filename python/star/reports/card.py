@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -51,7 +52,7 @@ def _text(folder: Path, config: Config, summary: dict, prompt: str) -> str:
         ("Learning rate", f"{config.optimization.learning_rate:g}"),
         ("Seed", config.run.seed),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     scores = [_score_row(column, found) for column, found in summary["held_out"].items()]
     reached = "Nothing was measured on held-out prompts; `star eval` does."
     if scores:
@@ -74,9 +75,7 @@ Post-trained with reinforcement learning by star-kernels{version}: {method}.
 
 ## Use
 
-```python
-{_code(folder, config, prompt)}
-```
+{_fenced("python", _code(folder, config, prompt))}
 
 ## Limits
 
@@ -84,15 +83,24 @@ A reward is not a person: look at the images before relying on a score. The lice
 
 ## Configuration
 
-```yaml
-{settings}
-```
+{_fenced("yaml", settings)}
 """
 
 
 def _score_row(column: str, found: dict) -> str:
     difference = f"{found['difference']:+.4f}{format_error(found['standard_error'])}"
-    return f"| {column} | {found['before']:.4f} | {found['after']:.4f} | {difference} |"
+    return f"| {_cell(column)} | {found['before']:.4f} | {found['after']:.4f} | {difference} |"
+
+
+def _cell(value: object) -> str:
+    """A text in a table: a bar would end its column."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code, whatever backticks are in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _code(folder: Path, config: Config, prompt: str) -> str:
