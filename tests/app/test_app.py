@@ -215,6 +215,6 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_and_mistakes_are_told(browser, ad
         field.press("Enter")
         phone.page.get_by_role("button", name="Draw").click()
         phone.page.get_by_role("alert").get_by_text(words).wait_for()
-        assert phone.page.locator(".star-tiles").count() == 0  # no older image beside the line
+        phone.page.wait_for_selector(".star-tiles", state="detached")  # no older image beside the line
     assert "Traceback" not in phone.page.content() and not phone.errors
     phone.context.close()
