@@ -28,7 +28,6 @@ from star.config import EMBEDDED
 from star.messages import WHOLE, one_line
 from star.reports.figures import overlay_png, relative_map
 from star.reports.page import data_url
-from star.shapes.scenes import WORDS
 from star.trace import ONE_IMAGE, Progress, Trace, check_kind, trace
 from star.training.pipeline import load_any
 from star.training.task import find_task
@@ -97,12 +96,13 @@ def chosen_call(pipeline: Any, name: str, steps: int, guidance: float | None, si
     return call
 
 
-def embedded_prompt(prompt: str) -> str:
+def embedded_prompt(tokenizer: Any, prompt: str) -> str:
     """The prompt in the words of the embedded model. Raises ValueError for another word."""
-    prompt = prompt.lower()
-    unknown = [word for word in re.findall(r"\w+|[^\w\s[\]]", prompt) if word not in WORDS]
+    vocabulary, prompt = tokenizer.get_vocab(), prompt.lower()
+    known = sorted(set(vocabulary) - set(tokenizer.all_special_tokens), key=vocabulary.get)
+    unknown = [word for word in re.findall(r"\w+|[^\w\s[\]]", prompt) if word not in known]
     if unknown:
-        raise ValueError(f"prompt: {unknown[0]!r} is no word of the embedded model; it knows {', '.join(WORDS)}")
+        raise ValueError(f"prompt: {unknown[0]!r} is no word of the embedded model; it knows {', '.join(known)}")
     return prompt
 
 
@@ -211,10 +211,10 @@ def make_image(
     name = model.strip()
     if seed is None or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, expected a whole number from 0 on")
-    text = embedded_prompt(prompt) if name == EMBEDDED else prompt
     tell(0.0, "loading the model")
     pipeline = pipelines.load(name)
     check_kind(pipeline)
+    text = embedded_prompt(pipeline.tokenizer, prompt) if name == EMBEDDED else prompt
     pixels = number("size", size)
     call = chosen_call(
         pipeline, name, int(steps), number("guidance", guidance), None if pixels is None else int(pixels)
