@@ -36,7 +36,7 @@ log = logging.getLogger("star")
 MOST_STEPS = 50
 LARGEST, SMALLEST = 512, 96  # longer side of an image that is shown, and of one in the row of steps; pixels
 PLAYED = 2.0  # seconds in which an image forms
-KEPT = 3600  # seconds for which a closed page's image is kept
+SESSIONS = 100  # whose images are kept; of more the oldest are dropped
 MEAN = "mean of all"
 EXAMPLES = ("a red circle left of a blue square", "two green rings", "a yellow cross above a purple triangle")
 INTRODUCTION = """# Where the reward goes
@@ -253,7 +253,7 @@ def page(models: Sequence[str] = (), only: bool = False, dtype: str = "float32")
             time.sleep(PLAYED / len(shown.images))
 
     with gr.Blocks(title="star app", analytics_enabled=False) as blocks:
-        shown = gr.State(time_to_live=KEPT)
+        shown = gr.State()
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             prompt = gr.Textbox(
@@ -310,6 +310,11 @@ def serve(
     blocks = page(models, only, dtype)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks.launch(
-        server_name=host, server_port=port, prevent_thread_lock=not wait, theme=theme, footer_links=["gradio"]
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not wait,
+        state_session_capacity=SESSIONS,
+        theme=theme,
+        footer_links=["gradio"],
     )
     return blocks

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import check_links
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Cells share their names, as in a kernel; a cell that fails is named.
@@ -57,3 +59,10 @@ def test_a_notebook_is_kept_without_outputs(path):
     notebook = json.loads(path.read_text())
     assert notebook["nbformat"] == 4 and len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_links_of_a_notebook_name_files(path):
+    texts = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] != "code"]
+    targets = [target for text in texts for target in check_links.INLINE.findall(text)]
+    assert targets and all((path.parent / target).is_file() for target in targets)
