@@ -21,7 +21,7 @@ import cuda_on_host
 import versions
 from star_kernels import api
 
-ROOMS = ("kernels", "method", "rewards", "shapes", "training", "reports", "study", "hosts", "tools")
+ROOMS = ("kernels", "method", "rewards", "shapes", "training", "reports", "study", "app", "hosts", "tools")
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")

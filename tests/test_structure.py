@@ -22,9 +22,13 @@ PICTURE = "picture of the rooms"
 # From the top to the ground. A room imports from lower floors only, never from its own.
 FLOORS: tuple[dict[str, str], ...] = (
     {"star.cli": "the commands"},
-    {"star.study": "star compare: arms and seeds, their statistics and why"},
+    {"star.app": "star app: a page where an image forms, with its maps and weights"},
     {
-        "star.options": "what star eval, star maps and star check take",
+        "star.study": "star compare: arms and seeds, their statistics and why",
+        "star.trace": "an image of any pipeline as it forms, with its maps",
+    },
+    {
+        "star.options": "what star eval, star maps, star check and star app take",
         "star.check": "what holds for a pipeline before a run",
         "star.train": "the loop: rollout, reward, advantage, allocation, update",
         "star.shapes": "the embedded world, a guest: a model, its prompts and its reward",

@@ -7,6 +7,7 @@ repository.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -77,8 +78,26 @@ def shown_files() -> set[Path]:
     return {file for file in linked if not file.is_relative_to(DOCS) and file not in pages}
 
 
+def notebook_page(file: Path) -> str:
+    """A page with the cells of a notebook."""
+
+    def moved(link: re.Match[str]) -> str:
+        found = linked_file(file, link[1])
+        folder = Path(location(file)).parent
+        return link[0] if found is None else link[0].replace(link[1], os.path.relpath(location(found), folder))
+
+    parts = []
+    for cell in json.loads(file.read_text())["cells"]:
+        text = "".join(cell["source"])
+        is_code = cell["cell_type"] == "code"
+        parts.append(f"~~~~~~ python\n{text}\n~~~~~~\n" if is_code else f"{check_links.INLINE.sub(moved, text)}\n")
+    return "\n".join(parts)
+
+
 def file_page(file: Path) -> str:
     """A page that shows a file, or lists a folder."""
+    if file.suffix == ".ipynb":
+        return notebook_page(file)
     name = file.relative_to(ROOT).as_posix()
     if file.is_dir():
         return f"# {name}\n\n" + "".join(f"- `{entry.name}`\n" for entry in sorted(file.iterdir()))

@@ -1,4 +1,4 @@
-"""`star train | plan | probe | check | eval | compare | maps | report | info`."""
+"""`star train | plan | probe | check | eval | compare | maps | app | report | info`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ USAGE = """usage: star COMMAND [--help]
   eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
   compare  train arms with several seeds side by side, and report which differ
   maps     draw a prompt's concept maps by layer and step
+  app      serve a page that shows an image as it forms, its maps and weights: star app [MODEL...]
   report   write one HTML page of runs: curves, images, settings that differ: star report RUN [RUN...] [--out FILE]
   info     print versions, what was built, and which implementation each operator uses
 """
@@ -437,6 +438,15 @@ def maps(arguments: list[str]) -> None:
     print(f"{options.out}: {', '.join(names)}; {len(rollouts)} blocks, {options.steps} steps")
 
 
+def app(arguments: list[str]) -> None:
+    from star.options import App
+
+    options = read_options(App, arguments, "star app")
+    from star.app import serve
+
+    serve(options.models, options.only, options.dtype, options.host, options.port)
+
+
 def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("star report", description="Write one self-contained HTML page of runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or going")
@@ -490,7 +500,7 @@ def info(arguments: list[str]) -> None:
         show(operator, ", ".join(chosen))
     for reason, operators in reasons.items():
         print(f"{reason} ({', '.join(operators)})")
-    for extra in ("train", "rewards"):
+    for extra in ("train", "rewards", "app"):
         if line := requirements.install_line(extra, ""):
             print(f"to have all of the extra {extra}: {line}")
 
@@ -500,7 +510,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int | None]] = {
         **{"train": train, "plan": plan, "probe": probe, "check": check, "eval": evaluate},
-        **{"compare": compare, "maps": maps, "report": report, "info": info},
+        **{"compare": compare, "maps": maps, "app": app, "report": report, "info": info},
     }
     if not arguments or arguments[0] not in commands:
         print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
@@ -514,8 +524,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         from star_kernels.requirements import install_line
 
-        line = install_line("train", error.name or "")
-        print(f"star: {error.name} is missing{f'; {line}' if line else ''}", file=sys.stderr)
+        name = error.name or ""
+        extra = "app" if name.partition(".")[0] == "gradio" else "train"
+        line = install_line(extra, name)
+        print(f"star: {name} is missing{f', of star-kernels[{extra}]; {line}' if line else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("star: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What `star eval`, `star maps` and `star check` take. Their help tells the defaults that stand in code."""
+"""What `star eval`, `star maps`, `star check` and `star app` take. Their help tells the defaults that stand in code."""
 
 from __future__ import annotations
 
@@ -135,3 +135,19 @@ class Check:
     """Seed of all noise."""
     json: Path | None = None
     """A file for the verdicts."""
+
+
+@dataclass
+class App:
+    """Serve a page that shows an image as it forms, with its maps and weights."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Pipelines to choose from beside the embedded model: folders or hub ids."""
+    only: bool = False
+    """Visitors choose from these alone. Without it they may name any folder of this machine and any hub id."""
+    host: str | None = None
+    """Address to listen at. None: this machine alone, or GRADIO_SERVER_NAME."""
+    port: Annotated[int, Range(least=1, most=65535)] | None = None
+    """Port to listen at. None: the first free one from 7860 on, or GRADIO_SERVER_PORT."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""

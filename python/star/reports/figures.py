@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,26 @@ def overlay(axes: Axes, image: np.ndarray, field: np.ndarray, largest: float) ->
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(field, cmap="inferno", vmin=0, vmax=largest, alpha=0.75, extent=extent, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
+
+
+def overlay_png(image: np.ndarray, field: np.ndarray, largest: float, side: float = 2.4) -> bytes:
+    """`overlay` without a frame, as a PNG of its own. side: the longer one, in inches of 100 pixels."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    figure = Figure(figsize=(scale * width, scale * height))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    overlay(axes, image, field, largest)
+    axes.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100, format="png")
+    return buffer.getvalue()
+
+
+def relative_map(field: np.ndarray) -> tuple[np.ndarray, float]:
+    """A map over its mean, and the value at the end of its colors."""
+    relative = field / max(float(field.mean()), 1e-30)
+    return relative, max(4.0, float(relative.max()))
 
 
 def reward_curve(iterations: Sequence[int], rewards: Sequence[float], path: Path) -> None:
@@ -170,8 +191,7 @@ def concept_maps(
     set_text(axes[0, 0], title=prompt)
     for row, (label, fields) in enumerate(maps.items()):
         for column, field in enumerate(fields):
-            relative = field / max(float(field.mean()), 1e-30)
-            overlay(axes[row, column + 1], image, relative, max(4.0, float(relative.max())))
+            overlay(axes[row, column + 1], image, *relative_map(field))
         set_text(axes[row, 1], left=label)
     for column, field in enumerate(weights):
         overlay(axes[-1, column + 1], image, field, float(weights.max()))

@@ -134,7 +134,8 @@ def verify(image: np.ndarray, scene: Scene) -> Verdict:
         raise ValueError(f"image: got shape {image.shape}, expected (S, S, 3)")
     detections = detect(image)
     free = list(range(len(detections)))
-    parts, centers, masks, own = [], [], [], {}
+    parts, centers, masks = [], [], []
+    own: dict[int, float] = {}
     for things in scene.things:
         credits = {i: _credit(detections[i], things) for i in free}
         best = sorted((i for i in free if credits[i] > 0), key=lambda i: -credits[i])[: things.count]
