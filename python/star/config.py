@@ -272,11 +272,11 @@ class Run:
     save_every: Positive = 50
     """Number of iterations between checkpoints."""
     keep_checkpoints: Positive = 2
-    """Number of checkpoints that are kept, the newest ones."""
+    """Checkpoints that are kept, the newest ones."""
     figures: bool = True
     """Draw the reward's curve, images before and after, and the allocation at the end."""
     grid_every: Count = 0
-    """Number of iterations between grids of the rollout's images and weights, in grids/. 0: none."""
+    """Iterations from one grid of the rollout's images and weights to the next, in grids/. 0: none."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go besides metrics.jsonl."""
     timeout_minutes: Positive = 30
