@@ -38,6 +38,12 @@ EPS = torch.finfo(torch.float32).eps
 LENGTH, SIZE, PATCH, WIDTH, DIM = 12, 32, 8, 64, 16  # of a small CLIP: tokens, pixels, channels, embedding
 HEADS, TEXT, GRID = 2, 6, (3, 5)  # a grid that is not square shows rows and columns that are mixed up
 
+# Arguments of a `star train` that takes seconds.
+TINY_RUN = [
+    *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
+    *("--sampling.steps", "4", "--optimization.iterations", "1", "--scoring.count", "0", "--run.no-figures"),
+]
+
 
 def small_transformer(layers=3, dual=(0,), qk_norm="rms_norm", head_dim=16) -> SD3Transformer2DModel:
     """SD3.5-like: dual attention in the first block, the last block without text output."""

@@ -6,14 +6,10 @@ import sys
 import pytest
 
 import star_kernels
+from builders import TINY_RUN
 from star import cli
 from star.cli import main
 from star_kernels.ops import OPERATORS
-
-TINY = [
-    *("--preset", "shapes", "--sampling.prompts-per-iteration", "2", "--sampling.images-per-prompt", "2"),
-    *("--sampling.steps", "4", "--optimization.iterations", "1", "--scoring.count", "0", "--run.no-figures"),
-]
 
 
 def run(capsys, *arguments):
@@ -24,7 +20,7 @@ def run(capsys, *arguments):
 
 def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
     out = tmp_path / "run"
-    train = ["train", *TINY, "--out", str(out)]
+    train = ["train", *TINY_RUN, "--out", str(out)]
     assert run(capsys, *train)[0] == 0
     files = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     code, _, error = run(capsys, *train)
@@ -45,10 +41,10 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
             ["--preset", "geneval"],
             "star: preset: unknown 'geneval', expected one of ['geneval-sd35m', 'geneval-sd35m-fast',",
         ),
-        ([*TINY, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['ocr', 'geneval',"),
-        ([*TINY, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
+        ([*TINY_RUN, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['ocr', 'geneval',"),
+        ([*TINY_RUN, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
         (["--config", "/nowhere.yaml"], "star: config: /nowhere.yaml cannot be read"),
-        ([*TINY, "--sampling.prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
+        ([*TINY_RUN, "--sampling.prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, words):
@@ -61,7 +57,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, a
 
 def test_a_corrupt_checkpoint_is_one_line_and_stays(tmp_path, capsys):
     out = tmp_path / "run"
-    train = ["train", *TINY, "--out", str(out)]
+    train = ["train", *TINY_RUN, "--out", str(out)]
     assert run(capsys, *train)[0] == 0
     (state,) = out.rglob("state.pt")
     state.write_bytes(state.read_bytes()[:1000])

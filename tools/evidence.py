@@ -29,7 +29,7 @@ LEAST_SEEDS = 3  # of an arm that is shown
 COLOR, GRAY = "tab:blue", "0.6"
 WIDTH = 6.4  # inches
 FACE = ROOT / "docs" / "face.png"
-PROMPTS = ("a green triangle and a red ring", "a blue square above a red circle")
+PROMPTS = ("a green triangle and a red ring",)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
@@ -105,7 +105,7 @@ def draw_forest(axes: Axes, rows: list[Difference], labels: list[str]) -> None:
     axes.axvline(0, color=GRAY, linewidth=1)
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("held-out reward,\ndifference to uniform")
+    axes.set_xlabel("held-out reward, difference to uniform")
 
 
 def forest() -> Figure:
@@ -152,13 +152,14 @@ def noise() -> Figure:
 
 
 def face(shown: figures.Shown) -> Figure:
-    """Images with the weights of their steps, and beside them the differences."""
+    """Images with the weights of their steps, and below them the differences."""
     assert shown.weights is not None
     steps, rows = len(shown.weights), all_differences()
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    heights = (1.85 * len(shown.images), 0.26 * len(rows) + 0.7)
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
-    images = left.subplots(len(shown.images), steps + 1, squeeze=False)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    images = above.subplots(len(shown.images), steps + 1, squeeze=False)
     for row, image in enumerate(shown.images):
         figures.show_image(images[row, 0], image)
         figures.set_text(images[row, 0], title=shown.prompts[row])
@@ -166,7 +167,7 @@ def face(shown: figures.Shown) -> Figure:
             figures.overlay(images[row, step + 1], image, shown.weights[step, row], float(shown.weights.max()))
             if row == 0:
                 figures.set_text(images[row, step + 1], title=shown.labels[step])
-    axes = right.subplots()
+    axes = below.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw_forest(axes, rows, [one.label for one in rows])
     return figure

@@ -64,9 +64,9 @@ class Model:
     max_sequence_length: Count = 128
     """Tokens of the T5 part; 0 for a pipeline without T5."""
     height: Positive = 512
-    """Height of the images in pixels."""
+    """Height of the images, in pixels."""
     width: Positive = 512
-    """Width of the images in pixels."""
+    """Width of the images, in pixels."""
     lora_rank: Count = 32
     """Rank of the adapters. 0: all weights of the transformer are trained."""
     lora_alpha: Positive = 64
@@ -83,15 +83,15 @@ class Model:
     )
     """Matrices of the transformer that get an adapter, by the end of their names."""
     adapter: str | None = None
-    """Folder or hub id of an adapter that training starts from, of the rank, alpha and targets above; the KL term is
-    against it. None: a new adapter."""
+    """Folder or hub id of the adapter that training starts from, with the rank, alpha and targets above. The KL term
+    compares with it. None: a new adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: Literal["no", "inductor", "aot_eager"] = "no"
-    """Backend of torch.compile for the transformer's blocks. With inductor the on-policy ratio may not be exactly 1."""
+    """Backend of torch.compile for the transformer's blocks. With inductor the on-policy ratio may differ from 1."""
     frozen_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the frozen weights: text encoders, and the transformer beside its adapters. Trained weights and the
-    autoencoder stay in float32."""
+    """Type of the frozen weights: those of the text encoders, and those of the transformer where it has adapters.
+    Trained weights and the autoencoder stay in float32."""
     offload_encoders: bool = False
     """Keep the text encoders on the CPU while they do not encode."""
 
@@ -105,15 +105,15 @@ class Sampling:
     guidance_scale: Finite = 4.5
     """Scale of classifier-free guidance. 1 or less: no guidance."""
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
-    """The stochastic step: Flow-GRPO's, DanceGRPO's or coefficients-preserving sampling."""
+    """The stochastic step: Flow-GRPO's, DanceGRPO's, or coefficients-preserving sampling's."""
     noise_level: AboveZero = 0.7
     """Size of the noise of stochastic steps."""
     trained_steps: tuple[Count, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """Steps that are stochastic and trained on; the others are ODE steps."""
     window: Count = 0
-    """Train on a random contiguous window of this many of `trained_steps` per iteration (Flow-GRPO-Fast). 0: all."""
+    """Number of `trained_steps` that an iteration trains on: a contiguous window at random (Flow-GRPO-Fast). 0: all."""
     shared_noise: bool = False
-    """The images of a prompt start from one noise and part at the first trained step."""
+    """The images of a prompt start from the same noise and differ from the first trained step on."""
     prompts: str | None = None
     """A text file with one prompt a line, or .jsonl with metadata (GenEval's format). None: the task's prompts."""
     prompts_per_iteration: Positive = 48
@@ -121,11 +121,11 @@ class Sampling:
     images_per_prompt: Annotated[int, Range(least=2)] = 24
     """Images of each prompt: the group whose rewards are compared."""
     explore: Literal["everywhere", "maps", "masks"] = "everywhere"
-    """Where the noise of a trained step goes; elsewhere the step is deterministic, and the loss leaves it out. maps:
-    to the image tokens with the largest maps at that step. masks: to what the reward finds in an image that is sampled
-    first from the same start, without noise in its steps."""
+    """Which locations a trained step noises; at the others the step is deterministic, and the loss leaves them out.
+    maps: the image tokens with the largest maps at that step. masks: what the reward finds in an image that is sampled
+    first, from the same start and without noise in its steps."""
     explore_share: Annotated[float, Range(above=0, most=1)] = 0.4
-    """Of the image tokens, those that explore maps takes."""
+    """Share of the image tokens that `explore maps` noises."""
     layers: tuple[Count, ...] | None = None
     """Transformer blocks whose attention is read. None: all."""
     normalize: Literal["raw", "content", "concepts"] = "raw"
@@ -135,7 +135,7 @@ class Sampling:
     brackets: bool = False
     """Prompts mark their concepts, "a [red bench] left of [two cats]"; model and reward see them without brackets."""
     text_cache: Count = 0
-    """Prompts whose embeddings stay on the CPU from iteration to iteration; each is then encoded alone. 0: none."""
+    """Number of prompts whose embeddings stay on the CPU between iterations. Each is then encoded alone. 0: none."""
     rollout_device: Literal["model", "cpu"] = "model"
     """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
     noise_device: Literal["model", "cpu"] = "cpu"
@@ -150,42 +150,43 @@ class Loss:
     """The objective; see star_kernels.policy_loss and star_kernels.nft_loss."""
 
     objective: Literal["grpo", "nft"] = "grpo"
-    """grpo: the clipped ratio of the rollout's stochastic steps (Flow-GRPO). nft: the forward process of its images
-    (DiffusionNFT), which are then sampled without noise in the steps, by an old policy that follows."""
+    """grpo: the clipped ratio of the rollout's stochastic steps (Flow-GRPO). nft: the forward process of the images
+    (DiffusionNFT). An old policy, which follows the trained one, then samples the images without noise in the steps."""
     ratio: Literal["token", "location", "sample"] = "token"
     """What is clipped: the sample's ratio with the gradient of each location, the ratio of each location, or one ratio
     of the weighted log-ratios."""
     clip_range: NotNegative = 1e-4
     """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
     adv_clip: AboveZero = 5.0
-    """Advantages are clamped to +-adv_clip. nft: which is a probability of 1 or 0 that an image is a good one."""
+    """Advantages are clamped to +-adv_clip. nft: at these ends the probability that an image is good is 1 and 0."""
     kl_coef: NotNegative = 0.0
-    """Coefficient of the KL term to the model before the run; nft: of the squared difference of the velocities. 0: no
+    """Coefficient of the KL term to the model before the run. nft: of the squared difference to its velocity. 0: no
     such term."""
     guard: bool = False
     """Normalize ratios as GRPO-Guard does."""
     global_std: bool = False
     """Divide advantages by the standard deviation of all rewards instead of the group's."""
     advantage_eps: NotNegative = 1e-4
-    """Added to that standard deviation. A larger value gives groups whose rewards hardly differ less say."""
+    """Added to that standard deviation. A larger value lowers the advantages of groups whose rewards hardly differ."""
     advantage: Literal["image", "location", "concept"] = "image"
-    """image: one advantage for each image. location: one for each location from a reward that says where. concept: the
-    image's, and where a concept's map looks also that of the concept, from a reward with credits of concepts."""
+    """image: one advantage for each image. location: one for each location, from a reward with maps. concept: the
+    image's advantage plus, where a concept's map looks, the concept's, from a reward with credits of concepts."""
     concept_strength: NotNegative = 1.0
-    """How much the concepts' advantages count beside the image's. 0: not at all."""
+    """Factor of the concepts' advantages. 0: the image's alone."""
     concept_maps: Literal["own", "other"] = "own"
-    """Whose map says where a concept's advantage goes. other: another concept's of the same prompt, a control."""
+    """The map that places a concept's advantage. own: the concept's. other: another concept's of the same prompt, a
+    control."""
     noise_levels: Count = 0
-    """nft: noise levels at which an image is trained on in an iteration, drawn for each image from those of
-    sampling.trained_steps. 0: all of them."""
+    """nft: number of noise levels that an iteration trains each image at, drawn from those of sampling.trained_steps.
+    0: all of them."""
     beta: AboveZero = 1.0
-    """nft: how far the implicit positive and negative policies are from the old one."""
+    """nft: distance of the implicit positive and negative policies to the old policy."""
     old_decay: Annotated[float, Range(least=0, most=1)] = 0.5
-    """nft: the part of itself that the old policy keeps after an iteration, at most. 0: it is always the policy."""
+    """nft: largest share of itself that the old policy keeps after an iteration. 0: it becomes the trained policy."""
     old_decay_rate: NotNegative = 1e-3
-    """nft: how much that part grows with each update, from 0."""
+    """nft: growth of that share with each update, from 0."""
     old_decay_start: Count = 0
-    """nft: updates before it begins to grow."""
+    """nft: number of updates before the share begins to grow."""
     normalize_rewards: bool = False
     """Turn each of several rewards into advantages before they are weighted, so that their scales do not matter."""
 
@@ -203,27 +204,27 @@ class Optimization:
     learning_rate: NotNegative = 3e-4
     """AdamW's learning rate, the largest one of its schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls, to 0 at the last update: in a line or as half a cosine. constant: not at all."""
+    """How the learning rate falls to 0 at the last update: linearly, or as half a cosine. constant: it does not."""
     warmup: Count = 0
-    """Updates over which the learning rate rises from 0."""
+    """Number of updates over which the learning rate rises from 0."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas."""
     adam_epsilon: AboveZero = 1e-8
-    """Added to the root of AdamW's second moment. Far above the gradients (1, say), with no weight_decay, an update is
-    the plain gradient with momentum."""
+    """Added to the root of AdamW's second moment. With a value far above the gradients, such as 1, and no weight_decay,
+    an update is the plain gradient with momentum."""
     weight_decay: NotNegative = 1e-4
     """AdamW's weight decay."""
     max_grad_norm: AboveZero = 1.0
-    """Norm to which the gradient is cut."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     update_norm: NotNegative | None = None
     """Euclidean norm to which every update of the weights is rescaled, so that runs differ in its direction alone.
-    0: the norm is only measured. None: neither; both need a copy of the trained weights."""
+    0: the norm is measured only. None: neither. Both need a copy of the trained weights."""
     mixed_precision: Literal["no", "float16", "bfloat16"] = "no"
     """Precision of the matrix products."""
     ema_decay: Decay = 0.0
     """Decay of a moving average of the weights; the average is then scored and exported. 0: no average."""
     ema_every: Positive = 8
-    """Updates from one averaging to the next."""
+    """Number of updates between two steps of the average."""
 
 
 @dataclass
@@ -231,14 +232,14 @@ class Scoring:
     """How the policy is scored on held-out prompts: before training, on a schedule and after training."""
 
     count: Count = 0
-    """Held-out prompts that are scored, always with the same noise. 0: the policy is not scored."""
+    """Number of held-out prompts that are scored, always with the same noise. 0: the policy is not scored."""
     prompts: str | None = None
-    """A file like sampling.prompts; if it has more prompts than `count`, a sample of them, if fewer, they repeat with
-    other noise. None: the task's held-out prompts."""
+    """A file like sampling.prompts. If it has more prompts than `count`, a sample of them is scored; if it has fewer,
+    they repeat with other noise. None: the task's held-out prompts."""
     reward: str | dict[str, float] | None = None
-    """A reward like run.reward. None: the one that is trained on."""
+    """A reward like run.reward. None: run.reward."""
     every: Count = 0
-    """Iterations from one scoring to the next, if `count` is not 0. 0: only before and after training."""
+    """Number of iterations between scorings, if `count` is not 0. 0: only before and after training."""
     images_per_prompt: Positive = 1
     """Images of each held-out prompt."""
     steps: Positive | None = None
@@ -265,11 +266,11 @@ class Run:
     reward_models: dict[str, str] = field(default_factory=dict)
     """Where rewards find their weights, by name: a folder, a file or a hub id; an http:// address asks a server."""
     reward_timeout: AboveZero = 600.0
-    """Seconds for a batch of images, after which their reward counts as failed."""
+    """Seconds after which the reward of a batch of images counts as failed."""
     reward_strict: bool = False
     """End the run at the first image whose reward fails, instead of counting it and going on."""
     save_every: Positive = 50
-    """Iterations from one checkpoint to the next."""
+    """Number of iterations between checkpoints."""
     keep_checkpoints: Positive = 2
     """Checkpoints that are kept, the newest ones."""
     figures: bool = True
@@ -280,7 +281,7 @@ class Run:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go besides metrics.jsonl."""
     timeout_minutes: Positive = 30
-    """Minutes that a process waits for the others before it gives the run up."""
+    """Minutes that a process waits for the others before it ends the run."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint, or from its beginning if it has none yet."""
     overwrite: bool = False

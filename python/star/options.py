@@ -42,11 +42,11 @@ class Eval:
     reward: str | None = None
     """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
     models: dict[str, str] = field(default_factory=dict)
-    """Where rewards find their weights, by name."""
+    """Where rewards find their weights, by name: a folder, a file or a hub id."""
     n: Annotated[
         Positive | None,
         tyro.conf.arg(
-            help="Only the first n prompts of a file; of a task n held-out prompts. "
+            help="Number of prompts: the first n of a file, or n held-out ones of a task. "
             f"None: all of a file, {HELD_OUT} of a task."
         ),
     ] = None
@@ -68,7 +68,7 @@ class Eval:
     save_images: bool = False
     """Keep the images in `out` too, in GenEval's layout."""
     timeout: AboveZero = 600.0
-    """Seconds for a batch of images, after which their reward counts as failed."""
+    """Seconds after which the reward of a batch of images counts as failed."""
 
 
 @dataclass
@@ -106,13 +106,13 @@ class Check:
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A pipeline's folder or hub id. None: the embedded model."""
     prompt: tuple[str, ...] = ()
-    """Prompts to look at. None: two of the model's kind."""
+    """Prompts to look at. None: two that suit the model."""
     prompts: Path | None = None
-    """A prompt file, instead of these."""
+    """A prompt file, instead of `prompt`."""
     n: Positive = 4
-    """Only the first n prompts of the file."""
+    """Number of prompts: the first n of the file."""
     image: Path | None = None
-    """An image that the pipeline edits, with the first prompt alone."""
+    """An image for the pipeline to edit, with the first prompt alone."""
     concepts: str = "rules"
     """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
     brackets: bool = False
@@ -124,17 +124,17 @@ class Check:
     width: Positive | None = None
     """Pixels. None: the pipeline's own."""
     frames: Positive = 9
-    """Of a video."""
+    """Frames of a video."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     clip_range: NotNegative = 1e-4
-    """Of the run."""
+    """Clip range of the run; the noise of the log-ratio should lie well below it."""
     noise_level: AboveZero = 0.7
-    """Of the run's stochastic steps."""
+    """Noise level of the run's stochastic steps."""
     seed: Count = 0
     """Seed of all noise."""
     json: Path | None = None
-    """A file for the verdicts."""
+    """File for the verdicts, as JSON."""
 
 
 @dataclass

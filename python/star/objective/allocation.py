@@ -39,24 +39,24 @@ class Allocation:
     cap: float = 4.0
     """Largest value of the relative map before mixing."""
     combine: Literal["mean", "max"] = "mean"
-    """Over the concepts of a prompt."""
+    """How the maps of a prompt's concepts become one."""
     smooth: float = 0.0
-    """Standard deviation of a Gaussian, in image tokens; of a video each frame is smoothed by itself."""
+    """Standard deviation of the Gaussian that smooths a map, in image tokens; video frames are smoothed one by one."""
     sharpen: float = 1.0
     """Exponent of the relative map."""
     temporal: Literal["none", "noise_level", "concentration"] = "none"
-    """Over the trained steps. noise_level: as the noise of each step (TempFlow-GRPO). concentration: as how unevenly a
-    sample's weights lie over its locations."""
+    """Weight of each trained step, mean 1 over them. noise_level: proportional to the step's noise (TempFlow-GRPO).
+    concentration: proportional to the mean square of the sample's weights."""
     share: float = 0.4
-    """Of the image tokens, those with the largest map, for strategy topk. Default: OmniNFT's."""
+    """Share of the image tokens, those with the largest map, that strategy topk raises. Default: OmniNFT's."""
     factor: float = 1.5
-    """What they weigh more than the others, for strategy topk. Default: OmniNFT's."""
+    """Factor by which strategy topk raises them. Default: OmniNFT's."""
     noise_window: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest noise level (sigma: 1 is noise, 0 the image) at which maps are used, for weights and for the
-    advantages of concepts; at other steps every location counts the same."""
+    advantages of concepts. At other steps every location has weight 1."""
     warmup: int = 0
-    """Iterations in which maps come to count: weights go in a line from 1 everywhere to what the strategy says, and
-    the advantages of concepts from 0."""
+    """Number of iterations in which weights move linearly from 1 everywhere to the strategy's, and the advantages of
+    concepts from 0."""
 
     def check(self) -> None:
         """Raise ValueError for a number out of its range; those of `star_kernels.allocate` are checked there."""
