@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import star_kernels as sk
 from losses import ADV_CLIP, CLIP, SHAPES, compared, loss_inputs
 from pairs import alternate
 from peaks import in_a_process, linux
@@ -12,6 +13,14 @@ from peaks import in_a_process, linux
 
 def describe(shape, first, second):
     return f"{shape}: {first * 1e3:.2f} ms against {second * 1e3:.2f} ms"
+
+
+def bare_loss(inputs):
+    """The operator alone, loss and gradient, of the arguments of policy_loss."""
+    flat = (inputs["velocity"].detach(), inputs["sample"], inputs["prev_sample"], *inputs["transition"],
+            inputs["advantages"], inputs["weights"], inputs["old_mean"], None, None, None, "token", CLIP, CLIP,
+            ADV_CLIP, 0.0, False)  # fmt: skip
+    return lambda: torch.ops.star.policy_loss_with_gradient_native(*flat)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -50,15 +59,7 @@ def test_bandwidth(benchmark, row):
     ratios, notes = [], []
     for shape in SHAPES:
         ours, _ = compared(shape, delta=True)
-        arguments, _ = loss_inputs(shape)
-        velocity = arguments["velocity"].detach()
-
-        def kernel(arguments=arguments, velocity=velocity):
-            flat = (velocity, arguments["sample"], arguments["prev_sample"], *arguments["transition"],
-                    arguments["advantages"], arguments["weights"], arguments["old_mean"], None, None, None,
-                    "token", CLIP, CLIP, ADV_CLIP, 0.0, False)  # fmt: skip
-            return torch.ops.star.policy_loss_with_gradient_native(*flat)
-
+        kernel = bare_loss(loss_inputs(shape)[0])
         elements = 5 * math.prod(shape) + math.prod(shape) // shape[1]  # four inputs, the gradient, the weights
         source = torch.randn(elements // 2)
         target = torch.empty_like(source)
@@ -72,6 +73,29 @@ def test_bandwidth(benchmark, row):
         notes.append("{}: {:.1f} GB/s, the operator alone {:.1f}, copy {:.1f}".format(shape, *rates))
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
     row("loss_bandwidth", min(ratios), at_least=0.7, note="; ".join(notes))
+
+
+def test_host_time(benchmark, row):
+    """Forward and backward of tensors so small that time is the host's, less the bare operator's time; one thread."""
+    inputs, _ = loss_inputs((2, 1, 2, 2))
+    velocity = inputs["velocity"]
+    bare = bare_loss(inputs)
+
+    def call():
+        loss = sk.policy_loss(**inputs, clip_range=CLIP, impl="native").loss
+        return torch.autograd.grad(loss, velocity)[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pair = alternate(bare, call, rounds=101)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.pedantic(call, rounds=1)
+    us = lambda ratio: (ratio - 1) * pair.first * 1e6
+    low, high = map(us, pair.quartiles)
+    note = f"us; quartiles {low:.1f}, {high:.1f}; the operator, loss and gradient, {pair.first * 1e6:.1f} us"
+    row("loss_host", us(pair.ratio), at_most=55, note=note)
 
 
 @linux

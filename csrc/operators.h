@@ -51,6 +51,8 @@ std::string schema_types(const T*) {
   return schema_type<T>;
 }
 
+inline std::string schema_types(const void*) { return ""; }
+
 // Keeps the signature of a function that is registered as an operator's; true, for a variable to hold.
 template <typename Result, typename... Arguments>
 bool keep_signature(const char* name, Result (*)(Arguments...)) {
@@ -86,6 +88,20 @@ Tensor attention_maps(const Tensor& query, const Tensor& key, const Tensor& conc
                       const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
                       const OptionalTensor& head_weight, const OptionalTensor& key_bias) {
   return run({query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias});
+}
+
+struct WriteAttentionMapsInputs {
+  AttentionMapsInputs maps;
+  int64_t first_row, first_query;
+  Tensor out;
+};
+
+template <void (*run)(const WriteAttentionMapsInputs&)>
+void write_attention_maps(const Tensor& query, const Tensor& key, const Tensor& concept_index,
+                          const OptionalTensor& concept_weight, const OptionalTensor& lse, double scale,
+                          const OptionalTensor& head_weight, const OptionalTensor& key_bias, int64_t first_row,
+                          int64_t first_query, const Tensor& out) {
+  run({{query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias}, first_row, first_query, out});
 }
 
 struct AllocateInputs {

@@ -246,8 +246,9 @@ def _run_checked(run: Callable, chosen: str, check: Callable[[], None], device: 
         return _run(run, device, *arguments)
     if chosen != "native":
         check()
-    try:
         return _run(run, device, *arguments)
+    try:
+        return run(*arguments)  # autocast does not know it
     except (RuntimeError, ValueError):
         check()
         raise
@@ -322,8 +323,8 @@ def attention_maps(
         scale: finite, default D ** -0.5.
         head_weight: (H,), default 1 / H.
         key_bias: (B, S), added to the scaled scores: -inf for a key that is masked. Default none.
-        out: (B, G, N), filled and returned instead of a new tensor. The Triton kernels write straight into contiguous
-            float32.
+        out: (B, G, N), filled and returned instead of a new tensor. Kernels write straight into it if it is contiguous
+            and of the type of the maps.
         impl: "auto" or one of `implementations("attention_maps")`.
 
     Returns:
@@ -339,6 +340,25 @@ def attention_maps(
     )(query, key, lse, out)  # fmt: skip
 
 
+class Part(NamedTuple):
+    """Neighboring rows and queries of an attention call: those that are read."""
+
+    first_row: int
+    rows: int
+    first_query: int
+    queries: int
+
+    def of(self, query: Tensor, key: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of the call's tensors, or themselves where all of them is read."""
+        if self.rows != len(query):
+            query, key = query.narrow(0, self.first_row, self.rows), key.narrow(0, self.first_row, self.rows)
+            lse = None if lse is None else lse.narrow(0, self.first_row, self.rows)
+        if self.queries != query.shape[2]:
+            query = query.narrow(2, self.first_query, self.queries)
+            lse = None if lse is None else lse.narrow(2, self.first_query, self.queries)
+        return query, key, lse
+
+
 def checked_attention_maps(
     query: Tensor,
     key: Tensor,
@@ -350,13 +370,19 @@ def checked_attention_maps(
     head_weight: Tensor | None = None,
     key_bias: Tensor | None = None,
     out: Tensor | None = None,
+    part: Part | None = None,
     impl: Implementation = "auto",
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
     """`attention_maps` of its checked arguments, without making the maps: call it with (query, key, lse, out).
 
     It may be called again with others of the same shapes, types and devices: for the layers of a model, where the
-    checks take longer than small maps. Arguments and what it raises: as `attention_maps`.
+    checks take longer than small maps. Arguments and what it raises: as `attention_maps`, with
+
+    Args:
+        part: what is read of query, key and lse; the other arguments are those of the part. None: all of them.
     """
+    if part is not None:
+        query, key, lse = part.of(query, key, lse)
     check_tensor("query", query, ("B", "H", "N", "D"))
     batch, heads, queries, width = query.shape
     if width == 0:
@@ -389,21 +415,46 @@ def checked_attention_maps(
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
-    run: Any = ATTENTION_MAPS.run(chosen)
-    if chosen == "native" and not torch.compiler.is_compiling():
+    dtype, eager = compute_dtype(query, key), not torch.compiler.is_compiling()
+    direct = eager and out is not None and out.dtype == dtype and out.is_contiguous()
+    launch = ATTENTION_MAPS.triton if direct and chosen == "triton" else None
+    writes = direct and launch is None
+    operator = ATTENTION_MAPS.write if writes and ATTENTION_MAPS.write is not None else ATTENTION_MAPS
+    run: Any = operator.run(chosen)
+    if chosen == "native" and eager:
         run = run.default._op  # without the search among overloads, which takes as long as the checks
-    launch = None
-    if chosen == "triton" and ATTENTION_MAPS.triton is not None and not torch.compiler.is_compiling():
-        direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
-        launch = ATTENTION_MAPS.triton if direct else None
+    first, keys = (0, 0) if part is None else (part.first_row, part.first_query), key.shape[2]
+    check = lambda: _check_columns(concept_index, keys)
+
+    def write(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
+        # One function, whose operator takes the part itself: right after an attention, which empties the caches, every
+        # call of Python costs several microseconds and a view costs more.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return write(query.detach(), key.detach(), lse, out)
+        assert out is not None
+        if lse is not None and trailing:
+            lse = lse.squeeze(-1)
+        options = (concept_index, concept_weight, lse, scale, head_weight, key_bias, *first, out)
+        if chosen != "native":
+            _run_checked(run, chosen, check, device, query, key, *options)
+            return out
+        try:
+            run(query, key, *options)
+        except (RuntimeError, ValueError):
+            check()
+            raise
+        return out
 
     def make(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
         if lse is not None and trailing:
             lse = lse.squeeze(-1)
+        if part is not None:
+            query, key, lse = part.of(query, key, lse)
         arguments = (query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias)
         if launch is not None:
             return launch(*arguments, out=out)
-        maps = _run_checked(run, chosen, lambda: _check_columns(concept_index, key.shape[2]), device, *arguments)
+        maps = _run_checked(run, chosen, check, device, *arguments)
         return maps if out is None else out.copy_(maps)
 
     def call(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
@@ -412,7 +463,7 @@ def checked_attention_maps(
         with torch.no_grad():
             return make(query.detach(), key.detach(), lse, out)
 
-    return call
+    return write if writes else call
 
 
 def allocate(

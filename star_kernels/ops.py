@@ -32,6 +32,10 @@ def fake_attention_maps(
     return query.new_empty(shape, dtype=reference.compute_dtype(query, key))
 
 
+def fake_write(*_: Any) -> None:
+    return None
+
+
 def fake_allocate(
     maps: Tensor,
     rows: int,
@@ -104,6 +108,7 @@ class Operator:
     triton: the launcher of the Triton kernels, for CUDA tensors; None without one.
     gradient: the operator that the backward pass calls, in the same implementation; None for a constant.
     with_gradient: both in one, for a gradient of 1 of the loss; None without one.
+    write: the same of a part of the arguments, into memory that is there; None without one.
     """
 
     name: str
@@ -114,6 +119,7 @@ class Operator:
     triton: Callable | None = None
     gradient: Operator | None = None
     with_gradient: Operator | None = None
+    write: Operator | None = None
 
     def define(
         self, implementation: str, function: Callable | None = None, devices: str | tuple[str, ...] = ()
@@ -128,23 +134,34 @@ class Operator:
     @property
     def companions(self) -> tuple[Operator, ...]:
         """The operators that are defined beside this one."""
-        return tuple(operator for operator in (self.gradient, self.with_gradient) if operator is not None)
+        return tuple(one for one in (self.gradient, self.with_gradient, self.write) if one is not None)
 
     def run(self, implementation: str) -> Callable:
         """The torch.library operator of an implementation."""
         return getattr(torch.ops.star, f"{self.name}_{implementation}")
 
 
+_ATTENTION_MAPS_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor concept_index, Tensor? concept_weight, Tensor? lse, float scale, "
+    "Tensor? head_weight, Tensor? key_bias"
+)
+
+WRITE_ATTENTION_MAPS = Operator(
+    name="write_attention_maps",
+    schema=f"({_ATTENTION_MAPS_ARGUMENTS}, int first_row, int first_query, Tensor(a!) out) -> ()",
+    fake=fake_write,
+    reference=reference.write_attention_maps,
+    native=("cpu",),
+)
+
 ATTENTION_MAPS = Operator(
     name="attention_maps",
-    schema=(
-        "(Tensor query, Tensor key, Tensor concept_index, Tensor? concept_weight, Tensor? lse, float scale, "
-        "Tensor? head_weight, Tensor? key_bias) -> Tensor"
-    ),
+    schema=f"({_ATTENTION_MAPS_ARGUMENTS}) -> Tensor",
     fake=fake_attention_maps,
     reference=reference.attention_maps,
     native=("cpu",),
     triton=triton_launcher("attention_maps"),
+    write=WRITE_ATTENTION_MAPS,
 )
 
 ALLOCATE = Operator(

@@ -84,6 +84,26 @@ def attention_maps(
     return (total.view(batch, queries, groups, columns) * weight[:, None]).sum(-1).transpose(1, 2).contiguous()
 
 
+def write_attention_maps(
+    query: Tensor,
+    key: Tensor,
+    concept_index: Tensor,
+    concept_weight: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    head_weight: Tensor | None,
+    key_bias: Tensor | None,
+    first_row: int,
+    first_query: int,
+    out: Tensor,
+) -> None:
+    """`attention_maps` into out (B, G, N): of the B rows of query, key and lse from first_row on and of their N queries
+    from first_query on. The other arguments are those of the B rows."""
+    rows, queries = slice(first_row, first_row + out.shape[0]), slice(first_query, first_query + out.shape[2])
+    query, key, lse = query[rows, :, queries], key[rows], None if lse is None else lse[rows, :, queries]
+    out.copy_(attention_maps(query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias))
+
+
 def allocate(
     maps: Tensor,
     rows: int,

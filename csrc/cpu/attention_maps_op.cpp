@@ -1,4 +1,5 @@
-// star::attention_maps_native for CPU tensors: lists each row's distinct columns, runs the kernel per (row, query tile).
+// star::attention_maps_native and star::write_attention_maps_native for CPU tensors: list each row's distinct columns, run
+// the kernel per (row, query tile).
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -17,28 +18,31 @@ struct Columns {
   int64_t most = 0;
 };
 
-// A column that several slots name is computed once.
+// A column that several slots name is computed once. In ascending order: a table by column would be as long as the keys.
 Columns distinct_columns(const Tensor& index, int64_t keys) {
   Columns columns;
   const Tensor ordered = ready(index, ScalarType::Long);
   const int64_t *slot = ordered.const_data_ptr<int64_t>(), rows = index.size(0), slots = index.size(1) * index.size(2);
+  std::vector<int64_t>& column = columns.column;
+  column.reserve(rows * slots);
   columns.place.reserve(rows * slots);
-  std::vector<int64_t> seen(keys, -1);
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t i = 0; i < slots; i++, slot++) {
-      if (*slot < -1 || *slot >= keys) {
+  columns.start.reserve(rows + 1);
+  for (int64_t row = 0; row < rows; row++, slot += slots) {
+    for (const int64_t* one = slot; one < slot + slots; one++) {
+      if (*one < -1 || *one >= keys) {
         // Python's ValueError, which STD_TORCH_CHECK cannot raise.
-        throw std::invalid_argument("concept_index: got " + std::to_string(*slot) + ", expected -1 or a column in [0, " +
+        throw std::invalid_argument("concept_index: got " + std::to_string(*one) + ", expected -1 or a column in [0, " +
                                     std::to_string(keys) + ")");
       }
-      if (*slot >= 0 && seen[*slot] < columns.start.back()) {
-        seen[*slot] = int64_t(columns.column.size());
-        columns.column.push_back(*slot);
-      }
-      columns.place.push_back(*slot < 0 ? -1 : seen[*slot] - columns.start.back());
+      if (*one >= 0) column.push_back(*one);
     }
-    columns.most = std::max(columns.most, int64_t(columns.column.size()) - columns.start.back());
-    columns.start.push_back(int64_t(columns.column.size()));
+    const auto first = column.begin() + columns.start.back();
+    std::sort(first, column.end());
+    column.erase(std::unique(first, column.end()), column.end());
+    for (const int64_t* one = slot; one < slot + slots; one++)
+      columns.place.push_back(*one < 0 ? -1 : std::lower_bound(first, column.end(), *one) - first);
+    columns.most = std::max(columns.most, int64_t(column.size()) - columns.start.back());
+    columns.start.push_back(int64_t(column.size()));
   }
   return columns;
 }
@@ -61,18 +65,18 @@ struct Given {
   }
 };
 
+// Of the rows from first_row on, as many as concept_index has, and the queries from first_query on, as many as maps has.
 template <typename Q, typename T>
-Tensor run_as(const AttentionMapsInputs& inputs) {
+void write_as(const AttentionMapsInputs& inputs, int64_t first_row, int64_t first_query, const Tensor& maps) {
   const auto type = scalar_type<T>;
   const Tensor query = converted(inputs.query, scalar_type<Q>), key = converted(inputs.key, scalar_type<Q>);
   const Tensor& concept_index = inputs.concept_index;
-  const int64_t rows = query.size(0), heads = query.size(1), queries = query.size(2);
+  const int64_t rows = concept_index.size(0), heads = query.size(1), queries = maps.size(2);
   const Tensor bias = inputs.key_bias ? ready(*inputs.key_bias, type) : Tensor();
   const Given<T> weight(inputs.concept_weight, concept_index.numel(), 1);
   const Given<T> share(inputs.head_weight, heads, T(1.0 / double(heads)));
   const Tensor norm = inputs.lse ? converted(*inputs.lse, type) : Tensor();
   const Columns columns = distinct_columns(concept_index, key.size(2));
-  Tensor maps = new_empty(query, {rows, concept_index.size(1), queries}, type);
 
   AttentionMapsArgs<Q, T> args{
       .heads = heads,
@@ -82,11 +86,11 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
       .width = query.size(3),
       .groups = concept_index.size(1),
       .slots = concept_index.size(2),
-      .query = query.const_data_ptr<Q>(),
-      .key = key.const_data_ptr<Q>(),
+      .query = query.const_data_ptr<Q>() + first_row * query.stride(0) + first_query * query.stride(2),
+      .key = key.const_data_ptr<Q>() + first_row * key.stride(0),
       .query_strides = {query.stride(0), query.stride(1), query.stride(2), query.stride(3)},
       .key_strides = {key.stride(0), key.stride(1), key.stride(2), key.stride(3)},
-      .lse = inputs.lse ? norm.const_data_ptr<T>() : nullptr,
+      .lse = nullptr,
       .lse_strides = {},
       .scale = T(inputs.scale),
       .key_bias = inputs.key_bias ? bias.const_data_ptr<T>() : nullptr,
@@ -98,8 +102,10 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
       .weight = weight.data,
       .maps = maps.mutable_data_ptr<T>(),
   };
-  if (inputs.lse)
+  if (inputs.lse) {
     for (int axis = 0; axis < 3; axis++) args.lse_strides[axis] = norm.stride(axis);
+    args.lse = norm.const_data_ptr<T>() + first_row * norm.stride(0) + first_query * norm.stride(2);
+  }
 
   const auto kernel = STAR_SELECT(attention_maps_tile<Q, T>);
   const int64_t bytes = STAR_SELECT(attention_maps_scratch<T>)(args.width, columns.most);
@@ -110,19 +116,45 @@ Tensor run_as(const AttentionMapsInputs& inputs) {
     const std::unique_ptr<void, decltype(free)> scratch(::operator new(bytes, alignment), free);
     for (int64_t task = begin; task < end; task++) kernel(args, task / tiles, task % tiles, scratch.get());
   });
-  return maps;
+}
+
+void write_part(const AttentionMapsInputs& inputs, int64_t first_row, int64_t first_query, const Tensor& maps) {
+  const ScalarType type = inputs.query.scalar_type();
+  const bool same = inputs.key.scalar_type() == type;
+  const auto run = any_double(inputs.query, inputs.key)   ? &write_as<double, double>
+                   : same && type == ScalarType::BFloat16 ? &write_as<BFloat16, float>
+                   : same && type == ScalarType::Half     ? &write_as<Half, float>
+                                                          : &write_as<float, float>;
+  run(inputs, first_row, first_query, maps);
 }
 
 Tensor run(const AttentionMapsInputs& inputs) {
-  const ScalarType type = inputs.query.scalar_type();
-  if (any_double(inputs.query, inputs.key)) return run_as<double, double>(inputs);
-  if (type == ScalarType::BFloat16 && inputs.key.scalar_type() == type) return run_as<BFloat16, float>(inputs);
-  if (type == ScalarType::Half && inputs.key.scalar_type() == type) return run_as<Half, float>(inputs);
-  return run_as<float, float>(inputs);
+  const ScalarType type = any_double(inputs.query, inputs.key) ? ScalarType::Double : ScalarType::Float;
+  const std::initializer_list<int64_t> sizes = {inputs.query.size(0), inputs.concept_index.size(1), inputs.query.size(2)};
+  Tensor maps = new_empty(inputs.query, sizes, type);
+  write_part(inputs, 0, 0, maps);
+  return maps;
+}
+
+void write(const WriteAttentionMapsInputs& inputs) {
+  const auto& [query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias] = inputs.maps;
+  const Tensor& out = inputs.out;
+  const int64_t rows = concept_index.size(0), last_row = inputs.first_row + rows;
+  const int64_t queries = out.size(2), last_query = inputs.first_query + queries;
+  const ScalarType type = any_double(query, key) ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(out.scalar_type() == type && out.is_contiguous(), "out: expected contiguous memory of the maps' type");
+  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == concept_index.size(1), "out: has another shape than the maps");
+  STD_TORCH_CHECK(inputs.first_row >= 0 && last_row <= query.size(0) && last_row <= key.size(0) &&
+                      (!lse || last_row <= lse->size(0)),
+                  "first_row: there are fewer rows");
+  STD_TORCH_CHECK(inputs.first_query >= 0 && last_query <= query.size(2) && (!lse || last_query <= lse->size(2)),
+                  "first_query: there are fewer queries");
+  write_part(inputs.maps, inputs.first_row, inputs.first_query, out);
 }
 
 }  // namespace
 
 STAR_REGISTER(attention_maps, attention_maps<run>)
+STAR_REGISTER(write_attention_maps, write_attention_maps<write>)
 
 }  // namespace star

@@ -34,7 +34,7 @@ from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.layouts import Arguments, Batch, Layout, Pass, layout_of
 from star.objective import Allocation, allocation_weights, weighted_gradient
 from star.tap import PARALLEL, Tapped, tapped
-from star_kernels.api import Implementation, checked_attention_maps
+from star_kernels.api import Implementation, Part, checked_attention_maps
 
 __all__ = ["Maps", "Record", "allocated", "capture", "record"]
 
@@ -275,7 +275,10 @@ class Maps:
         if kind != self._kind or (mask is not self._mask and not _same_mask(mask, self._mask)):
             self._prepare(query, key, mask, scale, lse)
             self._kind, self._mask = kind, mask
-        self._call(*self._part(query, key, lse), self._outs[number])
+        if self._gathered is not None:
+            rows = self._gathered
+            query, key, lse = query[rows], key[rows], None if lse is None else lse[rows]
+        self._call(query, key, lse, self._outs[number])
         self.written[number] = True
 
     def _prepare(
@@ -289,12 +292,16 @@ class Maps:
         tokens, rows = self.slots.shape[-1], slice(None) if self.rows is None else self.rows
         if self.image + tokens > query.shape[2]:
             raise ValueError(f"grid: {self.grid} has {tokens} tokens, the model runs {query.shape[2] - self.image}")
-        images = len(range(len(query))[rows]) if isinstance(rows, slice) else len(rows)
+        neighbors = range(len(query))[rows] if isinstance(rows, slice) else None
+        images = len(rows) if neighbors is None else len(neighbors)  # type: ignore[arg-type]  # no slice here
         if images != len(self.columns):
             raise ValueError(f"tokens: have {len(self.columns)} rows, the model runs {images} of those asked for")
-        self._every_row = isinstance(rows, slice) and images == len(query)
-        self._every_query = tokens == query.shape[2]
-        query, key, lse = self._part(query, key, lse)
+        first = 0
+        if neighbors is not None and neighbors.step == 1:  # which are read where they are
+            first, self._gathered = neighbors.start, None
+        else:
+            self._gathered = rows
+            query, key, lse = query[rows], key[rows], None if lse is None else lse[rows]
         self._call = checked_attention_maps(
             query,
             key,
@@ -303,22 +310,11 @@ class Maps:
             lse=lse,
             scale=scale,
             head_weight=self.head_weight,
-            key_bias=None if mask is None else _key_bias(mask, query, key, rows),
+            key_bias=None if mask is None else _key_bias(mask, images, key, rows),
             out=self._outs[0],
+            part=Part(first, images, self.image, tokens),
             impl=self.impl,
         )
-
-    def _part(self, query: Tensor, key: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What is read of an attention call: the chosen rows, and of the queries the image's."""
-        if query.requires_grad or key.requires_grad:
-            query, key, lse = query.detach(), key.detach(), None if lse is None else lse.detach()
-        if not self._every_row:
-            query, key, lse = query[self.rows], key[self.rows], None if lse is None else lse[self.rows]
-        if not self._every_query:
-            query = query.narrow(2, self.image, self.slots.shape[-1])
-            if lse is not None and self.image:
-                lse = lse.narrow(2, self.image, self.slots.shape[-1])
-        return query, key, lse
 
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured block, normalized; NaN for one that did not run.
@@ -353,9 +349,9 @@ class Maps:
         return (layers * self.layer_weights[:, None, None, None]).sum(0)
 
 
-def _key_bias(mask: Tensor, query: Tensor, key: Tensor, rows: slice | Tensor) -> Tensor:
-    """(B, S) float32 of an attention mask (B or 1, H or 1, 1, S), boolean or added to the scores, for the rows of the
-    maps. Raises ValueError for one that is not the same for all queries."""
+def _key_bias(mask: Tensor, images: int, key: Tensor, rows: slice | Tensor) -> Tensor:
+    """(B, S) float32 of an attention mask (B or 1, H or 1, 1, S), boolean or added to the scores, for the B images, the
+    rows of the maps. Raises ValueError for one that is not the same for all queries."""
     if mask.ndim != 4 or mask.shape[2] != 1:
         raise ValueError(
             f"attention_mask: got shape {tuple(mask.shape)}, expected (B, H or 1, 1, {key.shape[2]}): maps need a mask "
@@ -365,7 +361,7 @@ def _key_bias(mask: Tensor, query: Tensor, key: Tensor, rows: slice | Tensor) ->
     if bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
     bias = bias.detach().float()
-    return bias[rows] if len(bias) > 1 else bias.expand(len(query), -1)
+    return bias[rows] if len(bias) > 1 else bias.expand(images, -1)
 
 
 def _same_mask(mask: Tensor | None, other: Tensor | None) -> bool:

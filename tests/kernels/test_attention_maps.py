@@ -1,5 +1,7 @@
 """Every implementation of attention_maps against the whole attention matrix in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 import devices
 import star_kernels as sk
+from star_kernels.api import Part, checked_attention_maps
 
 pytest.importorskip("triton")
 import triton_bfloat16  # noqa: F401
@@ -214,7 +217,8 @@ def test_an_error_is_the_same_whatever_torch_makes_of_the_kernels(monkeypatch):
     def refuse(*_):
         raise RuntimeError("from C++, with\na stack")
 
-    monkeypatch.setattr("star_kernels.api._run", refuse)
+    compiled = SimpleNamespace(default=SimpleNamespace(_op=refuse))
+    monkeypatch.setattr("star_kernels.ops.Operator.run", lambda *_: compiled)
     with pytest.raises(ValueError, match=r"^concept_index: values in \[9, 9\], expected -1 or columns in \[0, 9\)$"):
         sk.attention_maps(Q, K, INDEX + 9)
     with pytest.raises(RuntimeError, match="from C"):  # an error of another kind stays
@@ -306,8 +310,61 @@ def test_out_takes_the_maps(impl, processors, monkeypatch):
 
 
 @each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("part", [Part(0, 4, 0, 40), Part(1, 2, 7, 33), Part(3, 1, 0, 5)])
+def test_a_part_has_the_bits_of_its_slices(impl, part, dtype):
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is not for Triton")
+    query, key, index = example_input(batch=4, queries=40, width=16, dtype=dtype)
+    index[:, 0, :] = index[:, 0, :1]  # slots that name the same column
+    index[:, 1, 2] = -1
+    query.requires_grad_()
+    lse = F.pad(log_sum_exp(query, key), (0, 5), value=torch.nan).detach()  # padded, as some kernels give it
+    rows = slice(part.first_row, part.first_row + part.rows)
+    options = dict(head_weight=torch.rand(3), key_bias=torch.randn(4, 77)[rows], impl=impl)
+    arguments = index[rows], torch.rand(index.shape)[rows]
+    seen = query[rows, :, part.first_query : part.first_query + part.queries]
+    own = [] if impl == "triton" else [(None, None)]  # which the interpreter makes slowly
+    for norm, narrow in [*own, (lse, lse[rows, :, part.first_query :])]:
+        expected = sk.attention_maps(seen, key[rows], *arguments, lse=narrow, **options)
+        assert expected.isfinite().all()
+        out = torch.full((3, *expected.shape), torch.nan, dtype=expected.dtype, device=expected.device)
+        make = checked_attention_maps(query, key, *arguments, lse=norm, out=out[0], part=part, **options)
+        for slot in (1, 2):  # prepared once for several
+            assert make(query, key, norm, out[slot]) is not None
+        assert out[0].isnan().all() and not out.requires_grad
+        assert torch.equal(out[1], expected) and torch.equal(out[2], expected)
+        made = checked_attention_maps(query, key, *arguments, lse=norm, part=part, **options)(query, key, norm, None)
+        assert torch.equal(made, expected)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_part_beyond_the_call_is_refused():
+    query, key, index = example_input(batch=2, queries=40)
+    lse, run = log_sum_exp(query, key), torch.ops.star.write_attention_maps_native
+    for first_row, first_query, shape, words in (
+        (1, 0, (2, 2, 40), "fewer rows"),
+        (-1, 0, (2, 2, 40), "fewer rows"),
+        (0, 8, (2, 2, 33), "fewer queries"),
+        (0, -1, (2, 2, 33), "fewer queries"),
+        (0, 0, (2, 3, 40), "another shape"),
+        (0, 0, (2, 2, 80), "fewer queries"),
+    ):
+        out = torch.zeros(shape)
+        with pytest.raises(RuntimeError, match=words):
+            run(query, key, index, None, lse, 0.2, None, None, first_row, first_query, out)
+        assert not out.any()
+    for out in (torch.zeros(2, 2, 40).double(), torch.zeros(40, 2, 2).transpose(0, 2)):
+        with pytest.raises(RuntimeError, match="contiguous memory"):
+            run(query, key, index, None, lse, 0.2, None, None, 0, 0, out)
+
+
+@each_implementation
 def test_opcheck(impl):
     query, key, index = example_input(queries=9, keys=11, groups=1)
+    if impl != "triton":
+        write = getattr(torch.ops.star, f"write_attention_maps_{impl}").default
+        torch.library.opcheck(write, (query, key, index, None, None, 0.2, None, None, 0, 4, torch.empty(2, 1, 5)))
     op = getattr(torch.ops.star, f"attention_maps_{impl}").default
     torch.library.opcheck(op, (query, key, index, torch.rand(index.shape), None, 0.2, torch.rand(3), torch.rand(2, 11)))
     torch.library.opcheck(op, (query, key, index, None, log_sum_exp(query, key), 0.2, None, None))

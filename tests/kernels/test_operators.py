@@ -50,10 +50,12 @@ def test_an_operator_has_a_door_and_tests(operator):
 @each_operator
 def test_schema_and_reference_have_the_same_arguments(operator):
     arguments = lambda one: [argument.name for argument in one.run("reference").default._schema.arguments]
-    for one in filter(None, (operator, operator.gradient)):
+    for one in filter(None, (operator, operator.gradient, operator.write)):
         assert arguments(one) == list(inspect.signature(one.reference).parameters)
     if operator.with_gradient is not None:
         assert arguments(operator.with_gradient) == arguments(operator)
+    if operator.write is not None:
+        assert arguments(operator.write)[: len(arguments(operator))] == arguments(operator)
 
 
 def test_triton_refuses_what_it_cannot_count():
