@@ -433,7 +433,8 @@ def allocate(
     and capped; then w = (1 - mix) + mix * field, brought to mean 1, and each token's weight repeated over its patch.
 
     Args:
-        maps: (B, G, N) attention mass, not negative. A map that is all zero (a missing concept) is left out.
+        maps: (B, G, N) attention mass, not negative, or (S, B, G, N) of several steps. A map that is all zero (a
+            missing concept) is left out.
         grid: (rows, columns) of the image tokens, N = rows * columns, row-major. Of a video (frames, rows, columns): a
             map is divided by its mean over all frames, so a frame that shows more of the concepts weighs more.
         combine: over concepts, "mean" or "max".
@@ -447,15 +448,18 @@ def allocate(
         impl: "auto" or one of `implementations("allocate")`.
 
     Returns:
-        (B, rows * patch, columns * patch) float32, of a video (B, frames, rows * patch, columns * patch). A sample
-        without concepts, with only zero maps or with a value that is negative or not finite gets weights of exactly 1.
+        (B, rows * patch, columns * patch) float32, of a video (B, frames, rows * patch, columns * patch), of several
+        steps with their axis in front. A sample without concepts, with only zero maps or with a value that is negative
+        or not finite gets weights of exactly 1.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or range.
         RuntimeError: `impl` cannot run here.
     """
-    check_tensor("maps", maps, ("B", "G", "N"))
-    grid = checked_grid(grid, maps.shape[2])
+    check_tensor("maps", maps)
+    if maps.ndim not in (3, 4):
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected (B, G, N) or (S, B, G, N)")
+    grid = checked_grid(grid, maps.shape[-1])
     *frames, rows, columns = grid
     check_choice("combine", combine, ("mean", "max"))
     options = (
@@ -465,11 +469,12 @@ def allocate(
         checked_number("mix", mix, 0.0, 1.0, "a number between 0 and 1"),
     )
     patch = checked_patch(patch, grid)
-    shape = (maps.shape[0], *frames, rows * patch, columns * patch)
+    shape = (*maps.shape[:-2], *frames, rows * patch, columns * patch)
     check_elements("maps", shape)
+    samples = maps.detach() if maps.ndim == 3 else maps.detach().flatten(0, 1)
     run = ALLOCATE.run(resolve("allocate", impl, maps.device))
     with torch.no_grad():
-        return _run(run, maps.device, maps.detach(), rows, columns, combine, *options, patch).view(shape)
+        return _run(run, maps.device, samples, rows, columns, combine, *options, patch).view(shape)
 
 
 def gaussian_step(

@@ -107,14 +107,14 @@ def allocate(
     else:
         field = relative.amax(1) if maps.shape[1] else relative.sum(1)
     if smooth > 0:
-        frames = field.view(len(field), -1, rows, columns)
+        frames = field.unflatten(1, (maps.shape[2] // (rows * columns), rows, columns))
         field = (smoothing(rows, smooth).to(field) @ frames @ smoothing(columns, smooth).to(field).T).flatten(1)
     if sharpen != 1:
         field = (field / field.amax(-1, keepdim=True)) ** sharpen  # the largest value cancels, but would overflow
     field = (field / field.mean(-1, keepdim=True)).clamp(max=cap)
     weights = (1 - mix) + mix * field
     weights = weights / weights.mean(-1, keepdim=True)
-    weights = torch.where(healthy[:, None], weights, 1.0).unflatten(1, (-1, columns))
+    weights = torch.where(healthy[:, None], weights, 1.0).unflatten(1, (maps.shape[2] // columns, columns))
     return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
 
 

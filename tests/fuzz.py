@@ -182,9 +182,10 @@ def draw_attention_maps(draw: Draw) -> Arguments:
 def draw_allocate(draw: Draw) -> Arguments:
     rows, columns, batch, groups = draw.size(33), draw.size(33), draw.size(5, 0), draw.size(5, 0)
     grid = (draw.size(5), rows, columns) if draw.chance(0.3) else (rows, columns)
-    maps = draw.uniform((batch, groups, math.prod(grid)), 0, 1) ** draw.choice((1, 4))
+    steps = (draw.size(3, 0),) if draw.chance(0.3) else ()
+    maps = draw.uniform((*steps, batch, groups, math.prod(grid)), 0, 1) ** draw.choice((1, 4))
     if draw.chance(0.2) and groups:
-        maps[:, draw.randrange(groups)] = 0
+        maps[..., draw.randrange(groups), :] = 0
     maps = maps * draw.choice((1.0, 1.0, 1.0, 1e-3, 1e-30, 1e30))
     arguments: Arguments = {"maps": draw.tensor(maps), "grid": draw.choice((grid, list(grid)))}
     options = {

@@ -270,6 +270,13 @@ class Rollout:
             raise ValueError("captured: no step was captured, so the rollout has no maps")
         return self.maps
 
+    def maps_of(self, steps: Sequence[int]) -> Tensor | None:
+        """(S, B, G, N) of some steps of the schedule, or None if there are none, or the maps of one were not read."""
+        steps = tuple(steps)
+        if self.maps is None or not steps or not set(steps) <= set(self.captured):
+            return None
+        return self.maps if steps == self.captured else self.maps[[self.captured.index(step) for step in steps]]
+
     def maps_at(self, step: int, rows: Tensor | slice = slice(None)) -> Tensor | None:
         """(B', G, N) of some samples at a step of the schedule, or None if its maps were not read."""
         return _maps_at(self.maps, self.captured, step, rows)
