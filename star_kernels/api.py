@@ -478,31 +478,63 @@ def allocate(
 
 
 def gaussian_step(
-    sample: Tensor, velocity: Tensor, noise: Tensor, transition: Transition, *, impl: Implementation = "auto"
+    sample: Tensor,
+    velocity: Tensor,
+    noise: Tensor | None,
+    transition: Transition,
+    *,
+    unconditional_velocity: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    seeds: Tensor | None = None,
+    impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One step of the sampler: mean = a x + b v, prev_sample = mean + s noise.
 
+    With unconditional_velocity u the velocity v is guided first: u + guidance_scale (v - u), in float32 or better
+    whatever the types are, with the bits that PyTorch's own operations give in float32.
+
     Args:
-        sample, velocity, noise: (B, ...) of one shape, any floating types.
+        sample, velocity: (B, ...) of one shape, any floating types.
+        noise: the same shape, any floating type. None: prev_sample is the mean, unless there are seeds.
         transition: fields (B,).
+        unconditional_velocity: the model's output without the prompt, like velocity; either may be a half of the
+            model's output for both, whichever comes first there.
+        guidance_scale: of classifier-free guidance, finite; needs unconditional_velocity.
+        seeds: (B,) int64. Instead of noise: standard normals are drawn in the operator. A sample's follow from its own
+            seed and the elements' numbers alone, with the same float32 bits in every implementation, on every device,
+            in any batch.
         impl: "auto" or one of `implementations("gaussian_step")`.
 
     Returns:
         prev_sample in the type of `sample`, and mean in float32 (float64 for float64 inputs): the policy's old mean.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or device.
+        TypeError, ValueError: an argument of wrong type, shape, range or device, or arguments that exclude each other.
         RuntimeError: `impl` cannot run here.
+
+    Source of the drawn noise: Philox4x32-10 (Salmon et al. 2011) by the transform of Box and Muller (1958).
     """
     check_tensor("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample: got shape {tuple(sample.shape)}, expected (B, ...)")
     check_tensor("velocity", velocity, tuple(sample.shape), sample.device)
-    check_tensor("noise", noise, tuple(sample.shape), sample.device)
+    if noise is not None:
+        check_tensor("noise", noise, tuple(sample.shape), sample.device)
     _transition(transition, sample.shape[0], sample.device)
     check_elements("sample", sample.shape)
+    guidance_scale = checked_number("guidance_scale", guidance_scale)
+    if unconditional_velocity is not None:
+        check_tensor("unconditional_velocity", unconditional_velocity, tuple(sample.shape), sample.device)
+        unconditional_velocity = unconditional_velocity.detach()
+    elif guidance_scale != 1:
+        raise ValueError(f"unconditional_velocity: needed for guidance_scale={guidance_scale}")
+    if seeds is not None:
+        check_index("seeds", seeds, (sample.shape[0],), sample.device)
+        if noise is not None:
+            raise ValueError("noise, seeds: expected at most one of them")
     run = GAUSSIAN_STEP.run(resolve("gaussian_step", impl, sample.device))
-    arguments = (sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s)
+    arguments = (sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s,
+                 unconditional_velocity, guidance_scale, seeds)  # fmt: skip
     with torch.no_grad():
         return _run(run, sample.device, *arguments)
 
