@@ -119,15 +119,29 @@ Tensor allocate(const Tensor& maps, int64_t rows, int64_t columns, const std::st
 }
 
 struct GaussianStepInputs {
-  Tensor sample, velocity, noise, a, b, s;
+  Tensor sample, velocity;
+  OptionalTensor noise;
+  Tensor a, b, s;
+  OptionalTensor unconditional_velocity;
+  double guidance_scale;
+  OptionalTensor seeds;  // (B,) int64
 };
 
 using GaussianStepResult = std::tuple<Tensor, Tensor>;  // prev_sample, mean
 
 template <GaussianStepResult (*run)(const GaussianStepInputs&)>
-GaussianStepResult gaussian_step(const Tensor& sample, const Tensor& velocity, const Tensor& noise, const Tensor& a,
-                                 const Tensor& b, const Tensor& s) {
-  return run({sample, velocity, noise, a, b, s});
+GaussianStepResult gaussian_step(const Tensor& sample, const Tensor& velocity, const OptionalTensor& noise,
+                                 const Tensor& a, const Tensor& b, const Tensor& s,
+                                 const OptionalTensor& unconditional_velocity, double guidance_scale,
+                                 const OptionalTensor& seeds) {
+  return run({sample, velocity, noise, a, b, s, unconditional_velocity, guidance_scale, seeds});
+}
+
+// Whether the arithmetic is in double.
+inline bool in_double(const GaussianStepInputs& inputs) {
+  auto is_double = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; };
+  return is_double(inputs.sample) || is_double(inputs.velocity) ||
+         (inputs.unconditional_velocity && is_double(*inputs.unconditional_velocity));
 }
 
 struct PolicyLossInputs {

@@ -4,6 +4,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define STAR_HD __host__ __device__ __forceinline__
@@ -24,6 +25,86 @@ STAR_HD T transition_mean(T a, T sample, T b, T velocity) {
 template <typename T>
 STAR_HD T transition_sample(T mean, T s, T noise) {
   return mean + s * noise;
+}
+
+// Velocity with classifier-free guidance.
+template <typename T>
+STAR_HD T guided(T conditional, T unconditional, T scale) {
+  return unconditional + scale * (conditional - unconditional);
+}
+
+// Four words that a seed and a counter decide: Philox4x32-10 (Salmon et al. 2011), the seed as key.
+struct Words {
+  uint32_t word[4];
+};
+
+STAR_HD Words philox(uint64_t seed, uint64_t counter) {
+  uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  Words at = {{uint32_t(counter), uint32_t(counter >> 32), 0, 0}};
+  for (int round = 0; round < 10; round++) {
+    const uint64_t first = uint64_t(0xD2511F53u) * at.word[0], second = uint64_t(0xCD9E8D57u) * at.word[2];
+    at = {{uint32_t(second >> 32) ^ at.word[1] ^ key[0], uint32_t(second),
+           uint32_t(first >> 32) ^ at.word[3] ^ key[1], uint32_t(first)}};
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return at;
+}
+
+// Standard normals from two words (Box and Muller 1958): a radius from the first, an angle from the second. Made of sums,
+// products and a square root alone, which every device rounds alike: the bits are the same everywhere.
+STAR_HD void normal_pair(uint32_t first, uint32_t second, float* normals) {
+  // The word times 2^-32 is 2^exponent * (1 + x), 1 + x in sqrt(1/2)..sqrt(2); a polynomial makes the logarithm of it.
+  const float word = float(first | 1);
+  int32_t bits;
+  memcpy(&bits, &word, sizeof(bits));
+  bits -= 0x3F3504F3;
+  const float exponent = float((bits >> 23) - 32);
+  bits = (bits & 0x7FFFFF) + 0x3F3504F3;
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  x -= 1;
+  const float square = x * x;
+  float log = -0.076344930f;
+  log = log * x + 0.12761575f;
+  log = log * x + -0.13160183f;
+  log = log * x + 0.14201759f;
+  log = log * x + -0.16623357f;
+  log = log * x + 0.20001227f;
+  log = log * x + -0.25000820f;
+  log = log * x + 0.33333331f;
+  // ln 2 in two parts; the first has so few bits that the product is exact.
+  log = x * square * log - 0.5f * square + exponent * -2.1219444e-4f;
+  log = x + log + exponent * 0.693359375f;
+  const float radius = std::sqrt(-2 * log);
+  // The angle is a number of quarter turns and a rest of at most half of one, whose sine and cosine are Taylor's series.
+  const uint32_t turns = (second + 0x20000000u) >> 30;
+  const float angle = float(int32_t(second - (turns << 30))) * 1.4629181e-9f, z = angle * angle;
+  float sine = 2.7557319e-6f;
+  sine = sine * z + -1.9841270e-4f;
+  sine = sine * z + 8.333334e-3f;
+  sine = sine * z + -0.16666667f;
+  sine = angle * z * sine + angle;
+  float cosine = -2.7557319e-7f;
+  cosine = cosine * z + 2.4801587e-5f;
+  cosine = cosine * z + -1.3888889e-3f;
+  cosine = cosine * z + 4.1666667e-2f;
+  cosine = z * z * cosine - 0.5f * z + 1;
+  const float along = turns & 1 ? sine : cosine, across = turns & 1 ? cosine : sine;
+  normals[0] = radius * ((turns + 1) & 2 ? -along : along);
+  normals[1] = radius * (turns & 2 ? -across : across);
+}
+
+// Standard normals, the elements 4 * counter to 4 * counter + 3 of a sample's noise.
+struct Normals {
+  float value[4];
+};
+
+STAR_HD Normals normals(uint64_t seed, uint64_t counter) {
+  const Words words = philox(seed, counter);
+  Normals out;
+  normal_pair(words.word[0], words.word[1], out.value);
+  normal_pair(words.word[2], words.word[3], out.value + 2);
+  return out;
 }
 
 // A NaN stays.

@@ -484,7 +484,8 @@ def allocate(
     and capped; then w = (1 - mix) + mix * field, brought to mean 1, and each token's weight repeated over its patch.
 
     Args:
-        maps: (B, G, N) attention mass, not negative. A map that is all zero (a missing concept) is left out.
+        maps: (B, G, N) attention mass, not negative, or (S, B, G, N) of several steps. A map that is all zero (a
+            missing concept) is left out.
         grid: (rows, columns) of the image tokens, N = rows * columns, row-major. Of a video (frames, rows, columns): a
             map is divided by its mean over all frames, so a frame that shows more of the concepts weighs more.
         combine: over concepts, "mean" or "max".
@@ -498,15 +499,18 @@ def allocate(
         impl: "auto" or one of `implementations("allocate")`.
 
     Returns:
-        (B, rows * patch, columns * patch) float32, of a video (B, frames, rows * patch, columns * patch). A sample
-        without concepts, with only zero maps or with a value that is negative or not finite gets weights of exactly 1.
+        (B, rows * patch, columns * patch) float32, of a video (B, frames, rows * patch, columns * patch), of several
+        steps with their axis in front. A sample without concepts, with only zero maps or with a value that is negative
+        or not finite gets weights of exactly 1.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or range.
         RuntimeError: `impl` cannot run here.
     """
-    check_tensor("maps", maps, ("B", "G", "N"))
-    grid = checked_grid(grid, maps.shape[2])
+    check_tensor("maps", maps)
+    if maps.ndim not in (3, 4):
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected (B, G, N) or (S, B, G, N)")
+    grid = checked_grid(grid, maps.shape[-1])
     *frames, rows, columns = grid
     check_choice("combine", combine, ("mean", "max"))
     options = (
@@ -516,39 +520,72 @@ def allocate(
         checked_number("mix", mix, 0.0, 1.0, "a number between 0 and 1"),
     )
     patch = checked_patch(patch, grid)
-    shape = (maps.shape[0], *frames, rows * patch, columns * patch)
+    shape = (*maps.shape[:-2], *frames, rows * patch, columns * patch)
     check_elements("maps", shape)
+    samples = maps.detach() if maps.ndim == 3 else maps.detach().flatten(0, 1)
     run = ALLOCATE.run(resolve("allocate", impl, maps.device))
     with torch.no_grad():
-        return _run(run, maps.device, maps.detach(), rows, columns, combine, *options, patch).view(shape)
+        return _run(run, maps.device, samples, rows, columns, combine, *options, patch).view(shape)
 
 
 def gaussian_step(
-    sample: Tensor, velocity: Tensor, noise: Tensor, transition: Transition, *, impl: Implementation = "auto"
+    sample: Tensor,
+    velocity: Tensor,
+    noise: Tensor | None,
+    transition: Transition,
+    *,
+    unconditional_velocity: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    seeds: Tensor | None = None,
+    impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One step of the sampler: mean = a x + b v, prev_sample = mean + s noise.
 
+    With unconditional_velocity u the velocity v is guided first: u + guidance_scale (v - u), in float32 or better
+    whatever the types are, with the bits that PyTorch's own operations give in float32.
+
     Args:
-        sample, velocity, noise: (B, ...) of one shape, any floating types.
+        sample, velocity: (B, ...) of one shape, any floating types.
+        noise: the same shape, any floating type. None: prev_sample is the mean, unless there are seeds.
         transition: fields (B,).
+        unconditional_velocity: the model's output without the prompt, like velocity; either may be a half of the
+            model's output for both, whichever comes first there.
+        guidance_scale: of classifier-free guidance, finite; needs unconditional_velocity.
+        seeds: (B,) int64. Instead of noise: standard normals are drawn in the operator. A sample's follow from its own
+            seed and the elements' numbers alone, with the same float32 bits in every implementation, on every device,
+            in any batch.
         impl: "auto" or one of `implementations("gaussian_step")`.
 
     Returns:
         prev_sample in the type of `sample`, and mean in float32 (float64 for float64 inputs): the policy's old mean.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or device.
+        TypeError, ValueError: an argument of wrong type, shape, range or device, or arguments that exclude each other.
         RuntimeError: `impl` cannot run here.
+
+    Source of the drawn noise: Philox4x32-10 (Salmon et al. 2011) by the transform of Box and Muller (1958).
     """
     check_tensor("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample: got shape {tuple(sample.shape)}, expected (B, ...)")
     check_tensor("velocity", velocity, tuple(sample.shape), sample.device)
-    check_tensor("noise", noise, tuple(sample.shape), sample.device)
+    if noise is not None:
+        check_tensor("noise", noise, tuple(sample.shape), sample.device)
     _transition(transition, sample.shape[0], sample.device)
     check_elements("sample", sample.shape)
+    guidance_scale = checked_number("guidance_scale", guidance_scale)
+    if unconditional_velocity is not None:
+        check_tensor("unconditional_velocity", unconditional_velocity, tuple(sample.shape), sample.device)
+        unconditional_velocity = unconditional_velocity.detach()
+    elif guidance_scale != 1:
+        raise ValueError(f"unconditional_velocity: needed for guidance_scale={guidance_scale}")
+    if seeds is not None:
+        check_index("seeds", seeds, (sample.shape[0],), sample.device)
+        if noise is not None:
+            raise ValueError("noise, seeds: expected at most one of them")
     run = GAUSSIAN_STEP.run(resolve("gaussian_step", impl, sample.device))
-    arguments = (sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s)
+    arguments = (sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s,
+                 unconditional_velocity, guidance_scale, seeds)  # fmt: skip
     with torch.no_grad():
         return _run(run, sample.device, *arguments)
 

@@ -52,9 +52,18 @@ def fake_allocate(
 
 
 def fake_gaussian_step(
-    sample: Tensor, velocity: Tensor, noise: Tensor, a: Tensor, b: Tensor, s: Tensor
+    sample: Tensor,
+    velocity: Tensor,
+    noise: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    unconditional_velocity: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    mean = sample.new_empty(sample.shape, dtype=reference.compute_dtype(sample, velocity))
+    dtype = reference.compute_dtype(sample, velocity, unconditional_velocity)
+    mean = sample.new_empty(sample.shape, dtype=dtype)
     return sample.new_empty(sample.shape), mean
 
 
@@ -178,7 +187,10 @@ ALLOCATE = Operator(
 
 GAUSSIAN_STEP = Operator(
     name="gaussian_step",
-    schema="(Tensor sample, Tensor velocity, Tensor noise, Tensor a, Tensor b, Tensor s) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor sample, Tensor velocity, Tensor? noise, Tensor a, Tensor b, Tensor s, "
+        "Tensor? unconditional_velocity=None, float guidance_scale=1.0, Tensor? seeds=None) -> (Tensor, Tensor)"
+    ),
     fake=fake_gaussian_step,
     reference=reference.gaussian_step,
     native=("cpu", "cuda"),

@@ -127,14 +127,14 @@ def allocate(
     else:
         field = relative.amax(1) if maps.shape[1] else relative.sum(1)
     if smooth > 0:
-        frames = field.view(len(field), -1, rows, columns)
+        frames = field.unflatten(1, (maps.shape[2] // (rows * columns), rows, columns))
         field = (smoothing(rows, smooth).to(field) @ frames @ smoothing(columns, smooth).to(field).T).flatten(1)
     if sharpen != 1:
         field = (field / field.amax(-1, keepdim=True)) ** sharpen  # the largest value cancels, but would overflow
     field = (field / field.mean(-1, keepdim=True)).clamp(max=cap)
     weights = (1 - mix) + mix * field
     weights = weights / weights.mean(-1, keepdim=True)
-    weights = torch.where(healthy[:, None], weights, 1.0).unflatten(1, (-1, columns))
+    weights = torch.where(healthy[:, None], weights, 1.0).unflatten(1, (maps.shape[2] // columns, columns))
     return weights.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
 
 
@@ -147,14 +147,109 @@ def smoothing(size: int, sigma: float) -> Tensor:
 
 
 def gaussian_step(
-    sample: Tensor, velocity: Tensor, noise: Tensor, a: Tensor, b: Tensor, s: Tensor
+    sample: Tensor,
+    velocity: Tensor,
+    noise: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    unconditional_velocity: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(prev_sample in sample's type, mean in float32 or float64); see api.gaussian_step."""
-    dtype = compute_dtype(sample, velocity)
+    dtype = compute_dtype(sample, velocity, unconditional_velocity)
     shape = (-1, *(1,) * (sample.ndim - 1))
     a, b, s = (field.to(dtype).view(shape) for field in (a, b, s))
-    mean = (a * sample.to(dtype) + b * velocity.to(dtype)).contiguous()
+    v = velocity.to(dtype)
+    if unconditional_velocity is not None:
+        u = unconditional_velocity.to(dtype)
+        v = u + guidance_scale * (v - u)
+    mean = (a * sample.to(dtype) + b * v).contiguous()
+    if seeds is not None:
+        noise = normals(seeds, math.prod(sample.shape[1:])).view(sample.shape)
+    if noise is None:  # a copy: an operator's results share no memory
+        return mean.to(sample.dtype, copy=True), mean
     return (mean + s * noise.to(dtype)).to(sample.dtype).contiguous(), mean
+
+
+WORD = 0xFFFFFFFF
+# Of ln(1 + x) = x - x^2 / 2 + x^3 * polynomial(x), x from sqrt(1/2) - 1 to sqrt(2) - 1, the highest power first: fitted
+# so that the largest relative error is the least, 6e-9.
+LOGARITHM = (
+    -0.076344930,
+    0.12761575,
+    -0.13160183,
+    0.14201759,
+    -0.16623357,
+    0.20001227,
+    -0.25000820,
+    0.33333331,
+)
+SINE = (1 / 362880, -1 / 5040, 1 / 120, -1 / 6)
+COSINE = (-1 / 3628800, 1 / 40320, -1 / 720, 1 / 24)
+
+
+def polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """By Horner's scheme, the highest power first."""
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+def philox(seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 bits, each (B, N) int64, of the keys seeds (B,) and counters (N,), both int64.
+
+    Source: Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    key = [(seeds & WORD)[:, None], (seeds >> 32 & WORD)[:, None]]
+    zero = torch.zeros_like(counters)[None]
+    words = ((counters & WORD)[None], (counters >> 32 & WORD)[None], zero, zero)
+    for _ in range(10):
+        # What is beyond 64 bits of a product wraps around to a sign, which the masks take off.
+        first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
+        words = (
+            (second >> 32 & WORD) ^ words[1] ^ key[0],
+            second & WORD,
+            (first >> 32 & WORD) ^ words[3] ^ key[1],
+            first & WORD,
+        )
+        key = [key[0] + 0x9E3779B9 & WORD, key[1] + 0xBB67AE85 & WORD]
+    return words
+
+
+def normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals, float32, of two words: a radius and an angle (Box and Muller 1958).
+
+    Made of sums, products and a square root alone, which every device rounds alike: the bits are the same everywhere.
+    """
+    # The word times 2^-32 is 2^exponent * (1 + x).
+    bits = (first | 1).float().view(torch.int32) - 0x3F3504F3
+    exponent = ((bits >> 23) - 32).float()
+    x = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1
+    square = x * x
+    log = x * square * polynomial(LOGARITHM, x) - 0.5 * square + exponent * -2.1219444e-4  # ln 2 in two parts
+    log = x + log + exponent * 0.693359375
+    radius = (-2 * log).double().sqrt().float()  # PyTorch's own root of float32 may be off by a rounding
+    # The angle is a number of quarter turns and a rest of at most half of one.
+    turns = (second + 0x20000000 & WORD) >> 30
+    rest = (second - (turns << 30) & WORD) - ((second - (turns << 30) & 0x80000000) << 1)
+    angle = rest.float() * 1.4629181e-9  # pi / 2 * 2^-30
+    z = angle * angle
+    sine = angle * z * polynomial(SINE, z) + angle
+    cosine = z * z * polynomial(COSINE, z) - 0.5 * z + 1
+    is_odd = (turns & 1).bool()
+    along, across = torch.where(is_odd, sine, cosine), torch.where(is_odd, cosine, sine)
+    signs = [torch.where((turns + shift & 2).bool(), -1.0, 1.0) for shift in (1, 0)]
+    return radius * (signs[0] * along), radius * (signs[1] * across)
+
+
+def normals(seeds: Tensor, count: int) -> Tensor:
+    """(B, count) float32 standard normals of seeds (B,) int64."""
+    words = philox(seeds, torch.arange((count + 3) // 4, device=seeds.device))
+    pairs = (*normal_pair(*words[:2]), *normal_pair(*words[2:]))
+    return torch.stack(pairs, -1).flatten(1)[:, :count]
 
 
 def policy_loss(

@@ -182,9 +182,10 @@ def draw_attention_maps(draw: Draw) -> Arguments:
 def draw_allocate(draw: Draw) -> Arguments:
     rows, columns, batch, groups = draw.size(33), draw.size(33), draw.size(5, 0), draw.size(5, 0)
     grid = (draw.size(5), rows, columns) if draw.chance(0.3) else (rows, columns)
-    maps = draw.uniform((batch, groups, math.prod(grid)), 0, 1) ** draw.choice((1, 4))
+    steps = (draw.size(3, 0),) if draw.chance(0.3) else ()
+    maps = draw.uniform((*steps, batch, groups, math.prod(grid)), 0, 1) ** draw.choice((1, 4))
     if draw.chance(0.2) and groups:
-        maps[:, draw.randrange(groups)] = 0
+        maps[..., draw.randrange(groups), :] = 0
     maps = maps * draw.choice((1.0, 1.0, 1.0, 1e-3, 1e-30, 1e30))
     arguments: Arguments = {"maps": draw.tensor(maps), "grid": draw.choice((grid, list(grid)))}
     options = {
@@ -204,7 +205,13 @@ def draw_gaussian_step(draw: Draw) -> Arguments:
         shape = (draw.size(5), draw.choice((1023, 1024, 1025, 2500)))
     kind = draw.type()
     pick = lambda: draw.tensor(draw.normal(shape), kind if draw.chance(0.6) else None)
-    return {"sample": pick(), "velocity": pick(), "noise": pick(), "transition": transition(draw, shape[0])}
+    arguments = {"sample": pick(), "velocity": pick(), "noise": pick(), "transition": transition(draw, shape[0])}
+    if draw.chance(0.4):
+        arguments |= {"unconditional_velocity": pick(), "guidance_scale": draw.choice((4.5, 1, 0.0, -2, 1e30, 7))}
+    if draw.chance(0.4):
+        seeds = torch.randint(-(2**62), 2**62, (shape[0],), generator=draw.generator)
+        arguments |= {"noise": None} | ({"seeds": seeds} if draw.chance(0.7) else {})
+    return arguments
 
 
 def latents_shape(draw: Draw) -> tuple[int, ...]:

@@ -53,7 +53,8 @@ def check_wheel(path: Path, cuda: bool) -> None:
     others = [name for name in names if not name.startswith(("star/", "star_kernels/")) and ".dist-info/" not in name]
     assert not others
     if not cuda:
-        assert path.stat().st_size < 6.5e6, path.stat().st_size
+        # An operator adds some 10 kB, in three instruction sets: what is larger by more than that holds something else.
+        assert path.stat().st_size < 6.6e6, path.stat().st_size
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(sorted(built))}")
 
 

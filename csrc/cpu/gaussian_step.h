@@ -13,7 +13,9 @@ constexpr int64_t STEP_BLOCK = 1024;  // elements that are converted and compute
 template <typename T>
 struct GaussianStepArgs {
   int64_t elements;  // of a sample
-  Floats<const void> sample, velocity, noise;
+  Floats<const void> sample, velocity, unconditional_velocity, noise;  // the last two null for none
+  T guidance_scale;
+  const int64_t* seeds;      // (B,), of noise that is drawn here; null for none
   const T *a, *b, *s;        // (B,)
   Floats<void> prev_sample;  // in the type of sample
   T* mean;

@@ -14,11 +14,15 @@ GaussianStepResult run_as(const GaussianStepInputs& inputs) {
   Tensor prev_sample = new_empty(sample, sample.sizes(), sample.scalar_type());
   Tensor mean = new_empty(sample, sample.sizes(), scalar_type<T>);
   Pointers pointers;
+  const OptionalTensor seeds = inputs.seeds ? OptionalTensor(ready(*inputs.seeds, ScalarType::Long)) : std::nullopt;
   const GaussianStepArgs<T> args{
       .elements = batch ? sample.numel() / batch : 0,
       .sample = pointers.floats(sample),
       .velocity = pointers.floats(inputs.velocity),
+      .unconditional_velocity = pointers.floats(inputs.unconditional_velocity),
       .noise = pointers.floats(inputs.noise),
+      .guidance_scale = T(inputs.guidance_scale),
+      .seeds = seeds ? seeds->const_data_ptr<int64_t>() : nullptr,
       .a = pointers.of<T>(inputs.a),
       .b = pointers.of<T>(inputs.b),
       .s = pointers.of<T>(inputs.s),
@@ -34,7 +38,7 @@ GaussianStepResult run_as(const GaussianStepInputs& inputs) {
 }
 
 GaussianStepResult run(const GaussianStepInputs& inputs) {
-  return any_double(inputs.sample, inputs.velocity) ? run_as<double>(inputs) : run_as<float>(inputs);
+  return in_double(inputs) ? run_as<double>(inputs) : run_as<float>(inputs);
 }
 
 }  // namespace

@@ -27,6 +27,11 @@ class Pointers {
     return {alive.back().const_data_ptr(), floating_type(tensor)};
   }
 
+  // Null for none.
+  Floats<const void> floats(const OptionalTensor& tensor) {
+    return tensor ? floats(*tensor) : Floats<const void>{nullptr, ScalarType::Float};
+  }
+
  private:
   std::vector<Tensor> alive;
 };

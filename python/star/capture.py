@@ -705,14 +705,14 @@ def _batch(velocity: Tensor | list[Tensor]) -> Tensor:
 
 def _velocity_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], shape: Sequence[int]) -> Tensor:
     """Weights of the locations of a velocity of that shape, (B', C, [T,] H, W) or packed (B', L, C), for the B rows of
-    maps: (B, [T,] H, W) or (B, L) of the image or the video that is denoised."""
+    maps, or those of several passes: ([S,] B, [T,] H, W) or ([S,] B, L) of the image or the video that is denoised."""
     packed = len(shape) == 3
     weights = allocation_weights(allocation, maps, grid, patch=1 if packed else shape[-1] // grid[-1])
     assert weights is not None  # only of the strategy "uniform" there are none
     if packed:
-        return weights.flatten(1)
+        return weights.flatten(-len(grid))
     # A token may stand for several latent frames.
-    return weights.repeat_interleave(shape[2] // grid[0], 1) if len(grid) == 3 else weights
+    return weights.repeat_interleave(shape[2] // grid[0], -3) if len(grid) == 3 else weights
 
 
 @dataclass(eq=False)
@@ -753,9 +753,8 @@ class Record:
         chosen = range(len(self.maps)) if steps is None else [int(step) for step in steps]
         if not chosen or not all(0 <= step < len(self.maps) for step in chosen):
             raise ValueError(f"steps: got {list(chosen)}, expected numbers of passes in 0..{len(self.maps) - 1}")
-        maps = [self.maps[step] for step in chosen]
-        weights = [_velocity_weights(allocation, each, self.grid, self.velocity_shape) for each in maps]
-        return torch.stack(weights, 1)
+        maps = torch.stack([self.maps[step] for step in chosen])
+        return _velocity_weights(allocation, maps, self.grid, self.velocity_shape).transpose(0, 1).contiguous()
 
 
 @contextmanager

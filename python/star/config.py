@@ -139,7 +139,8 @@ class Sampling:
     rollout_device: Literal["model", "cpu"] = "model"
     """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
     noise_device: Literal["model", "cpu"] = "cpu"
-    """Where noise is drawn. cpu: a seed gives the same images on every kind of device; model: in less time on a GPU."""
+    """Where noise is drawn. cpu: by torch's generator, that of all images in every process; model: in the step's
+    kernel, from a seed for each image and step. Either way the noise of a run's seed is the same on every device."""
     merge_adapter: bool = False
     """Run steps that are not trained with the adapter merged into a copy of its weights: faster, the same to rounding.
     Needs model.frozen_dtype float32: in half precision an update is smaller than the weights resolve."""

@@ -153,6 +153,27 @@ def test_without_information_the_weights_are_exactly_one(impl, kind, dtype):
 
 
 @each_implementation
+@pytest.mark.parametrize("layout", ["contiguous", "samples first", "one for all"])
+def test_several_steps_at_once_are_those_of_each_alone(impl, layout):
+    maps = torch.rand(3, 2, 3, 5 * 7) + 0.01
+    maps[1, 0] = 0  # a sample that says nothing in one of the steps
+    if layout == "samples first":
+        maps = maps.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "one for all":
+        maps = maps[1:2].expand(3, -1, -1, -1)
+    options = dict(smooth=1.0, sharpen=1.5, combine="max", patch=3, impl=impl)
+    weights = sk.allocate(maps, (5, 7), **options)
+    assert weights.shape == (3, 2, 15, 21) and weights.is_contiguous()
+    alone = torch.stack([sk.allocate(step, (5, 7), **options) for step in maps])
+    # PyTorch's own products may add in another order for another number of samples.
+    torch.testing.assert_close(weights, alone, rtol=8 * EPS if impl == "reference" else 0, atol=0)
+    assert torch.equal(weights[1, 0], torch.ones(15, 21)) and not torch.equal(weights[1, 1], torch.ones(15, 21))
+    video = sk.allocate(maps, (5, 1, 7), impl=impl)
+    assert torch.equal(video, torch.stack([sk.allocate(step, (5, 1, 7), impl=impl) for step in maps]))
+    assert sk.allocate(maps[:, :0], (5, 7), impl=impl).shape == (3, 0, 10, 14)
+
+
+@each_implementation
 def test_uniform_means_one(impl):
     maps = torch.rand(2, 3, 35)
     assert torch.equal(sk.allocate(maps, (5, 7), mix=0.0, impl=impl), torch.ones(2, 10, 14))
@@ -236,7 +257,8 @@ def test_opcheck(impl):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (dict(maps=torch.rand(1, 12)), ValueError, r"maps: got shape \(1, 12\), expected \(B, G, N\)"),
+        (dict(maps=torch.rand(1, 12)), ValueError, r"maps: got shape \(1, 12\), expected \(B, G, N\) or \(S, B, G, N"),
+        (dict(maps=torch.rand(1, 1, 1, 1, 12)), ValueError, r"maps: got shape \(1, 1, 1, 1, 12\), expected \(B, G, N"),
         (dict(maps=torch.ones(1, 1, 12, dtype=torch.int64)), TypeError, "maps: got torch.int64, expected a floating"),
         (dict(grid=(3, 5)), ValueError, r"grid: got \(3, 5\), expected .* of product 12"),
         (dict(grid=(-3, -4)), ValueError, r"grid: got \(-3, -4\), expected .* of product 12"),

@@ -10,6 +10,7 @@ from star.objective import (
     STRATEGIES,
     TEMPORAL,
     Allocation,
+    allocation,
     allocation_weights,
     blend_weights,
     captured_steps,
@@ -127,6 +128,34 @@ def test_random_fields_of_any_size_keep_the_values(rows, columns, seed):
     own[1] = 1.0  # a sample without a usable map stays uniform
     fields = random_like(own, torch.Generator().manual_seed(seed))
     assert torch.equal(fields.flatten(1).sort(1).values, own.flatten(1).sort(1).values)
+
+
+@pytest.mark.parametrize("strategy", ["attention", "topk", "random", "inverted", "shuffled", "final_step"])
+@pytest.mark.parametrize("grid", [(3, 5), (1, 3, 5)])
+def test_weights_of_several_steps_are_made_at_once_and_are_those_of_each(strategy, grid, monkeypatch):
+    """Who gets whose weights, and where a random field lies, does not change from step to step."""
+    maps = torch.stack([MAPS, MAPS.flip(2), MAPS**2])
+    calls = []
+    monkeypatch.setattr(allocation, "allocate", lambda *args, **options: calls.append(1) or allocate(*args, **options))
+
+    def made(maps):
+        generator = torch.Generator().manual_seed(5)
+        return allocation_weights(Allocation(strategy), maps, grid, groups=GROUPS, generator=generator)
+
+    together = made(maps)
+    assert len(calls) == 1 and together.shape == (3, 6, *grid[:-2], 6, 10)
+    assert torch.equal(together, torch.stack([made(step) for step in maps]))
+    strength = torch.tensor([0.0, 0.5, 1.0])
+    blended = torch.stack([blend_weights(own, one) for own, one in zip(together, strength, strict=True)])
+    assert torch.equal(blend_weights(together, strength), blended)
+
+
+def test_without_a_generator_the_steps_draw_one_after_the_other():
+    maps = torch.stack([MAPS, MAPS])
+    torch.manual_seed(0)
+    first, second = allocation_weights(Allocation("random"), maps, GRID)
+    torch.manual_seed(0)
+    assert torch.equal(first, allocation_weights(Allocation("random"), MAPS, GRID)) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("strategy", ["attention", "topk", "random", "inverted", "shuffled"])

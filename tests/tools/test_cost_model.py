@@ -98,6 +98,9 @@ def test_traffic_of_what_runs_over_the_latents():
     results = sk.gaussian_step(sample, velocity.bfloat16(), noise, transition)
     (launch,) = model.gaussian_step(2, 16 * 64, (4, 2, 4))
     assert sum(launch.bytes.values()) == sum(t.nbytes for t in (sample, velocity.bfloat16(), noise, *results))
+    (launch,) = model.gaussian_step(2, 16 * 64, (4, 2, 0), guided=True)
+    halves = torch.randn(2, *sample.shape).bfloat16()
+    assert sum(launch.bytes.values()) == sum(t.nbytes for t in (sample, halves, *results))
     sums, finish, gradient = model.policy_loss(2, 16, 64, weighted=True)
     for name, tensor in {"velocity": velocity, "sample": sample, "prev_sample": results[0]}.items():
         assert sums.bytes[name] == gradient.bytes[name] == tensor.nbytes

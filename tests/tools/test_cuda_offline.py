@@ -41,7 +41,8 @@ def test_every_kernel_keeps_to_registers_and_wide_accesses(library):
     launches = {f"policy_loss_{launch}_kernel" for launch in ("sums", "finish", "gradient")}
     assert names == launches | {"gaussian_step_kernel", "allocate_kernel"}
     assert sum(map(cuda_offline.is_wide, kernels)) == len(ARCHITECTURES) * (
-        6 * 2 + 2  # policy_loss: six combinations of types, two launches over the latents; gaussian_step: two
+        6 * 2  # policy_loss: six combinations of types, two launches over the latents
+        + 2 * 2  # gaussian_step: two types, noise that is given or drawn
     )
     assert not [(kernel, wrong) for kernel in kernels if (wrong := cuda_offline.problems(kernel))]
 

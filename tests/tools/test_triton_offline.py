@@ -60,6 +60,7 @@ for shape in ((1, 1, 1, 1), (2, 3, 1, 5, 7), (1, 33, 16)):
     batch, each = shape[0], (*shape[:1], *shape[2:]) if len(shape) != 3 else shape[:2]
     x, weights, fields = torch.rand(shape), torch.rand(each), [torch.rand(1).expand(batch) for _ in range(6)]
     gaussian_step.launch(x.bfloat16(), x, x, *fields[:3])
+    gaussian_step.launch(x, x.half(), None, *fields[:3], x.half(), 4.5, torch.arange(batch))
     for ratio in ("token", "location", "sample"):
         for dtype in (torch.float16, torch.float64):
             old = (x, None, None, None) if ratio == "token" else (None, weights, x, torch.rand(batch))

@@ -68,6 +68,8 @@ def test_noise_drawn_on_the_device(pipeline, shared_noise):
     assert not torch.equal(whole.latents, rollout(pipeline, seed=3, **options | {"noise_on_cpu": True}).latents)
     rows = torch.tensor([1, 4])  # as one process of several makes them
     part = rollout(pipeline, seed=3, rows=rows, **options)
+    drawn = [x.prev_samples - x.old_means for x in (part, whole)]
+    torch.testing.assert_close(drawn[0], drawn[1][:, rows], rtol=0, atol=1e-5)
     torch.testing.assert_close(part.latents, whole.latents[rows], rtol=1e-3, atol=1e-3)
     s = whole.steps.transitions.rows(torch.tensor(whole.steps.trained)).s.view(-1, 1, 1, 1, 1)
     noise = (whole.prev_samples - whole.old_means) / s  # some thousand of them

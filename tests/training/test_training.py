@@ -17,7 +17,7 @@ from star import config as configuration
 from star import train as training
 from star.config import ConfigError
 from star.files import FolderLock
-from star.objective import STRATEGIES
+from star.objective import STRATEGIES, allocation_weights, blend_weights
 from star.presets import preset
 from star.reports import figures
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
@@ -25,7 +25,7 @@ from star.reports.metrics import meaning
 from star.rewards import RewardError, Scores
 from star.shapes.model import load_pipeline
 from star.train import Trainer
-from star.training import checkpoint
+from star.training import checkpoint, credit
 from star.training.distributed import Termination
 from star.training.pipeline import load_pipeline as load_from
 from star.training.pipeline import reason
@@ -173,6 +173,35 @@ def test_a_control_keeps_its_source_over_the_steps(tmp_path):
     # At the second trained step the samples have parted, and each has weights of its own.
     source = [int((own[1] == w).flatten(1).all(1).nonzero()[0]) for w in shuffled[1]]
     assert torch.equal(shuffled[0], own[0][source])
+
+
+@pytest.mark.parametrize("strategy", ["attention", "final_step", "oracle", "shuffled"])
+def test_weights_of_a_rollout_are_one_allocation_and_those_of_its_steps(tmp_path, strategy, monkeypatch):
+    limits = {"noise_window": (0.0, 0.7), "warmup": 4}
+    trainer = Trainer(small_run(tmp_path, allocation={"strategy": strategy, **limits}))
+    rollout = trainer.rollout(
+        [p.text for p in training.draw_prompts(trainer.task, trainer.config, 0)], torch.Generator().manual_seed(0)
+    )
+    trainer.objective.iteration, masks = 3, torch.rand(len(rollout.groups), *rollout.grid)
+    calls = []
+    made = lambda *args, **options: calls.append(1) or allocation_weights(*args, **options)
+    monkeypatch.setattr(credit, "allocation_weights", made)
+    got = trainer.objective.weights(rollout, masks, torch.Generator().manual_seed(7))
+    assert len(calls) == 1
+    generator, expected = torch.Generator().manual_seed(7), []
+    seed, options = int(torch.randint(2**62, (), generator=generator)), trainer.config.allocation
+    for step in rollout.steps.trained:
+        read = {"final_step": trainer.config.sampling.steps - 1, "oracle": None}.get(strategy, step)
+        own = allocation_weights(
+            options,
+            None if read is None else rollout.maps_at(read),
+            rollout.grid,
+            groups=rollout.groups,
+            masks=masks.flatten(1),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        expected.append(blend_weights(own, options.strength(rollout.steps.sigmas[step], 3)))
+    assert torch.equal(got, torch.stack(expected))
 
 
 def test_final_step_gives_every_trained_step_the_weights_of_the_last_one(tmp_path):

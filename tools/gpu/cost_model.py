@@ -169,10 +169,13 @@ def allocate(batch: int, concepts: int, tokens: int, patch: int, smooth: bool = 
     ]
 
 
-def gaussian_step(batch: int, elements: int, sizes: tuple[int, int, int] = (4, 4, 4)) -> list[Launch]:
-    """elements: of a sample. sizes: of an element of sample, velocity and noise."""
+def gaussian_step(
+    batch: int, elements: int, sizes: tuple[int, int, int] = (4, 4, 4), guided: bool = False
+) -> list[Launch]:
+    """elements: of a sample. sizes: of an element of sample, velocity and noise; 0 for noise that is drawn."""
     tiles = ceil(elements / (constant("gaussian_step.cuh", "THREADS") * constant("gaussian_step.cuh", "STEP_VECTOR")))
     tensors = dict(zip(("sample", "velocity", "noise", "prev_sample", "mean"), (*sizes, sizes[0], 4), strict=True))
+    tensors |= {"unconditional_velocity": sizes[1]} if guided else {}
     traffic = {name: batch * elements * size for name, size in tensors.items()}
     return [Launch("gaussian_step_kernel", batch * tiles, traffic)]
 

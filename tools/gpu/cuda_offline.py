@@ -88,7 +88,7 @@ def kernels(library: Path) -> list[dict]:
 
 def is_wide(kernel: dict) -> bool:
     """Whether it is the form for latents that can be read in vectors, of 16 bytes in the type of the arithmetic."""
-    return re.search(r", (2|4)>", kernel["kernel"]) is not None
+    return re.search(r", (2|4)(, \w+)?>", kernel["kernel"]) is not None
 
 
 def problems(kernel: dict) -> list[str]:

@@ -49,6 +49,7 @@ MODELS = (
 )
 BATCHES = (1, 9)
 CONCEPTS, SLOTS = 2, 8
+STEPS = 9  # that a rollout trains on
 
 
 @dataclass
@@ -139,6 +140,47 @@ def nft_correctness(dtype: torch.dtype) -> Iterator[Row]:
     yield close(f"{name}: gradient", gradient, reference, small + torch.finfo(dtype).eps)
 
 
+def step_arguments(shape: tuple[int, ...], dtype: torch.dtype, guided: bool, noised: bool) -> tuple:
+    """Of the operator: latents in float32 or better, velocities in dtype, noise of the caller's or drawn."""
+    latents = torch.promote_types(dtype, torch.float32)
+    sample, noise = (torch.randn(shape, dtype=latents) if used else None for used in (True, noised))
+    velocity, unconditional = (torch.randn(shape).to(dtype) if used else None for used in (True, guided))
+    seeds = None if noised else torch.arange(shape[0]) * 7919 + 2**40
+    return sample, velocity, noise, *transition(shape[0])[:3], unconditional, 4.5 if guided else 1.0, seeds
+
+
+def step_correctness(dtype: torch.dtype) -> Iterator[Row]:
+    """By the reference in float64, and CUDA, Triton and plain PyTorch by each other: the same bits."""
+    for guided, noised, side in product((False, True), (False, True), (32, 31)):  # 31: not by vectors
+        arguments = step_arguments((2, 5, side, side), dtype, guided, noised)
+        run = OPERATORS["gaussian_step"].run
+        got, exact = run("native")(*arguments), run("reference")(*to_double(arguments))
+        name = f"gaussian_step {side}, {str(dtype)[6:]}{', guided' * guided}{', drawn' * (not noised)}"
+        yield close(name, got[0], exact[0], 1e-6)
+        others = [run(impl)(*arguments) for impl in ("triton", "reference")]
+        same = all(torch.equal(x, y) for other in others for x, y in zip(other, got, strict=True))
+        yield Row("right", f"{name}: the same bits in CUDA, Triton and PyTorch", ok=same)
+    if not torch.cuda.is_available():
+        return
+    arguments = step_arguments((9, CHANNELS, 64, 64), dtype, True, False)
+    there = OPERATORS["gaussian_step"].run("native")(*arguments)
+    here = OPERATORS["gaussian_step"].run("reference")(*(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
+    same = all(torch.equal(x.cpu(), y) for x, y in zip(there, here, strict=True))
+    yield Row("right", f"gaussian_step, {str(dtype)[6:]}: the same bits on the CPU, drawn noise too", ok=same)
+
+
+def steps_correctness() -> Iterator[Row]:
+    """allocate for all steps of a rollout at once: the bits of each step alone."""
+    maps = torch.rand(STEPS, 3, CONCEPTS, 32 * 32)
+    maps[1, 0] = 0
+    for impl in ("native", "triton"):
+        together = sk.allocate(maps, (32, 32), smooth=1.0, impl=impl)
+        alone = torch.stack([sk.allocate(step, (32, 32), smooth=1.0, impl=impl) for step in maps])
+        yield Row(
+            "right", f"allocate of {STEPS} steps, {impl}: the bits of each alone", ok=torch.equal(together, alone)
+        )
+
+
 def correctness() -> Iterator[Row]:
     """Every operator against the reference in float64."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -161,21 +203,13 @@ def correctness() -> Iterator[Row]:
             yield close(f"{name}: statistics", seen[4:7], wanted[4:7].double(), 1e-6)
             yield close(f"{name}: gradient", gradient, reference, small + eps)
         yield from nft_correctness(dtype)
-        sample, velocity, noise = torch.randn(3, 9, CHANNELS, 64, 64).to(dtype).unbind(0)
-        step = transition(9)
-        got, expected = (
-            OPERATORS["gaussian_step"].run(impl)(*some)
-            for impl, some in (
-                ("native", (sample, velocity, noise, *step[:3])),
-                ("reference", to_double((sample, velocity, noise, *step[:3]))),
-            )
-        )
-        yield close(f"gaussian_step, {kind}", got[0], expected[0], 1e-6 + eps)
+        yield from step_correctness(dtype)
         maps = torch.rand(9, CONCEPTS, 64 * 64).to(dtype)
         for smooth in (0.0, 1.0):
             options = (64, 64, "mean", smooth, 1.0, 4.0, 0.5, 2)
             got, expected = OPERATORS["allocate"].run("native")(maps, *options), OPERATORS["allocate"].run("reference")
             yield close(f"allocate, smooth {smooth:g}, {kind}", got, expected(maps.double(), *options), 1e-5)
+    yield from steps_correctness()
     for name, heads, width, side, text in MODELS[::2]:
         arguments = maps_arguments(2, heads, width, side, text)
         got, expected = (OPERATORS["attention_maps"].run(impl)(*some) for impl, some in
@@ -256,18 +290,38 @@ def nft_row(rate: float, shape: tuple[int, ...], dtype: torch.dtype) -> Row:
     return timed(name, partial(nft_arguments, shape, dtype), lambda *a: gradient(one, loss(*a)[2], *a), size, rate)
 
 
-def step_row(rate: float, shape: tuple[int, ...]) -> Row:
-    step = OPERATORS["gaussian_step"].run("native")
-    make = lambda: (*torch.randn(3, *shape).unbind(0), *transition(shape[0])[:3])
-    return timed(f"gaussian_step {shape}, float32", make, step, 5 * 4 * math.prod(shape), rate)
+def step_rows(rate: float, shape: tuple[int, ...]) -> Iterator[Row]:
+    """The plain step, the same with guidance and with noise drawn in it, and what PyTorch's own operations take."""
+    elements = math.prod(shape)
+
+    def eager(sample: Tensor, velocity: Tensor, noise: None, a: Tensor, b: Tensor, s: Tensor, unconditional: Tensor,
+              scale: float, seeds: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+        c, u = velocity.float(), unconditional.float()
+        a, b, s = (field.view(-1, 1, 1, 1) for field in (a, b, s))
+        mean = a * sample + b * (u + scale * (c - u))
+        return mean + s * torch.randn_like(sample), mean
+
+    for dtype, guided, noised in (
+        (torch.float32, False, True),
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, True, False),
+    ):
+        make = partial(step_arguments, shape, dtype, guided, noised)
+        size = elements * (3 * 4 + dtype.itemsize * (1 + guided) + 4 * noised)
+        name = f"gaussian_step {shape}, {str(dtype)[6:]}{', guided' * guided}{', noise drawn' * (not noised)}"
+        for impl in ("native", "triton"):
+            yield timed(f"{name}, {impl}", make, OPERATORS["gaussian_step"].run(impl), size, rate)
+    yield timed(f"{name}, PyTorch's own operations", make, eager, size, rate)
 
 
-def allocate_row(rate: float, batch: int, side: int, smooth: float) -> Row:
-    allocate, tokens = OPERATORS["allocate"].run("native"), side * side
+def allocate_row(rate: float, batch: int, side: int, smooth: float, steps: int = 1) -> Row:
+    allocate, tokens, samples = OPERATORS["allocate"].run("native"), side * side, steps * batch
     call = lambda maps: allocate(maps, side, side, "mean", smooth, 1.0, 4.0, 0.5, 2)
     note = "the default" if smooth == 0 else f"smooth {smooth:g}"
-    make, size = (lambda: (torch.rand(batch, CONCEPTS, tokens),)), 4 * batch * tokens * (CONCEPTS + 4)
-    return timed(f"allocate {batch} x {side} x {side} tokens, patch 2, {note}", make, call, size, rate)
+    make, size = (lambda: (torch.rand(samples, CONCEPTS, tokens),)), 4 * samples * tokens * (CONCEPTS + 4)
+    name = f"allocate {f'{steps} steps x ' if steps > 1 else ''}{batch} x {side} x {side} tokens, patch 2, {note}"
+    return timed(name, make, call, size, rate)
 
 
 def maps_row(rate: float, name: str, batch: int, *model: int) -> Row:
@@ -288,9 +342,10 @@ def kernels() -> Iterator[Row]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield from loss_rows(rate, shape, dtype)
         yield nft_row(rate, shape, torch.bfloat16)
-        yield step_row(rate, shape)
+        yield from step_rows(rate, shape)
         for smooth in (0.0, 1.0):
             yield allocate_row(rate, batch, side // 2, smooth)
+        yield allocate_row(rate, batch, side // 2, 0.0, STEPS)
     for (name, *model), batch in product(MODELS, BATCHES):
         yield maps_row(rate, name, batch, *model)
         torch.cuda.empty_cache()
@@ -363,6 +418,8 @@ def once() -> None:
         loss, _, log_ratio = POLICY_LOSS.run("native")(*arguments)
         POLICY_LOSS.gradient.run("native")(loss, log_ratio, *arguments)
     OPERATORS["allocate"].run("native")(torch.rand(3, 2, 144), 12, 12, "max", 1.0, 2.0, 4.0, 0.5, 2)
+    for guided, side in ((True, 24), (False, 23)):
+        OPERATORS["gaussian_step"].run("native")(*step_arguments((3, 15, side, side), torch.bfloat16, guided, False))
     nft = nft_arguments((3, CHANNELS, 24, 24), torch.bfloat16)
     NFT_LOSS.gradient.run("triton")(torch.ones(()), NFT_LOSS.run("triton")(*nft)[2], *nft)
     torch.cuda.synchronize()

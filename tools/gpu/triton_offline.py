@@ -107,10 +107,18 @@ def cases(target: str) -> Iterator[Case]:
     types = dict.fromkeys(("sample", "noise", "a", "b", "s", "prev_sample", "mean"), "*fp32")
     constants = {"BLOCK": gaussian_step.BLOCK, "stride_a": 1, "stride_b": 1, "stride_s": 1}
     options = {"num_warps": gaussian_step.WARPS, "enable_fp_fusion": False}
+    types |= {"seeds": "*i64", "guidance_scale": "fp64"}
     for dtype in ("bf16", "fp32"):
         about = f"{dtype} velocity, fp32 latents"
-        types = types | {"velocity": f"*{dtype}"}
-        yield Case(gaussian_step.step_kernel, about, types, constants, options, exact=True)
+        types = types | dict.fromkeys(("velocity", "unconditional_velocity"), f"*{dtype}")
+        absent = {"unconditional_velocity": None, "seeds": None}
+        yield Case(gaussian_step.step_kernel, about, types, constants | absent, options, exact=True)
+        yield Case(
+            gaussian_step.step_kernel, f"{about}, guided", types, constants | {"seeds": None}, options, exact=True
+        )
+        # A square root that is rounded right is made of fused multiply-adds.
+        about = f"{about}, guided, noise drawn"
+        yield Case(gaussian_step.step_kernel, about, types, constants | {"noise": None}, options)
 
     block = allocate.MOST_TOKENS
     constants = {"maps_n": 1, "LARGEST": False, "BLOCK": block}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from star_kernels import allocate
 
+REARRANGED = ("shuffled", "random", "inverted")  # controls, made of the weights of the strategy "attention"
 STRATEGIES = ("attention", "topk", "uniform", "shuffled", "random", "inverted", "final_step", "oracle")
 """What `Allocation.strategy` may be."""
 TEMPORAL = ("none", "noise_level", "concentration")
@@ -110,20 +111,23 @@ def allocation_weights(
     masks: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
-    """Weights of one step's samples.
+    """Weights of samples, of one step or of several.
 
     Args:
         allocation: strategy and its options.
-        maps: (B, G, N) concept maps of the steps that `captured_steps` names; may be None for "uniform" and "oracle".
+        maps: (B, G, N) concept maps of a step that `captured_steps` names, or (S, B, G, N) of several; may be None for
+            "uniform" and "oracle".
         grid: (rows, columns) of the image tokens, of a video (frames, rows, columns).
         patch: latent locations per token and side of a frame; 1 for packed latents.
         groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
         masks: (B, N) for "oracle": share of each image token that is to be reinforced.
-        generator: for "shuffled" and "random".
+        generator: for "shuffled" and "random". Each of several steps has a copy of it, so that who gets whose weights
+            does not change from step to step. None: torch's own, which goes on.
 
     Returns:
         (B, rows * patch, columns * patch) float32 of mean 1, of a video (B, frames, rows * patch, columns * patch) with
-        mean 1 over the clip, or None for "uniform": the loss then needs no weights.
+        mean 1 over the clip, of several steps with their axis in front; or None for "uniform": the loss then needs no
+        weights.
 
     Raises:
         ValueError: an unknown strategy, or one without what it needs.
@@ -142,7 +146,7 @@ def allocation_weights(
         raise ValueError(f"maps: needed by strategy {strategy!r}")
     if strategy == "topk":
         raised = torch.where(top_locations(allocation, maps, grid), allocation.factor, 1.0)
-        return repeat_tokens(raised / raised.mean(tuple(range(1, raised.ndim)), keepdim=True), patch)
+        return repeat_tokens(raised / raised.mean(tuple(range(-len(grid), 0)), keepdim=True), patch)
     weights = allocate(
         maps,
         grid,
@@ -151,15 +155,21 @@ def allocation_weights(
         sharpen=allocation.sharpen,
         cap=allocation.cap,
         mix=allocation.mix,
-        patch=1,
-    )  # (B, *grid)
+        patch=1 if strategy in REARRANGED else patch,
+    )
+    if strategy not in REARRANGED:
+        return weights
+    if maps.ndim == 3:
+        return repeat_tokens(_rearranged(strategy, weights, groups, generator), patch)
+    copy = lambda: None if generator is None else generator.clone_state()
+    return repeat_tokens(torch.stack([_rearranged(strategy, own, groups, copy()) for own in weights]), patch)
+
+
+def _rearranged(strategy: str, weights: Tensor, groups: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Weights (B, *grid) of a control that is made of those of the maps."""
     if strategy == "shuffled":
-        weights = weights[permute_across_groups(groups, len(weights), generator)]
-    elif strategy == "random":
-        weights = random_like(weights, generator)
-    elif strategy == "inverted":
-        weights = invert_ranks(weights)
-    return repeat_tokens(weights, patch)
+        return weights[permute_across_groups(groups, len(weights), generator)]
+    return random_like(weights, generator) if strategy == "random" else invert_ranks(weights)
 
 
 def repeat_tokens(x: Tensor, patch: int) -> Tensor:
@@ -176,30 +186,31 @@ def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], s
 
     Args:
         allocation: how the concepts are combined and smoothed.
-        maps: (B, G, N).
+        maps: (B, G, N), or (S, B, G, N) of several steps.
         grid: (rows, columns) of the image tokens, of a video (frames, rows, columns).
         share: of the N tokens; None means the allocation's.
 
     Returns:
-        (B, *grid) bool.
+        (B, *grid) or (S, B, *grid) bool.
     """
     relative = allocate(
         maps, grid, combine=allocation.combine, smooth=allocation.smooth, cap=math.inf, mix=1.0, patch=1
     )
-    values = relative.flatten(1)
-    count = max(1, round((allocation.share if share is None else share) * values.shape[1]))
-    if count == values.shape[1]:
+    values = relative.flatten(-len(grid))
+    count = max(1, round((allocation.share if share is None else share) * values.shape[-1]))
+    if count == values.shape[-1]:
         return torch.ones_like(relative, dtype=torch.bool)
-    beyond = values.sort(1, descending=True).values[:, count].view(-1, *(1,) * len(grid))
-    return relative > beyond
+    beyond = values.sort(-1, descending=True).values[..., count]
+    return relative > beyond.view(*beyond.shape, *(1,) * len(grid))
 
 
 def blend_weights(weights: Tensor, strength: Tensor) -> Tensor:
     """Weights between 1 everywhere and what they are.
 
     Args:
-        weights: (B, [T,] H, W) of mean 1 over each sample.
-        strength: (B,) or (), 0..1, from `Allocation.strength`. 0 gives exactly 1, 1 the very same weights.
+        weights: (B, [T,] H, W) of mean 1 over each sample, or (S, B, [T,] H, W) of several steps.
+        strength: (B,) or (), 0..1, from `Allocation.strength`, of several steps (S,) or (). 0 gives exactly 1, 1 the
+            very same weights.
 
     Returns:
         Like weights, of mean 1 over each sample.

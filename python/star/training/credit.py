@@ -116,28 +116,27 @@ def rollout_weights(
     Returns:
         (S, b, H, W) float32 of mean 1 over each sample, or None if the weights are uniform.
     """
-    strength = allocation.strength(rollout.steps.sigmas[list(rollout.steps.trained)], iteration)  # (S,)
-    masks = token_masks(masks, rollout.grid, rollout.latents.device)
-    # Every step starts from the same state: who gets whose weights does not change from step to step.
+    trained = rollout.steps.trained
+    strength = allocation.strength(rollout.steps.sigmas[list(trained)], iteration)  # (S,)
     seed = int(torch.randint(2**62, (), generator=generator))
-    everyone = allocation.strategy in ("shuffled", "random")
     if not strength.any():
         return None
-    per_step: list[Tensor] = []
-    for k, step in enumerate(rollout.steps.trained):
-        # Those of the strategy "final_step" are of the last step for all of them.
-        source = captured_steps(allocation.strategy, (step,), len(rollout.steps.timesteps))
-        maps = rollout.maps_at(source[0]) if source else None
-        weights = allocation_weights(
-            allocation,
-            share.gather(maps) if everyone and maps is not None else maps,
-            rollout.grid,
-            patch=patch,
-            groups=groups if everyone else rollout.groups,
-            masks=masks,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        if weights is None:
-            return None
-        per_step.append(blend_weights(weights[share.rows] if everyone else weights, strength[k]))
-    return torch.stack(per_step)
+    maps = rollout.maps_of(captured_steps(allocation.strategy, trained, len(rollout.steps.timesteps)))
+    everyone = allocation.strategy in ("shuffled", "random")
+    if everyone and maps is not None:
+        maps = share.gather(maps.transpose(0, 1)).transpose(0, 1)
+    weights = allocation_weights(
+        allocation,
+        maps,
+        rollout.grid,
+        patch=patch,
+        groups=groups if everyone else rollout.groups,
+        masks=token_masks(masks, rollout.grid, rollout.latents.device),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if weights is None:
+        return None
+    if everyone:
+        weights = weights[:, share.rows]
+    # One for all of them: the last step's of the strategy "final_step", those of the masks.
+    return blend_weights(weights.expand(len(trained), *weights.shape[-3:]), strength)

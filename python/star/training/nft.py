@@ -70,9 +70,8 @@ class NFT:
             transformer = self.policy.unwrapped()
             if reads_maps:
                 reading = MapOptions(rollout.grid, sampling.layers, sampling.normalize)
-                old_velocity, maps = batch.captured_velocity(
-                    transformer, latents, timesteps, rollout.guidance_scale, reading
-                )
+                seen, maps = batch.captured_velocity(transformer, latents, timesteps, rollout.guidance_scale, reading)
+                old_velocity = seen.guided()
             else:
                 old_velocity, maps = velocity(transformer), None
         weights = allocation_weights(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
@@ -105,8 +104,9 @@ def attention_weights(pipeline: StableDiffusion3Pipeline, rollout: Rollout, allo
     """(S, B, h, w): what the strategy "attention" allocates at every step of a trace, whatever the run's own is."""
     attention = dataclasses.replace(allocation, strategy="attention")
     patch = pipeline.transformer.config.patch_size
-    weights = [allocation_weights(attention, maps, rollout.grid, patch=patch) for maps in rollout.captured_maps()]
-    return torch.stack([field for field in weights if field is not None]).cpu().numpy()
+    weights = allocation_weights(attention, rollout.captured_maps(), rollout.grid, patch=patch)
+    assert weights is not None  # only of the strategy "uniform" there are none
+    return weights.cpu().numpy()
 
 
 def _arrays(images: Tensor) -> np.ndarray:

@@ -205,12 +205,50 @@ def shape_of(transformer: torch.nn.Module) -> ModelShape:
     return ModelShape(config.in_channels, config.patch_size)
 
 
+class Velocity(NamedTuple):
+    """What a pass gives for B samples, (B, C, H, W) in the model's type. unconditional: of the empty prompt, or None
+    without guidance."""
+
+    conditional: Tensor
+    unconditional: Tensor | None
+    guidance_scale: float
+
+    def guided(self) -> Tensor:
+        """(B, C, H, W) float32."""
+        velocity = self.conditional.float()
+        if self.unconditional is None:
+            return velocity
+        unconditional = self.unconditional.float()
+        return unconditional + self.guidance_scale * (velocity - unconditional)
+
+    def step(
+        self, latents: Tensor, noise: Tensor | None, transition: Transition, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`gaussian_step` by the guided velocity, with its bits."""
+        return gaussian_step(
+            latents,
+            self.conditional,
+            noise,
+            transition,
+            unconditional_velocity=self.unconditional,
+            guidance_scale=1.0 if self.unconditional is None else self.guidance_scale,
+            seeds=seeds,
+        )
+
+
 def predict_velocity(
     transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float
 ) -> Tensor:
-    """Velocity with classifier-free guidance, if there is any: unconditional rows first, as diffusers has them.
+    """Velocity with classifier-free guidance, if there is any. See `predict`. Returns (B, C, H, W) float32."""
+    return predict(transformer, latents, timestep, conditions, guidance_scale).guided()
 
-    latents: (B, C, H, W). timestep: (). Returns (B, C, H, W) float32.
+
+def predict(
+    transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float
+) -> Velocity:
+    """One pass, of a guided one with the unconditional rows first, as diffusers has them.
+
+    latents: (B, C, H, W). timestep: ().
     """
     embeds, pooled, inputs = conditions.embeds, conditions.pooled, latents.to(conditions.embeds.dtype)
     if conditions.negative_embeds is not None and conditions.negative_pooled is not None:
@@ -219,11 +257,17 @@ def predict_velocity(
         pooled = torch.cat([conditions.negative_pooled.expand(batch, -1), pooled])
         inputs = torch.cat([inputs, inputs])
     timesteps = timestep.to(inputs.device).expand(len(inputs))
-    velocity = transformer(inputs, embeds, pooled, timesteps, return_dict=False)[0].float()
-    if conditions.negative_embeds is not None:
-        unconditional, conditional = velocity.chunk(2)
-        velocity = unconditional + guidance_scale * (conditional - unconditional)
-    return velocity
+    velocity = transformer(inputs, embeds, pooled, timesteps, return_dict=False)[0]
+    if conditions.negative_embeds is None:
+        return Velocity(velocity, None, guidance_scale)
+    unconditional, conditional = velocity.chunk(2)
+    return Velocity(conditional, unconditional, guidance_scale)
+
+
+def drawn(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(b, *shape) float32 standard normals on the device of seeds (b,): what a step from nothing adds."""
+    nothing, zero = torch.zeros(len(seeds), *shape, device=seeds.device), torch.zeros(len(seeds), device=seeds.device)
+    return gaussian_step(nothing, nothing, None, Transition.gaussian(zero, zero, zero + 1), seeds=seeds)[0]
 
 
 def group_members(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,6 +313,13 @@ class Rollout:
         if self.maps is None:
             raise ValueError("captured: no step was captured, so the rollout has no maps")
         return self.maps
+
+    def maps_of(self, steps: Sequence[int]) -> Tensor | None:
+        """(S, B, G, N) of some steps of the schedule, or None if there are none, or the maps of one were not read."""
+        steps = tuple(steps)
+        if self.maps is None or not steps or not set(steps) <= set(self.captured):
+            return None
+        return self.maps if steps == self.captured else self.maps[[self.captured.index(step) for step in steps]]
 
     def maps_at(self, step: int, rows: Tensor | slice = slice(None)) -> Tensor | None:
         """(B', G, N) of some samples at a step of the schedule, or None if its maps were not read."""
@@ -318,9 +369,20 @@ class Batch:
     def velocity(
         self, transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, guidance_scale: float
     ) -> Tensor:
+        """(B, C, H, W) float32, guided."""
         if self.first is not None:
             latents = latents[self.first]
         return self.expand(predict_velocity(transformer, latents, timestep, self.conditions, guidance_scale))
+
+    def predict(
+        self, transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, guidance_scale: float
+    ) -> Velocity:
+        """Of the samples. Guided, it has the bits of `velocity`."""
+        if self.first is not None:
+            latents = latents[self.first]
+        velocity = predict(transformer, latents, timestep, self.conditions, guidance_scale)
+        unconditional = None if velocity.unconditional is None else self.expand(velocity.unconditional)
+        return Velocity(self.expand(velocity.conditional), unconditional, guidance_scale)
 
     def captured_velocity(
         self,
@@ -329,8 +391,8 @@ class Batch:
         timestep: Tensor,
         guidance_scale: float,
         reading: MapOptions,
-    ) -> tuple[Tensor, Tensor]:
-        """The same velocity, and the maps (B, G, N) of the pass; of a guided one those of the rows with the prompts."""
+    ) -> tuple[Velocity, Tensor]:
+        """`predict`, and the maps (B, G, N) of the pass; of a guided one those of the rows with the prompts."""
         length = len(self.conditions.prompts)
         with capture(
             transformer,
@@ -340,7 +402,7 @@ class Batch:
             layers=reading.layers,
             normalize=reading.normalize,
         ) as maps:
-            velocity = self.velocity(transformer, latents, timestep, guidance_scale)
+            velocity = self.predict(transformer, latents, timestep, guidance_scale)
         return velocity, self.expand(maps.read())
 
     def expand(self, x: Tensor) -> Tensor:
@@ -358,7 +420,8 @@ class SamplerOptions:
     prompt serves the whole group. chunk: samples per forward pass, and per minibatch of the update
     (`Rollout.velocity`); None means all. captured: steps at which maps are read; None means the trained ones, an empty
     sequence none. layers, normalize: as in `star.capture.capture`. stored_on_cpu: the latents for the update wait in
-    (pinned) memory of the CPU. noise_on_cpu: noise is drawn on the CPU, the same whatever the model runs on.
+    (pinned) memory of the CPU. noise_on_cpu: noise is drawn on the CPU, that of the whole batch in every process;
+    False: where the model is, in the kernel of the step, from a seed for each sample and step.
     """
 
     size: tuple[int, int]
@@ -431,7 +494,8 @@ class Buffers:
 @dataclass(frozen=True)
 class Sampler:
     """Takes samples from step to step. shared: the first steps at which the samples of a group have the same
-    latents. explore: where the noise of the trained steps goes; None: everywhere."""
+    latents. seeds: (b,) int64 of each trained step's noise; None: it waits in the buffers. explore: where the noise of
+    the trained steps goes; None: everywhere."""
 
     transformer: torch.nn.Module
     conditions: Conditions
@@ -440,33 +504,37 @@ class Sampler:
     options: SamplerOptions
     buffers: Buffers
     shared: int
+    seeds: list[Tensor] | None
     explore: Explore | None
 
     def advance(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
         """The latents of some samples after a step of the schedule."""
         velocity = self.velocity(step, rows, latents)
-        transition = self.steps.transitions.rows(slice(step, step + 1)).to(latents.device)
+        transition = self.steps.transitions.rows(slice(step, step + 1)).to(latents.device).expand(len(rows))
         if step not in self.steps.trained:
-            return latents + transition.b.view(-1, 1, 1, 1) * velocity
+            return velocity.step(latents, None, transition)[0]
         k = self.steps.trained.index(step)
-        noise = self.buffers.noise(k, rows)
-        prev_sample, mean = gaussian_step(latents, velocity, noise, transition.expand(len(rows)))
+        if self.seeds is None:
+            prev_sample, mean = velocity.step(latents, self.buffers.noise(k, rows), transition)
+        else:
+            seeds = self.seeds[k][rows].to(latents.device)
+            prev_sample, mean = velocity.step(latents, None, transition, seeds)
         chosen = None if self.explore is None else self.explore(step, rows, self.buffers.maps_at(step, rows))
         if chosen is not None:
             self.buffers.store_explored(k, rows, chosen)
             noised = repeat_tokens(chosen.to(latents.device), latents.shape[-1] // chosen.shape[-1])[:, None]
             step_size = float(self.steps.sigmas[step + 1] - self.steps.sigmas[step])
-            deterministic = latents + step_size * velocity
+            deterministic = latents + step_size * velocity.guided()
             prev_sample, mean = (torch.where(noised, x, deterministic) for x in (prev_sample, mean))
         self.buffers.store(k, rows, latents, prev_sample, mean)
         return prev_sample
 
-    def velocity(self, step: int, rows: Tensor, latents: Tensor) -> Tensor:
+    def velocity(self, step: int, rows: Tensor, latents: Tensor) -> Velocity:
         """Velocity of some samples; their maps are kept if the step is captured."""
         batch = Batch(self.conditions, self.groups[rows], step < self.shared)
         timestep, guidance_scale = self.steps.timesteps[step], self.options.guidance_scale
         if step not in self.buffers.captured:
-            return batch.velocity(self.transformer, latents, timestep, guidance_scale)
+            return batch.predict(self.transformer, latents, timestep, guidance_scale)
         patch = shape_of(self.transformer).patch_size
         grid = (self.options.size[0] // patch, self.options.size[1] // patch)
         reading = MapOptions(grid, self.options.layers, self.options.normalize)
@@ -512,8 +580,7 @@ def sample(
         groups: (B,) int64, each sample's prompt.
         steps: from `make_steps`.
         options: see SamplerOptions.
-        generator: on the CPU, so that a seed means the same everywhere; with options.noise_on_cpu False it seeds one on
-            the model's device, and a seed means the same on devices of one kind.
+        generator: on the CPU, so that a seed means the same everywhere.
         rows: (b,) int64, the samples to make of the B; None means all. Their noise is what it is in the whole batch,
             which is drawn whole; the rollout is of these b samples.
         merged: a context for the steps that are not trained, which may compute the same velocity in another way
@@ -528,27 +595,26 @@ def sample(
     total, groups, size = len(groups), groups[rows], options.size
     model = shape_of(transformer)
     channels, batch = model.in_channels, len(groups)
-    if not options.noise_on_cpu:
-        seed = int(torch.randint(2**62, (), generator=generator))
-        generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(count: int, chosen: Tensor) -> Tensor:
-        noise = torch.randn(count, channels, *size, generator=generator, device=generator.device)
-        return noise[chosen.to(generator.device)]
-
-    if start is None:
-        latents = (draw(len(conditions.prompts), groups) if options.shared_noise else draw(total, rows)).to(device)
-    else:
-        latents = start.to(device, copy=True)
     captured = steps.trained if options.captured is None else options.captured
     buffers = Buffers((batch, channels, *size), steps, captured, options, device)
-    for k in range(len(steps.trained)):
-        buffers.set_noise(k, draw(total, rows))
+    first, chosen = (len(conditions.prompts), groups) if options.shared_noise else (total, rows)
+    seeds = None
+    if options.noise_on_cpu:
+        draw = lambda count, chosen: torch.randn(count, channels, *size, generator=generator)[chosen]
+        latents = draw(first, chosen).to(device)
+        for k in range(len(steps.trained)):
+            buffers.set_noise(k, draw(total, rows))
+    else:
+        draw = lambda count, chosen: torch.randint(2**62, (count,), generator=generator)[chosen]
+        latents = drawn(draw(first, chosen).to(device), (channels, *size))
+        seeds = [draw(total, rows) for _ in steps.trained]
+    if start is not None:
+        latents = start.to(device, copy=True)
 
     count = len(steps.timesteps)
     alone = min(steps.trained, default=count) if options.shared_noise else 0  # steps that run before samples part
     shared = min(alone + 1, count) if options.shared_noise else 0
-    sampler = Sampler(transformer, conditions, groups, steps, options, buffers, shared, explore)
+    sampler = Sampler(transformer, conditions, groups, steps, options, buffers, shared, seeds, explore)
     latents = sampler.run(range(alone), torch.arange(batch), latents, merged)
     for chosen in torch.arange(batch).split(options.chunk or batch):
         latents[chosen] = sampler.run(range(alone, count), chosen, latents[chosen], merged)

@@ -22,9 +22,8 @@ def concentration(
     by_category = {}
     for category, texts in prompts.items():
         rollout = trace_prompts(pipeline, config, texts)
-        assert rollout.maps is not None  # those of every step are read
-        fields = [allocate(maps, rollout.grid, mix=1.0, cap=1e30, patch=1) for maps in rollout.maps]
-        by_category[category] = [float(field.square().mean()) for field in fields]
+        fields = allocate(rollout.captured_maps(), rollout.grid, mix=1.0, cap=1e30, patch=1)  # (S, B, rows, columns)
+        by_category[category] = fields.square().mean((1, 2, 3)).tolist()
     return by_category
 
 
