@@ -1,5 +1,6 @@
 """The benchmarks' verdicts from synthetic times, what they count, and that every file of them still runs."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
+import captures
 import counts
+import losses
 import page
 import results
 from rows import ROWS
@@ -195,6 +199,48 @@ def test_the_counter_of_the_kernel():
     held = torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
     assert counter.read() > before and len(held)
     assert counts.PerfCounter(99, 99).read() is None
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every row's shapes, a thousandth of the work."""
+    for name, shape in captures.SHAPES.items():
+        grid = (4, 6) if shape.joint else (shape.share, 2, 3)
+        monkeypatch.setitem(captures.SHAPES, name, dataclasses.replace(shape, grid=grid, text=30))
+    for pixels in losses.SHAPES:
+        monkeypatch.setitem(losses.SHAPES, pixels, (2, 4, 8, 8))
+
+    def stack():
+        sizes = dict(num_layers=3, attention_head_dim=16, num_attention_heads=2, sample_size=16, in_channels=4)
+        text = dict(joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=20, pos_embed_max_size=16)
+        model = SD3Transformer2DModel(**sizes, **text, patch_size=2, qk_norm="rms_norm", dual_attention_layers=(0,))
+        inputs = dict(hidden_states=torch.randn(1, 4, 8, 12), encoder_hidden_states=torch.randn(1, 205, 24))
+        return model, inputs | dict(pooled_projections=torch.randn(1, 20), timestep=torch.tensor([500.0]))
+
+    monkeypatch.setattr(captures, "stack", stack)
+
+
+LONG = ("compiled", "iteration", "eager_loop", "memory")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if not any(part in row.name for part in LONG)], ids=lambda r: r.name
+)
+def test_both_sides_of_a_row_compute_the_same(row, tiny):
+    """With their real code, checks and counts, but for the sizes."""
+    counted = run(row, None, None, 1.0)["counts"]
+    assert counted["ours"]["operators"] > 0 and counted["other"]["operators"] > 0
+
+
+def test_five_lines_that_are_wrong_are_seen(tiny, monkeypatch):
+    right = captures.maps_by_torch
+    monkeypatch.setattr(captures, "maps_by_torch", lambda *args: 1.001 * right(*args))
+    rows = [
+        row for row in ROWS if row.name in ("capture_k16_512", "capture_k16_512_vs_torch", "stack_capture_all_vs_torch")
+    ]
+    for row in rows:
+        with pytest.raises(AssertionError, match=row.name):
+            run(row, None, None, 1.0)
 
 
 def test_the_table_of_rows():
