@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from results import last_results, read_runs
+from results import last_results, last_value, read_runs
 from rows import ROWS
 from star import document
 from verdicts import UNITS, limit_of
@@ -27,6 +27,10 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{1e3 * seconds:.4g} ms"
+
+
 def interval(result: dict) -> str:
     """Of a result; where none was kept, what the number is."""
     if ends := result.get("quartiles"):
@@ -40,14 +44,14 @@ def interval(result: dict) -> str:
 
 def limit(row, result: dict) -> str:
     """The limit that the row was judged by; where it was not judged, the one it has now."""
-    known = result["limit"] if "limit" in result else limit_of(UNITS[row.unit], row.goal, result.get("value"))
+    known = result["limit"] if "limit" in result else limit_of(UNITS[row.unit], row.goal, last_value(result))
     return "" if known is None else f"{'>=' if UNITS[row.unit].more else '<='} {number(known)}"
 
 
 def times(result: dict) -> str:
     if "ours" not in result:
         return ""
-    return " / ".join(f"{1e3 * result[side]:.4g} ms" for side in ("ours", "other"))
+    return " / ".join(duration(result[side]) for side in ("ours", "other"))
 
 
 def line(cells: Iterable[str]) -> str:

@@ -25,6 +25,11 @@ def last_results(runs: Sequence[dict], name: str) -> dict[str, dict]:
     return found
 
 
+def last_value(result: dict) -> float | None:
+    """Of a result by pairs on buffers that go round. Older ones, medians on the same buffers, are no measure for it."""
+    return result.get("value") if result.get("low") is not None else None
+
+
 def record(run: dict, path: Path = RESULTS) -> None:
     """Adds a run: machine, date, commit, torch, kind, rows."""
     with path.open("a") as file:

@@ -22,21 +22,21 @@ SIZES = (512, 1024)
 
 def of_capture() -> list[Row]:
     rows = []
-    for name, shape, columns, goal, quick in (
-        ("capture_k16_512", "512", 16, 0.8, True),
-        ("capture_k16_1024", "1024", 16, 0.4, False),
-        ("capture_k64_512", "512", 64, 2.5, True),
-        ("capture_all_512", "512", 205, None, True),
-        ("capture_qwen_1024", "qwen_1024", 16, 0.5, False),
-        ("capture_flux2_1024", "flux2_1024", 16, 0.5, False),
-        ("capture_wan_480p", "wan_480p", 16, 0.5, False),
+    for name, shape, columns, goal, times, quick in (
+        ("capture_k16_512", "512", 16, 0.8, 1, True),
+        ("capture_k16_1024", "1024", 16, 0.4, 1, False),
+        ("capture_k64_512", "512", 64, 2.5, 1, True),
+        ("capture_all_512", "512", 205, 5.8, 1, True),
+        ("capture_qwen_1024", "qwen_1024", 16, 0.5, 2, False),
+        ("capture_flux2_1024", "flux2_1024", 16, 0.5, 2, False),
+        ("capture_wan_480p", "wan_480p", 16, 0.5, 2, False),
     ):
         rows += [
             Row(name, "%", partial(captures.of_a_layer, shape, columns=columns), goal, quick, 120),
-            Row(f"{name}_vs_torch", "x", partial(captures.maps_of_a_layer, shape, columns=columns), 1, quick),
+            Row(f"{name}_vs_torch", "x", partial(captures.maps_of_a_layer, shape, columns=columns), times, quick),
         ]
-    for shape in ("512", "qwen_1024", "flux2_1024", "wan_480p"):
-        rows.append(Row(f"capture_{shape}_vs_matrix", "x", partial(captures.against_the_matrix, shape), 1))
+    for shape, goal in (("512", 2.8), ("qwen_1024", 1.9), ("flux2_1024", 1.9), ("wan_480p", 1.9)):
+        rows.append(Row(f"capture_{shape}_vs_matrix", "x", partial(captures.against_the_matrix, shape), goal))
     for name, layers, goal in (("stack_capture_one", [1], 0.2), ("stack_capture_all", None, 1)):
         rows += [
             Row(name, "%", partial(captures.of_a_stack, layers), goal, seconds=300),
@@ -44,7 +44,7 @@ def of_capture() -> list[Row]:
         ]
     return [
         *rows,
-        Row("capture_nolse_512", "%", partial(captures.of_a_layer, "512", guided=True, lse=False), quick=True),
+        Row("capture_nolse_512", "%", partial(captures.of_a_layer, "512", guided=True, lse=False), 14, True),
         Row("capture_nolse_512_vs_torch", "x", captures.own_log_sum_exp, quick=True),
         Row("capture_host_layer", "us", captures.host, 40, quick=True),
         Row("capture_host_layer_vs_torch", "x", partial(captures.host, by_torch=True), quick=True),
@@ -58,7 +58,7 @@ def of_iterations() -> list[Row]:
         Row("iteration_wall", "%", partial(iterations.overhead, iterations.medium_trainer), 1, seconds=600),
         Row("shapes_iteration_wall", "%", partial(iterations.overhead, iterations.shapes_trainer), 1, seconds=240),
         Row("iteration_memory", "%", iterations.memory, 0.1),
-        Row("shapes_vs_eager_loop", "x", iterations.against_eager_loop, 1.5, seconds=120),
+        Row("shapes_vs_eager_loop", "x", iterations.against_eager_loop, 1.55, seconds=120),
     ]
 
 
@@ -86,10 +86,10 @@ def of_steps() -> list[Row]:
     for size in SIZES:
         half = partial(steps.step, size, torch.bfloat16)
         rows += [
-            Row(f"step_vs_reference_{size}", "x", partial(steps.step, size), 1, True),
-            Row(f"step_vs_reference_{size}_bfloat16", "x", half, 1, True),
+            Row(f"step_vs_reference_{size}", "x", partial(steps.step, size), 2.1, True),
+            Row(f"step_vs_reference_{size}_bfloat16", "x", half, 2.2, True),
             Row(f"allocate_vs_reference_{size}", "x", partial(steps.allocation, size, smooth=0.0), 1, True),
-            Row(f"allocate_vs_reference_{size}_smooth", "x", partial(steps.allocation, size, smooth=1.0), 1, True),
+            Row(f"allocate_vs_reference_{size}_smooth", "x", partial(steps.allocation, size, smooth=1.0), 5.7, True),
         ]
     return rows
 

@@ -21,6 +21,7 @@ import argparse
 import datetime
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,12 +30,13 @@ import torch
 import counts
 import machine
 import page
-from results import last_results, read_runs, record
+from page import duration
+from results import last_results, last_value, read_runs, record
 from rows import ROWS
 from runner import Machine, Row, run
 from verdicts import UNITS, slower
 
-QUICK = 4.0  # seconds of a row
+QUICK, QUICK_TOTAL = 4.0, 200.0  # seconds of a row, and of all
 
 
 def shown(result: dict) -> str:
@@ -46,7 +48,7 @@ def shown(result: dict) -> str:
     ends = "" if result["low"] is None else f"({result['low']:.4g}, {result['high']:.4g})"
     limit = "" if result["limit"] is None else f"{'>=' if UNITS[result['unit']].more else '<='} {result['limit']:.3g}"
     reached = f", {result['fastest'] / result['ours']:.0%} of the machine's limit" if result.get("fastest") else ""
-    times = f"{1e3 * result['ours']:.4g} ms against {1e3 * result['other']:.4g} ms{reached}" if "ours" in result else ""
+    times = f"{duration(result['ours'])} against {duration(result['other'])}{reached}" if "ours" in result else ""
     value = f"{result['value']:.4g} {result['unit']}"
     return f"{result['name']:<34} {value:>10} {ends:<20} {limit:<8} {result['verdict']:<10} {times}"
 
@@ -62,10 +64,11 @@ def results(
     rows: Sequence[Row], past: dict[str, dict], rates: Machine | None, quick: bool, instructions: counts.PerfCounter
 ) -> Iterator[dict]:
     """Each is shown as soon as it is there."""
-    for row in rows:
+    end = time.monotonic() + QUICK_TOTAL
+    for number, row in enumerate(rows):
         torch.manual_seed(0)
-        last = past.get(row.name, {}).get("value")
-        result = run(row, last, rates, QUICK if quick else row.seconds, instructions.read)
+        seconds = min(QUICK, max(0.0, end - time.monotonic()) / (len(rows) - number)) if quick else row.seconds
+        result = run(row, last_value(past.get(row.name, {})), rates, seconds, instructions.read)
         print(shown(result), flush=True)
         yield result
 
@@ -89,17 +92,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}")
     if rates:
         print(f"copy {rates.copy / 1e9:.1f} GB/s, product {rates.product / 1e9:.0f} GFLOP/s")
-    found = list(results(rows, past, rates, options.quick, instructions))
+    found: list[dict] = []
+    try:
+        for result in results(rows, past, rates, options.quick, instructions):
+            found.append(result)
+    finally:  # an hour's results are kept if a row fails
+        if options.record and found:
+            about = dict(machine=name, date=str(datetime.date.today()), commit=commit(), torch=torch.__version__)
+            about |= dict(kind="count" if options.count else "quick" if options.quick else "full")
+            about |= dict(copy=rates.copy, product=rates.product) if rates else {}
+            record(about | dict(rows=found))
+            page.main()
     tally = [sum(one.get("verdict") == kind for one in found) for kind in ("met", "not met", "undecided")]
     print("{} met, {} not met, {} undecided".format(*tally))
     worse = slower(found, past)
     print(f"slower than before on this machine: {'; '.join(worse) or 'nothing'}" if past else "no past results here")
-    if options.record:
-        about = dict(machine=name, date=str(datetime.date.today()), commit=commit(), torch=torch.__version__)
-        about |= dict(kind="count" if options.count else "quick" if options.quick else "full")
-        about |= dict(copy=rates.copy, product=rates.product) if rates else {}
-        record(about | dict(rows=found))
-        page.main()
     return 1 if worse else 0
 
 

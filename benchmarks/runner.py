@@ -152,12 +152,13 @@ def run(row: Row, last: float | None, rates: Machine | None, seconds: float, ins
     name, if both sides do not compute the same."""
     unit = UNITS[row.unit]
     limit = limit_of(unit, row.goal, last)
-    result = dict(name=row.name, unit=row.unit, limit=limit)
+    result = dict(name=row.name, unit=row.unit)
     made = row.make()
     if isinstance(made, Counted):
         value = unit.value(made.ours, made.other)
         found = Estimate(value, value, value)
-        return result | dict(value=value, low=value, high=value, verdict=verdict(unit, found, limit), note=made.note)
+        known = dict(value=value, low=value, high=value, limit=limit, verdict=verdict(unit, found, limit))
+        return result | known | dict(note=made.note)
     threads = torch.get_num_threads()
     torch.set_num_threads(made.threads or threads)
     try:
@@ -181,5 +182,5 @@ def run(row: Row, last: float | None, rates: Machine | None, seconds: float, ins
             result["counts"][name]["instructions"] = statistics.median(side.instructions)
     estimate = measured.estimate
     ends = [None if math.isnan(end) else end for end in (estimate.low, estimate.high)]
-    result |= dict(value=estimate.mean, low=ends[0], high=ends[1], verdict=measured.verdict)
+    result |= dict(value=estimate.mean, low=ends[0], high=ends[1], limit=limit, verdict=measured.verdict)
     return result | dict(pairs=len(measured.ours.seconds), fastest=rates.fastest(counted["ours"], made.moved))

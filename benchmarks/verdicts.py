@@ -93,7 +93,8 @@ def slower(rows: Iterable[Mapping], past: Mapping[str, Mapping], units: Mapping[
         if before is None:
             continue
         unit = units[row["unit"]]
-        if None not in (row.get("low"), before.get("low")):
+        ends = (row.get("low"), before.get("low"))
+        if None not in ends and row["low"] != row["high"]:  # a peak of memory has no interval, and its limit alone
             now, then = (one["low" if unit.more else "high"] for one in (row, before))
             best, worst = (row["high"], before["low"]) if unit.more else (row["low"], before["high"])
             if unit.better(worst, best):

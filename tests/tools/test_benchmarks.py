@@ -108,6 +108,7 @@ def test_a_result_has_all_that_the_page_shows():
     moved = 9 * (3 * 32 * 32 + 64 * 64) * 4  # maps and weights
     assert result["counts"]["ours"]["bytes"] == moved and result["fastest"] == moved / 1e10
     assert json.loads(json.dumps(result)) == result
+    assert results.last_value(result) == (None if result["low"] is None else result["value"])
     peaks = run(Row("peak", "MiB", lambda: Counted(3 << 20, 1 << 20), goal=1), None, None, 1.0)
     assert (peaks["value"], peaks["low"], peaks["verdict"]) == (2.0, 2.0, "not met")
 
@@ -157,6 +158,8 @@ def test_what_got_slower(tmp_path):
     ]
     assert slower(now, known) == ["a 9 -> 5 x", "c 0.3 -> 0.5 %", "d 3 -> 4 operators"]
     assert slower(before, known) == []
+    memory = [result_of("a", 12, 12)]
+    assert slower(memory, {"a": result_of("a", 16, 16)}) == []  # the pages of a peak come and go: its limit judges it
 
 
 def test_a_row_that_was_counted_later_keeps_its_value():
