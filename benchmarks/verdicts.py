@@ -19,7 +19,7 @@ from star.study.bootstrap import Estimate, percentiles
 # probability of 1 %, so all five of them together with at most 5 %.
 LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 CONFIDENCE = 0.99
-FEWEST = 12  # pairs: below, the bootstrap's intervals are too narrow
+FEWEST = 20  # pairs: below, the bootstrap's intervals are too narrow
 TOLERANCE = 1.3  # times what was last measured on the same machine
 
 Verdict = Literal["met", "not met", "undecided", "no limit"]
