@@ -11,16 +11,7 @@ from star import document
 from verdicts import UNITS, limit_of
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-README = DOCUMENT.parents[1] / "README.md"
-TIMES, COUNTS, COSTS = "results of the benchmarks", "counts of the benchmarks", "costs on CPUs"
-SUMMARY = {
-    "iteration_wall": "time that allocation adds to an iteration at SD3.5-medium's widths, 512 px",
-    "iteration_memory": "memory that it adds there",
-    "shapes_iteration_wall": "time that it adds to an iteration of the embedded model",
-    "shapes_vs_eager_loop": "that iteration, with allocation, against Flow-GRPO's way without",
-    "capture_k16_512": "time that capture adds to the attention of a layer",
-    "loss_vs_eager_1024": "`policy_loss` against Flow-GRPO's formulas in eager PyTorch",
-}
+TIMES, COUNTS = "results of the benchmarks", "counts of the benchmarks"
 
 
 def number(value: float | None) -> str:
@@ -109,22 +100,8 @@ def texts(runs: list[dict]) -> dict[str, str]:
     return {name: "\n".join(lines) or "Not counted yet." for name, lines in found.items()}
 
 
-def summary(runs: list[dict]) -> str:
-    """The rows of README, a column for each machine."""
-    machines = list(dict.fromkeys(run["machine"] for run in runs))
-    lines = [line(("", *machines)), line(["---"] * (1 + len(machines)))]
-    known = [last_results(runs, name) for name in machines]
-    for name, what in SUMMARY.items():
-        found = [one.get(name, {}) for one in known]
-        cells = [f"{number(one['value'])} {one['unit']} ({interval(one)})" if "value" in one else "" for one in found]
-        lines.append(line((f"{what}, `{name}`", *cells)))
-    return "\n".join(lines)
-
-
 def main() -> None:
-    runs = read_runs()
-    document.fill(DOCUMENT, texts(runs))
-    document.fill(README, {COSTS: summary(runs)})
+    document.fill(DOCUMENT, texts(read_runs()))
 
 
 if __name__ == "__main__":
