@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test fuzz lint links docs install-check compat bench gpu-check sanitize wheel clean
+.PHONY: help setup demo test fuzz lint links docs install-check compat bench bench-quick gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model"
 	@echo "make test      lint, build, all tests"
@@ -17,7 +17,8 @@ help:
 	@echo "make docs      the documentation's site in build/site; fails at any warning"
 	@echo "make install-check  every documented install line in an empty environment; half an hour"
 	@echo "make compat    operators, capture and drop-ins beside the versions that other trainers pin; hours, HOSTS=\"newest\""
-	@echo "make bench     every benchmark, one table"
+	@echo "make bench     every benchmark, until each is decided; adds the run to benchmarks/results.jsonl, fills the docs; an hour"
+	@echo "make bench-quick  the quick ones, and what got slower; under 4 minutes"
 	@echo "make gpu-check tests and benchmarks on this machine's GPU, one table"
 	@echo "make sanitize  the compiled kernels under the address and undefined-behavior sanitizers"
 	@echo "make wheel     dist/: an sdist and the wheel that is built from it"
@@ -71,7 +72,10 @@ fuzz: setup
 	$(FUZZ) --cases $$(($(CASES) / 100)) --impl triton
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc
+	$(BIN)/python benchmarks/run.py --record
+
+bench-quick: setup
+	$(BIN)/python benchmarks/run.py --quick
 
 gpu-check: setup
 	PYTHONPATH=benchmarks $(BIN)/python tools/gpu/gpu_check.py

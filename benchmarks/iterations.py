@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from eager_loop import EagerLoop
 from medium import medium_transformer
+from memory import in_a_process
+from runner import Counted, Sides
 from star import config as configuration
 from star.config import EMBEDDED
 from star.presets import preset
@@ -115,7 +119,49 @@ def arms(trainer: Trainer):
     return (lambda: step("uniform")), (lambda: step("attention"))
 
 
+def overhead(make: Callable[[Path], Trainer]) -> Sides:
+    """An iteration of STAR against a scalar one."""
+    with tempfile.TemporaryDirectory() as out:
+        scalar, star = arms(make(Path(out)))
+
+    def equal(star, scalar):
+        assert star["ratio_first"] == scalar["ratio_first"] == 1.0  # the policy has its bits with capture too
+        assert "weights_max" not in scalar and star["weights_max"] > 1
+
+    return Sides(star, scalar, equal, "one iteration, against the same without allocation")
+
+
+def memory() -> Counted:
+    with tempfile.TemporaryDirectory() as out:
+        scalar, star = (
+            in_a_process("iterations", "iteration_peak", f"{out}/{strategy}", strategy)[0]
+            for strategy in ("uniform", "attention")
+        )
+    return Counted(star, scalar, f"above what the trainer holds; a scalar iteration peaks {scalar >> 20} MiB above it")
+
+
 def iteration_peak(peak: Callable, out: str, strategy: str) -> tuple[int]:
     trainer = medium_trainer(Path(out), strategy)
     trainer.step()  # the optimizer's state is made in the first
     return (peak(trainer.step),)
+
+
+def against_eager_loop() -> Sides:
+    """Our iteration with allocation against a scalar one in Flow-GRPO's manner."""
+    with tempfile.TemporaryDirectory() as out:
+        ours, eager = (shapes_trainer(f"{out}/{name}", "uniform") for name in ("ours", "eager"))
+    loop, latents, plain = EagerLoop(eager), [], ours.rollout
+
+    def rollout(*args, **options):
+        found = plain(*args, **options)
+        latents.append(found.latents)
+        return found
+
+    ours.rollout = rollout
+    metrics, (expected, rewards, norm) = ours.step(), loop.step()  # the same task, before ours allocates
+    ours.rollout = plain
+    torch.testing.assert_close(latents[0], expected, rtol=1e-3, atol=1e-3)
+    assert abs(metrics["reward"] - rewards.mean().item()) < 1e-3
+    assert abs(metrics["grad_norm"] / norm - 1) < 1e-2
+    _, star = arms(ours)
+    return Sides(star, loop.step, lambda *_: None, "one iteration with allocation against a scalar one")

@@ -1,11 +1,12 @@
-"""nft_loss beside the public DiffusionNFT computation, on the same inputs."""
+"""nft_loss, forward and backward to the velocity, beside the public DiffusionNFT computation and beside a copy."""
 
 from __future__ import annotations
 
 import torch
 
 import star_kernels as sk
-from losses import Loss
+from losses import SHAPES, beside_a_copy
+from runner import Sides
 
 BETA, ADV_CLIP, KL_COEF = 1.0, 5.0, 1e-4  # config/nft.py of SD3
 
@@ -39,22 +40,38 @@ def diffusion_nft(velocity, old, xt, x0, t, r, reference):
     return loss.mean() + KL_COEF * ((velocity - reference) ** 2).mean(dim=axes).mean()
 
 
-def nft_compared(shape, *, compiled=False) -> tuple[Loss, Loss]:
-    """(ours, DiffusionNFT's), functions that return loss and gradient; first shown to agree at weights of one."""
-    inputs = nft_inputs(shape)
-    velocity = inputs["velocity"]
+def loss_and_gradient(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = sk.nft_loss(**inputs, beta=BETA, adv_clip=ADV_CLIP, kl_coef=KL_COEF, impl="native").loss
+    return loss, torch.autograd.grad(loss, inputs["velocity"])[0]
+
+
+def agree(ours, theirs) -> None:
+    (loss, gradient), (expected, expected_gradient) = ours, theirs
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6 * expected_gradient.abs().max().item())
+
+
+def against_diffusion_nft(pixels: int, compiled: bool = False) -> Sides:
+    """At weights of one, where both are the same; ours multiplies them as it does others."""
+    inputs = nft_inputs(SHAPES[pixels])
+    inputs["weights"] = torch.ones_like(inputs["weights"])
     eager = [value for name, value in inputs.items() if name != "weights"]
     published = torch.compile(diffusion_nft) if compiled else diffusion_nft
 
-    def ours(inputs=inputs):
-        loss = sk.nft_loss(**inputs, beta=BETA, adv_clip=ADV_CLIP, kl_coef=KL_COEF, impl="native").loss
-        return loss, torch.autograd.grad(loss, velocity)[0]
-
     def theirs():
         loss = published(*eager)
-        return loss, torch.autograd.grad(loss, velocity)[0]
+        return loss, torch.autograd.grad(loss, inputs["velocity"])[0]
 
-    (loss, gradient), (expected, expected_gradient) = ours({**inputs, "weights": None}), theirs()
-    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6 * expected_gradient.abs().max().item())
-    return ours, theirs
+    return Sides(lambda: loss_and_gradient(inputs), theirs, agree, f"latents {SHAPES[pixels]}", compiled=compiled)
+
+
+def bandwidth(pixels: int, alone: bool = False) -> Sides:
+    """Each input and output counted once: five of the latents' size, the gradient, and the weights."""
+    inputs = nft_inputs(SHAPES[pixels])
+    flat = [inputs["velocity"].detach(), *(value for name, value in inputs.items() if name != "velocity")]
+
+    def operator():
+        return torch.ops.star.nft_loss_with_gradient_native(*flat, BETA, True, 1e-5, ADV_CLIP, KL_COEF)
+
+    moved = 6 * inputs["sample"].nbytes + inputs["weights"].nbytes
+    return beside_a_copy(operator if alone else lambda: loss_and_gradient(inputs), moved, SHAPES[pixels])

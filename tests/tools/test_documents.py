@@ -1,37 +1,21 @@
 """Tools fill marked parts of hand-written pages, and the pages hold what the tools say now."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 import evidence
 import gpu_page
-import table
 from star import document
 from star.config import ConfigError
 
-RESULTS = [
-    {"name": "fast", "value": 1.23456, "limit": ">= 1", "met": True, "note": "1 ms", "machine": "two cores"},
-    {"name": "slow", "value": 0.5, "limit": ">= 1", "met": False, "note": "", "machine": "two cores"},
-]
-ROWS = "| `fast` | 1.235 | >= 1 | yes | 1 ms |\n| `slow` | 0.5 | >= 1 | **no** |  |"
 
-
-def test_only_what_is_between_the_marks_changes(tmp_path, monkeypatch):
-    name = "results of the benchmarks"
-    before, after = document.surroundings(table.DOCUMENT, name)
-    page, results = tmp_path / "benchmarks.md", tmp_path / "results.json"
-    page.write_text(table.DOCUMENT.read_text())
-    results.write_text(json.dumps(RESULTS))
-    monkeypatch.setattr(table, "DOCUMENT", page)
-    monkeypatch.setattr(table, "RESULTS", results)
+def test_only_what_is_between_the_marks_changes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- one -->\nold\n<!-- end of one -->\nafter\n")
     for _ in range(2):  # to fill it again changes nothing
-        table.main()
-        text = page.read_text()
-        assert text.startswith(before) and text.endswith(after)
-        header = "Measured on: two cores.\n\n| row | value | limit | met | |\n|---|---|---|---|---|"
-        assert text[len(before) : -len(after)] == f"\n\n{header}\n{ROWS}\n\n"
+        document.fill(page, {"one": "new"})
+        assert page.read_text() == "before\n<!-- one -->\n\nnew\n\n<!-- end of one -->\nafter\n"
 
 
 def test_nothing_is_written_where_a_mark_is_missing(tmp_path):

@@ -7,6 +7,7 @@ writes the table there, as Markdown.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,7 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-from pairs import alternate
+from runner import Measured, Sides, measure
+from verdicts import UNITS
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, LIMIT = time.monotonic(), 590.0
@@ -70,17 +73,19 @@ def sharded(folder: str) -> list:
     return [Path(sys.executable).with_name("accelerate"), "launch", *options, "-m", "star.cli", *train]
 
 
-def in_a_graph(function: Callable[[], object], calls: int = 20) -> Callable[[], float]:
-    """Seconds of one call, without the time that the processor takes to start it: `calls` of them in a CUDA graph."""
+def in_a_graph(functions: Sequence[Callable[[], object]], calls: int = 20) -> Callable[[], float]:
+    """Seconds of one call, without the time that the processor takes to start it: at least `calls` of them in a CUDA
+    graph. functions: the same call on different tensors, which go round."""
+    chosen = [functions[i % len(functions)] for i in range(max(calls, len(functions)))]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for function in chosen[:3]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
+        for function in chosen:
             function()
 
     def measure() -> float:
@@ -89,7 +94,7 @@ def in_a_graph(function: Callable[[], object], calls: int = 20) -> Callable[[], 
         graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / calls
+        return start.elapsed_time(end) * 1e-3 / len(chosen)
 
     return measure
 
@@ -143,6 +148,22 @@ def operators(shape, images: int, device) -> list[tuple[str, Callable[[], object
     ]
 
 
+def copies(shape, images: int) -> int:
+    """Sets of tensors whose latents alone are twice what the second-level cache holds; else it would flatter."""
+    latents = 4 * 4 * images * shape.channels * shape.locations  # four tensors, float32
+    return min(96, max(4, math.ceil(2 * torch.cuda.get_device_properties().L2_cache_size / latents)))
+
+
+def synchronized(sides: Sides) -> Sides:
+    return replace(sides, **{name: partial(then_wait, getattr(sides, name)) for name in ("ours", "other")})
+
+
+def then_wait(call: Callable[[], object]) -> object:
+    result = call()
+    torch.cuda.synchronize()
+    return result
+
+
 def layer_overhead(shape, images: int) -> float:
     """What capture adds to a layer of SD3.5, measured alternately."""
     from diffusers.models.attention import JointTransformerBlock
@@ -166,7 +187,7 @@ def layer_overhead(shape, images: int) -> float:
     measures = []
     for processor in (JointAttnProcessor2_0(), tapped(JointAttnProcessor2_0(), observer)):
         block.attn.processor = processor
-        measures.append(in_a_graph(lambda: block(*inputs), calls=4))
+        measures.append(in_a_graph([lambda: block(*inputs)], calls=4))
     pairs = [(measures[0](), measures[1]()) for _ in range(15)]
     return statistics.median(star / plain for plain, star in pairs) - 1
 
@@ -177,19 +198,26 @@ def check_time() -> None:
         raise RuntimeError("no time left")
 
 
+def told_of(measured: Measured, unit: str) -> str:
+    estimate = measured.estimate
+    return f"{estimate.mean:.2f} {unit} (99 %: {estimate.low:.2f} to {estimate.high:.2f}, {measured.verdict})"
+
+
 def losses() -> Iterator[Row]:
     """policy_loss and its gradient against Flow-GRPO's formulas, as a trainer calls them: the processor's part too."""
-    from losses import SHAPES, compared
+    from losses import SHAPES, against_flow_grpo
 
     for compiled in (False, True):
-        for shape in SHAPES:
+        for pixels, shape in SHAPES.items():
             check_time()
             with torch.device("cuda"):
-                ours, theirs = compared(shape, compiled=compiled)
-            pair = alternate(*(lambda f=f: (f(), torch.cuda.synchronize()) for f in (ours, theirs)))
+                sides = [synchronized(against_flow_grpo(pixels, compiled)) for _ in range(4)]
+            sides[0].equal(sides[0].ours(), sides[0].other())
+            measured = measure(sides, UNITS["x"], limit=1.0, seconds=10)
+            ours, theirs = (1e6 * statistics.median(side.seconds) for side in (measured.ours, measured.other))
             name = f"policy_loss {shape} against {'compiled' if compiled else 'eager'} Flow-GRPO"
-            told = f"{pair.ratio:.2f} x ({1e6 * pair.first:.0f} against {1e6 * pair.second:.0f} us)"
-            yield Row(name, "faster", told, pair.ratio > 1)
+            told = f"{told_of(measured, 'x')} ({ours:.0f} against {theirs:.0f} us)"
+            yield Row(name, "faster", told, measured.verdict == "met")
 
 
 def iteration(folder: str) -> Iterator[Row]:
@@ -210,15 +238,15 @@ def iteration(folder: str) -> Iterator[Row]:
         torch.cuda.reset_peak_memory_stats()
         function()
         peaks.append(torch.cuda.max_memory_allocated())
-    pair = alternate(*functions, rounds=31)
+    scalar_arm, star_arm = functions
+    measured = measure([Sides(star_arm, scalar_arm)], UNITS["%"], limit=1.0, seconds=60)
     parts = []
     for part in ("rollout", "update"):
         scalar, star = (statistics.median(one[f"seconds/{part}"] for one in seen) for seen in metrics)
         parts.append(f"{part} {1e3 * (star - scalar):+.1f} ms")
-    low, high = pair.quartiles
-    told = f"{pair.ratio - 1:.2%} (quartiles {low - 1:.2%}, {high - 1:.2%}) of {1e3 * pair.first:.0f} ms: "
-    told += ", ".join(parts)
-    yield Row("allocation in an iteration, SD3.5-medium, 512 px, 9", "<= 1.00%", told, pair.ratio <= 1.01)
+    whole = 1e3 * statistics.median(measured.other.seconds)
+    told = f"{told_of(measured, '%')} of {whole:.0f} ms: {', '.join(parts)}"
+    yield Row("allocation in an iteration, SD3.5-medium, 512 px, 9", "<= 1.00%", told, measured.verdict == "met")
     told = f"{peaks[1] / peaks[0] - 1:.2%} of {peaks[0] / 2**30:.1f} GiB"
     yield Row("its peak of memory", "<= 1.00%", told, peaks[1] <= 1.01 * peaks[0])
 
@@ -234,8 +262,10 @@ def launches() -> Iterator[Row]:
     with torch.device("cuda"), torch.no_grad():
         for shape, images in product(model.MODELS, model.BATCHES):
             check_time()
-            for operator, call, counted in operators(shape, images, one):
-                seconds, promise = median(in_a_graph(call)), model.total(counted, one)
+            sets = [operators(shape, images, one) for _ in range(copies(shape, images))]
+            for same in zip(*sets, strict=True):
+                operator, _, counted = same[0]
+                seconds, promise = median(in_a_graph([call for _, call, _ in same])), model.total(counted, one)
                 label = f"{operator}, {shape.name}, {images}"
                 told = f"{1e6 * seconds:.1f} us"
                 if device is None:  # no promise was made for it

@@ -4,7 +4,7 @@
     PYTHONPATH=.:benchmarks python tools/gpu/kernel_times.py [FOLDER]    # default $OUT, else build/kernel_times
 
 Writes kernel_times.json and kernel_times.md into the folder, anew after every row, and ends within four minutes. Needs
-torch and Triton; the comparison with Flow-GRPO's loss needs benchmarks/losses.py. With --once it calls
+torch and Triton; the comparison with Flow-GRPO's loss needs benchmarks/, numpy and scipy. With --once it calls
 the CUDA operators once, for compute-sanitizer.
 
 A time is that of one call in a CUDA graph of calls on different tensors, together larger than the second-level cache:
@@ -354,8 +354,10 @@ def kernels() -> Iterator[Row]:
 def calls() -> Iterator[Row]:
     """policy_loss from Python, and Flow-GRPO's formulas beside it. Not under torch.device("cuda"), which puts a Python
     function before every call and every attribute of a tensor."""
-    from losses import compared
-    from pairs import alternate
+    from gpu_check import synchronized, told_of
+    from losses import SHAPES, against_flow_grpo
+    from runner import measure
+    from verdicts import UNITS
 
     with torch.device("cuda"):
         arguments = loss_arguments((9, CHANNELS, 64, 64), torch.float32)
@@ -380,18 +382,17 @@ def calls() -> Iterator[Row]:
         low, middle, high = (1e6 * t for t in statistics.quantiles(times, n=4))
         yield Row("calls", f"host time of policy_loss, {name}", (low, middle, high), note="without waiting for the GPU")
     for compiled, goal in ((False, 8.0), (True, 3.0)):
-        for shape in ((9, CHANNELS, 64, 64), (9, CHANNELS, 128, 128)):
+        for pixels, shape in SHAPES.items():
             name = f"policy_loss {shape} against {'compiled' if compiled else 'eager'} Flow-GRPO"
             if left() < 30:
                 yield Row("calls", name, note="no time left", ok=False)
                 continue
             with torch.device("cuda"):
-                ours, theirs = compared(shape, compiled=compiled)
-            pair = alternate(*(lambda f=f: (f(), torch.cuda.synchronize()) for f in (ours, theirs)), rounds=21)
-            low, high = pair.quartiles
-            note = f"{pair.ratio:.2f} x, quartiles {low:.2f} to {high:.2f} (goal {goal:g} x): "
-            note += f"{1e6 * pair.first:.0f} against {1e6 * pair.second:.0f} us"
-            yield Row("calls", name, note=note, ok=pair.ratio >= goal)
+                sides = [synchronized(against_flow_grpo(pixels, compiled)) for _ in range(4)]
+            measured = measure(sides, UNITS["x"], goal, seconds=10)
+            ours, theirs = (1e6 * statistics.median(side.seconds) for side in (measured.ours, measured.other))
+            note = f"{told_of(measured, 'x')} (goal {goal:g} x): {ours:.0f} against {theirs:.0f} us"
+            yield Row("calls", name, note=note, ok=measured.verdict == "met")
 
 
 def sanitized() -> Iterator[Row]:

@@ -7,26 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from star.study.bootstrap import CONFIDENCE, Estimate, percentiles
 from star.study.results import Results
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 SUMMARIES = ("final", "area")
 LAST = 3  # scorings: from one to the next a policy wobbles by as much as arms differ
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its confidence interval, NaN where there is nothing to resample."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -75,17 +60,7 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     mean, drawn = float(values.mean()), [np.arange(count) for count in totals.shape if count > 1]
     if not drawn:
         return Estimate(mean, np.nan, np.nan)
-    ends = stats.bootstrap(
-        drawn,
-        statistic,
-        n_resamples=RESAMPLES,
-        batch=100,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Estimate(mean, float(ends.low), float(ends.high))
+    return Estimate(mean, *percentiles(drawn, statistic))
 
 
 def difference(

@@ -8,17 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-
 CODE = """
 import sys
 sys.path.insert(0, {folder!r})
 import torch
 torch.set_num_threads({threads})
-import peaks, {module}
-print(*{module}.{function}(peaks.peak, *{arguments!r}))
+import memory, {module}
+print(*{module}.{function}(memory.peak, *{arguments!r}))
 """
 
 
