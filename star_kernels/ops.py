@@ -243,7 +243,7 @@ NFT_LOSS_GRADIENT = Operator(
     schema=f"(Tensor grad_loss, Tensor errors, {_NFT_LOSS_ARGUMENTS}) -> Tensor",
     fake=fake_gradient,
     reference=reference.nft_loss_gradient,
-    native=("cpu",),
+    native=("cpu", "cuda"),
     triton=triton_launcher("nft_loss", "launch_gradient"),
 )
 
@@ -260,7 +260,7 @@ NFT_LOSS = Operator(
     schema=f"({_NFT_LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=fake_nft_loss,
     reference=reference.nft_loss,
-    native=("cpu",),
+    native=("cpu", "cuda"),
     triton=triton_launcher("nft_loss"),
     gradient=NFT_LOSS_GRADIENT,
     with_gradient=NFT_LOSS_WITH_GRADIENT,

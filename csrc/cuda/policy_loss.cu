@@ -8,20 +8,6 @@
 namespace star::cuda {
 namespace {
 
-constexpr int64_t FEW_BLOCKS = 512;  // about four for each processor: with fewer there is memory that nobody asks for
-constexpr int64_t PACKED_ELEMENTS = 1024;  // of a tile
-
-// Locations of a block, a power of two that the shapes alone decide.
-template <typename V, typename X, typename T>
-int tile(const PolicyLossArgs<V, X, T>& args) {
-  int tile = TILE;
-  if (args.packed)  // a location for every group of threads at least
-    while (tile > LOSS_THREADS / args.lanes && tile * args.channels > PACKED_ELEMENTS) tile /= 2;
-  else
-    while (tile > SHORT_TILE && args.batch * args.locations < FEW_BLOCKS * tile) tile /= 2;
-  return tile;
-}
-
 // The tensors of latents, and whether kernels may read them N elements at a time.
 template <typename V, typename X, typename T>
 struct Latents {
@@ -40,11 +26,7 @@ struct Latents {
     args.prev_sample = pointers.of<X>(inputs.prev_sample);
     args.old_mean = pointers.of<T>(inputs.old_mean);
     wide = pointers.aligned && (args.packed ? args.channels : args.locations) % N == 0;
-    const int vector = wide ? N : 1;
-    args.lanes = 1;
-    while (args.lanes < WARP && args.lanes * vector < args.channels) args.lanes *= 2;
-    args.tile = tile(args);
-    args.tiles = (args.locations + args.tile - 1) / args.tile;
+    set_tiling(args, wide ? N : 1);
   }
 
   // Calls launch<vector>(blocks) with the width of the accesses and a block for each tile.

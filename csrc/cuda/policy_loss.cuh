@@ -5,14 +5,9 @@
 // policy_loss_gradient_kernel, which reads the inputs again, from the second-level cache where they fit, and each unit's log-ratio.
 // Nothing else is kept between the two.
 #pragma once
-#include "cuda/device.cuh"
+#include "cuda/latents.cuh"
 
 namespace star::cuda {
-
-constexpr int LOSS_THREADS = 128;
-constexpr int LOSS_WARPS = LOSS_THREADS / WARP;
-constexpr int TILE = 128, SHORT_TILE = 32;  // locations of a block: at most, and where a batch has few
-constexpr int FINISH_WARPS = 16;
 
 // Blocks of a processor at once, for the compiler's choice of registers: as many as it has room for without spills. With
 // nine an H100 holds all blocks of a micro batch of nine images of 1024 px.
@@ -35,9 +30,7 @@ __device__ __forceinline__ T field(T own, Field which) {
 
 // What does not depend on the types of the latents. T: of the arithmetic.
 template <typename T>
-struct SampleArgs : LossOptions<T> {
-  int tile;       // locations of a block, a power of two
-  int64_t tiles;  // of a sample
+struct SampleArgs : LossOptions<T>, Tiling {
   PerSample fields[FIELDS];
   const T *advantage_map, *old_log_prob_map, *weights;  // (B, locations), or null
   LocationSums* sums;                                   // (B, tiles)
@@ -60,49 +53,11 @@ struct SampleArgs : LossOptions<T> {
 // V: type of the velocities, X: of the latents. Tensors are contiguous; optional ones may be null.
 template <typename V, typename X, typename T>
 struct PolicyLossArgs : SampleArgs<T> {
-  bool packed;  // (B, L, C) instead of (B, C, H, W)
-  int lanes;    // of a warp, that share one location of packed latents; a power of two
   const V *velocity, *reference_velocity;
   const X *sample, *prev_sample;
   const T *old_mean, *grad_loss;
   V* gradient;
 };
-
-// Calls use(fetch(offset), offset, location) for this thread's vectors of a tile: N locations of one channel, or N channels
-// of one location of packed latents. A vector is fetched before the one in front of it is used, the first before begin().
-// done(location) follows the last vector of the thread's locations; every thread calls it as often as the others.
-template <int N, typename V, typename X, typename T, typename Fetch, typename Begin, typename Use, typename Done>
-__device__ __forceinline__ void for_each_vector(const PolicyLossArgs<V, X, T>& args, int64_t index, int64_t first,
-                                                int length, Fetch fetch, Begin begin, Use use, Done done) {
-  // Threads that read neighboring locations form groups, which share the channels. Packed: `lanes` threads share a location.
-  const int thread = threadIdx.x, lanes = args.lanes, columns = args.tile / N, all_channels = int(args.channels);
-  const int own_location = args.packed ? thread / lanes : thread % columns * N;
-  const int own_channel = args.packed ? thread % lanes * N : thread / columns;
-  const int locations = args.packed ? LOSS_THREADS / lanes : args.tile;  // of a turn
-  const int channels = args.packed ? lanes * N : LOSS_THREADS / columns;
-  const int location_step = args.packed ? all_channels : 1, channel_step = args.packed ? 1 : int(args.locations);
-  const int64_t start = index * args.channels * args.locations + first * location_step;
-  auto exists = [&](int location, int channel) { return location < length && channel < all_channels; };
-  auto offset = [&](int location, int channel) {
-    return start + int64_t(location) * location_step + int64_t(channel) * channel_step;
-  };
-
-  int location = own_location, channel = own_channel;
-  decltype(fetch(start)) ahead{};
-  if (exists(location, channel)) ahead = fetch(offset(location, channel));
-  begin();
-  while (location - own_location < length) {
-    const auto now = ahead;
-    const int here = location;
-    const int64_t at = offset(location, channel);
-    const bool used = exists(location, channel), last = channel - own_channel + channels >= all_channels;
-    channel = last ? own_channel : channel + channels;
-    location += last ? locations : 0;
-    if (exists(location, channel)) ahead = fetch(offset(location, channel));
-    if (used) use(now, at, here);
-    if (last) done(here);
-  }
-}
 
 // N elements of the latents.
 template <int N, typename V, typename X, typename T>

@@ -204,7 +204,7 @@ def test_results_are_json_lines_and_the_document_has_the_tables(stopped_and_cont
         expected = own.mean("strict", None if category == "all" else category).mean
         assert scores["strict"] == pytest.approx(expected, abs=1e-5)
     text = stopped_and_continued["document"].read_text()
-    assert "difference to uniform, paired by seed and prompt" in text and "not run yet" not in text
+    assert "difference to uniform at equal images, paired by seed and prompt" in text and "not run yet" not in text
     assert text.startswith("# Evidence\n") and text.endswith("<!-- end of results of out -->\nend\n")
     # The answer is in sight, everything else below it, folded away.
     answer, folded = text.split("<details>")
@@ -335,7 +335,8 @@ def synthetic(shift, seeds=5, prompts=60, seed=0, missing=()):
             rise = (iterations[:, None] / 20).clip(max=1)
             for metric in ("reward", "strict"):
                 scores[metric][arm][s] = own + rise * (0.06 + gain)
-    return Results(iterations, categories, texts, scores, {"uniform": {}, "attention": {}}, tuple(missing))
+    images = {"uniform": 96, "attention": 96}
+    return Results(iterations, categories, texts, scores, {"uniform": {}, "attention": {}}, images, tuple(missing))
 
 
 def test_an_arm_that_is_better_is_found_with_its_amount():
@@ -369,7 +370,8 @@ def test_differences_by_hand():
     }
     scores["b"][1] = scores["b"][0]
     names = np.array(["x", "y"])
-    results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in ("reward", "strict")}, {}, ())
+    images = {"a": 4, "b": 4}
+    results = Results(np.array([0, 10, 20, 30]), names, names, {m: scores for m in ("reward", "strict")}, {}, images)
     difference = intervals.difference(results, "a", "b")
     # Means of three scorings: 0.2 and 0.4 less 0.1; 0.4 and 0.4 less 0.1. Seed 7 has no partner. t = 0.25 / 0.05 with
     # one degree of freedom.
@@ -378,7 +380,7 @@ def test_differences_by_hand():
     assert intervals.difference(results, "a", "b", category="y").estimate.mean == pytest.approx(0.3)
     assert intervals.difference(results, "a", "b", summary="area").estimate.mean == pytest.approx(0.5 / 3)
     # a's mean curve is 0, 0, 0.35, 0.7; b's final score is 0.1.
-    assert intervals.iterations_to_reach(results, "a", "b") == pytest.approx(10 + 10 * 0.1 / 0.35)
+    assert intervals.images_to_reach(results, "a", "b").mean == pytest.approx(4 * (10 + 10 * 0.1 / 0.35))
     assert intervals.first_crossing(np.array([0.1, 0.2]), np.array([0, 5]), 0.3) is None
     assert intervals.first_crossing(np.array([0.4, 0.2]), np.array([0, 5]), 0.3) == 0
 
@@ -429,13 +431,13 @@ def test_an_arm_with_one_seed_is_a_pilot_in_tables_of_its_own(tmp_path, monkeypa
     results = synthetic(0.05, seeds=3, prompts=12)
     for by_arm in results.scores.values():
         by_arm["random"] = {0: by_arm["attention"][0] - 0.1}
-    results.logged["random"] = {"update_norm": 4.7e-7}
+    results.logged["random"], results.images["random"] = {"update_norm": 4.7e-7}, 96
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), path.write_bytes(b"png")))
     text = page.write(study(arms={**ARMS, "random": {}}), results, tmp_path)
     evidence, pilots = (part.split("**\n\n", 1) for part in text.split("**pilots, one seed: no evidence; ", 1))
     assert "| random |" not in evidence[1] and "| attention | 3 |" in evidence[1]
-    assert pilots[0] == "difference to uniform, paired by seed and prompt"
+    assert pilots[0] == "difference to uniform at equal images, paired by seed and prompt"
     assert "| random | 1 |" in pilots[1] and "| attention |" not in pilots[1] and "| 4.7e-07 |" in pilots[1]
     assert text.count("**pilots, one seed: no evidence; ") == text.count("\n\n**") / 2
     words = {one.get_text() for one in drawn[0].findobj(Text)}

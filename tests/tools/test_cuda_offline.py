@@ -38,10 +38,12 @@ def test_every_kernel_keeps_to_registers_and_wide_accesses(library):
     kernels = cuda_offline.kernels(library)
     assert {kernel["architecture"] for kernel in kernels} == ARCHITECTURES
     names = {re.match(r"\w+", kernel["kernel"])[0] for kernel in kernels}
-    launches = {f"policy_loss_{launch}_kernel" for launch in ("sums", "finish", "gradient")}
+    launches = {
+        f"{loss}_{launch}_kernel" for loss in ("policy_loss", "nft_loss") for launch in ("sums", "finish", "gradient")
+    }
     assert names == launches | {"gaussian_step_kernel", "allocate_kernel"}
     assert sum(map(cuda_offline.is_wide, kernels)) == len(ARCHITECTURES) * (
-        6 * 2  # policy_loss: six combinations of types, two launches over the latents
+        6 * 2 + 3 * 2  # the losses' two launches over the latents, in six combinations of types and in three
         + 2 * 2  # gaussian_step: two types, noise that is given or drawn
     )
     assert not [(kernel, wrong) for kernel in kernels if (wrong := cuda_offline.problems(kernel))]

@@ -182,17 +182,17 @@ def gaussian_step(
 
 def loss_tile(batch: int, channels: int, places: int, packed: bool) -> int:
     """Locations of a block of policy_loss, as its launcher chooses them. float32 arithmetic."""
-    tile, lanes = constant("policy_loss.cuh", "TILE"), min(WARP, 1 << ceil(channels / 4 - 1).bit_length())
+    tile, lanes = constant("latents.cuh", "TILE"), min(WARP, 1 << ceil(channels / 4 - 1).bit_length())
     if packed:
         least, most = (
-            constant("policy_loss.cuh", "LOSS_THREADS") // lanes,
-            constant("policy_loss.cu", "PACKED_ELEMENTS"),
+            constant("latents.cuh", "LOSS_THREADS") // lanes,
+            constant("latents.cuh", "PACKED_ELEMENTS"),
         )
         while tile > least and tile * channels > most:
             tile //= 2
     else:
-        few = constant("policy_loss.cu", "FEW_BLOCKS")
-        while tile > constant("policy_loss.cuh", "SHORT_TILE") and batch * places < few * tile:
+        few = constant("latents.cuh", "FEW_BLOCKS")
+        while tile > constant("latents.cuh", "SHORT_TILE") and batch * places < few * tile:
             tile //= 2
     return tile
 
@@ -207,9 +207,9 @@ def policy_loss(
     sums = batch * tiles * (7 + 2) * 8  # LocationSums
     latents = {"velocity": size * every, "sample": latent * every, "prev_sample": latent * every}
     weights = {"weights": spots} if weighted else {}
-    rounds = ceil(batch / constant("policy_loss.cuh", "FINISH_WARPS")) * ceil(tiles / WARP / 4)
+    rounds = ceil(batch / constant("latents.cuh", "FINISH_WARPS")) * ceil(tiles / WARP / 4)
     # A thread reads its vectors of four one after the other, the first together with what belongs to the sample.
-    trips = 1 + ceil(channels * tile / 4 / constant("policy_loss.cuh", "LOSS_THREADS"))
+    trips = 1 + ceil(channels * tile / 4 / constant("latents.cuh", "LOSS_THREADS"))
     return [
         Launch(
             "policy_loss_sums_kernel",

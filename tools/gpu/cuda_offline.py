@@ -43,9 +43,10 @@ def plain(name: str) -> str:
 def warps(kernel: str) -> int:
     """Of a block, as the launchers start it."""
     if "finish" in kernel:
-        return constant("policy_loss.cuh", "FINISH_WARPS")
+        return constant("latents.cuh", "FINISH_WARPS")
     threads = {
-        "policy_loss": constant("policy_loss.cuh", "LOSS_THREADS"),
+        "policy_loss": constant("latents.cuh", "LOSS_THREADS"),
+        "nft_loss": constant("latents.cuh", "LOSS_THREADS"),
         "gaussian_step": constant("gaussian_step.cuh", "THREADS"),
         "allocate": constant("allocate.cuh", "ALLOCATE_THREADS"),
     }

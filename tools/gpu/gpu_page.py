@@ -57,7 +57,7 @@ def cuda_table(compiled: list[dict], is_wide: Callable[[dict], bool]) -> str:
     cells = [(f"`{k['kernel']}`", k["architecture"], *(k[n] for n in numbers), f"{k['occupancy']:.0%}") for k in chosen]
     titles = "kernel | target | registers | stack | spills | shared | vector loads | vector stores | occupancy"
     threads = {
-        "policy_loss": model.constant("policy_loss.cuh", "LOSS_THREADS"),
+        "the losses": model.constant("latents.cuh", "LOSS_THREADS"),
         "gaussian_step": model.constant("gaussian_step.cuh", "THREADS"),
         "allocate": model.constant("allocate.cuh", "ALLOCATE_THREADS"),
     }

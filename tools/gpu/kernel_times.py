@@ -127,13 +127,13 @@ def close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> Row:
     return Row("right", name, note=f"error {error:.1e}, at most {tolerance:.1e}", ok=error <= tolerance)
 
 
-def nft_correctness(dtype: torch.dtype) -> Iterator[Row]:
-    name, small = f"nft_loss, {str(dtype)[6:]}", 1e-11 if dtype == torch.float64 else 2e-5
+def nft_correctness(impl: str, dtype: torch.dtype) -> Iterator[Row]:
+    name, small = f"nft_loss, {impl}, {str(dtype)[6:]}", 1e-11 if dtype == torch.float64 else 2e-5
     arguments = nft_arguments((3, CHANNELS, 40, 40), dtype)
     exact = to_double(arguments)
-    got, expected = (NFT_LOSS.run(impl)(*some) for impl, some in (("triton", arguments), ("reference", exact)))
+    got, expected = NFT_LOSS.run(impl)(*arguments), NFT_LOSS.run("reference")(*exact)
     grad_loss = torch.tensor(2.0**10, dtype=got[0].dtype)
-    gradient = NFT_LOSS.gradient.run("triton")(grad_loss, got[2], *arguments)
+    gradient = NFT_LOSS.gradient.run(impl)(grad_loss, got[2], *arguments)
     reference = NFT_LOSS.gradient.run("reference")(grad_loss.double(), expected[2], *exact)
     yield close(f"{name}: loss", got[0], expected[0], small)
     yield close(f"{name}: statistics", got[1], expected[1], 1e-6 + small)
@@ -202,7 +202,8 @@ def correctness() -> Iterator[Row]:
             yield close(f"{name}: loss", loss, expected, small)
             yield close(f"{name}: statistics", seen[4:7], wanted[4:7].double(), 1e-6)
             yield close(f"{name}: gradient", gradient, reference, small + eps)
-        yield from nft_correctness(dtype)
+        for impl in ("native", "triton"):
+            yield from nft_correctness(impl, dtype)
         yield from step_correctness(dtype)
         maps = torch.rand(9, CONCEPTS, 64 * 64).to(dtype)
         for smooth in (0.0, 1.0):
@@ -281,12 +282,12 @@ def loss_rows(rate: float, shape: tuple[int, ...], dtype: torch.dtype) -> Iterat
     yield timed(f"{name}: loss and gradient", make, lambda *a: gradient(one, loss(*a)[2], *a), read + again, rate)
 
 
-def nft_row(rate: float, shape: tuple[int, ...], dtype: torch.dtype) -> Row:
-    """In Triton, the loss and its gradient one after the other."""
-    loss, gradient, one = NFT_LOSS.run("triton"), NFT_LOSS.gradient.run("triton"), torch.ones(())
+def nft_row(rate: float, shape: tuple[int, ...], dtype: torch.dtype, impl: str) -> Row:
+    """The loss and its gradient one after the other."""
+    loss, gradient, one = NFT_LOSS.run(impl), NFT_LOSS.gradient.run(impl), torch.ones(())
     arguments = nft_arguments(shape, dtype)
     size = 2 * size_of(*arguments) + arguments[0].nbytes  # the inputs twice, the gradient
-    name = f"nft_loss {shape}, {str(dtype)[6:]}: loss and gradient"
+    name = f"nft_loss {shape}, {str(dtype)[6:]}, {impl}: loss and gradient"
     return timed(name, partial(nft_arguments, shape, dtype), lambda *a: gradient(one, loss(*a)[2], *a), size, rate)
 
 
@@ -341,7 +342,8 @@ def kernels() -> Iterator[Row]:
         shape = (batch, CHANNELS, side, side)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield from loss_rows(rate, shape, dtype)
-        yield nft_row(rate, shape, torch.bfloat16)
+        for impl in ("native", "triton"):
+            yield nft_row(rate, shape, torch.bfloat16, impl)
         yield from step_rows(rate, shape)
         for smooth in (0.0, 1.0):
             yield allocate_row(rate, batch, side // 2, smooth)
@@ -422,7 +424,8 @@ def once() -> None:
     for guided, side in ((True, 24), (False, 23)):
         OPERATORS["gaussian_step"].run("native")(*step_arguments((3, 15, side, side), torch.bfloat16, guided, False))
     nft = nft_arguments((3, CHANNELS, 24, 24), torch.bfloat16)
-    NFT_LOSS.gradient.run("triton")(torch.ones(()), NFT_LOSS.run("triton")(*nft)[2], *nft)
+    for impl in ("native", "triton"):
+        NFT_LOSS.gradient.run(impl)(torch.ones(()), NFT_LOSS.run(impl)(*nft)[2], *nft)
     torch.cuda.synchronize()
 
 

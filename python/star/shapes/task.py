@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from star.shapes import model, scenes
+from star.shapes.drift import unasked_changes
 from star.shapes.measure import STEPS
 from star.shapes.reward import shapes_reward
 from star.training.prompts import Prompt
@@ -43,4 +44,5 @@ TASK = Task(
         batch=64,
         noise_in_order=True,
     ),
+    unasked_changes=unasked_changes,
 )

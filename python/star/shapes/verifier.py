@@ -6,6 +6,7 @@ matching templates of every shape. Strict: everything right and nothing besides,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -123,6 +124,18 @@ def _credit(detection: Detection, things: Things) -> float:
     return (COLOR_CREDIT + (1 - COLOR_CREDIT) * shape) if detection.color == things.color else 0.0
 
 
+def ground(detections: Sequence[Detection], size: tuple[int, ...]) -> np.ndarray:
+    """(S, S) bool, which pixels of an image of this size belong to no object."""
+    return ~np.any([d.mask for d in detections], 0) if detections else np.ones(size, bool)
+
+
+def background_name(image: np.ndarray, detections: Sequence[Detection]) -> str:
+    """The key of BACKGROUNDS that the ground of an image (S, S, 3) is nearest to."""
+    pixels = image[ground(detections, image.shape[:2])]
+    level = float(np.median(pixels)) if pixels.size else 0.0
+    return min(BACKGROUNDS, key=lambda name: abs(BACKGROUNDS[name] - level))
+
+
 def verify(image: np.ndarray, scene: Scene) -> Verdict:
     """Judge an image against a scene. image: (S, S, 3) float in 0..1.
 
@@ -152,10 +165,7 @@ def verify(image: np.ndarray, scene: Scene) -> Verdict:
             along = (second[0] - first[0]) * dx + (second[1] - first[1]) * dy
             parts.append(float(along > RELATION_MARGIN))
     if scene.background:
-        ground = image[~np.any([d.mask for d in detections], 0)] if detections else image.reshape(-1, 3)
-        level = float(np.median(ground)) if ground.size else 0.0
-        nearest = min(BACKGROUNDS, key=lambda name: abs(BACKGROUNDS[name] - level))
-        parts.append(float(nearest == scene.background))
+        parts.append(float(background_name(image, detections) == scene.background))
     strict = all(part == 1.0 for part in parts) and not free
     return Verdict(
         strict=strict,

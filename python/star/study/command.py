@@ -38,6 +38,12 @@ class Compare:
     """--no-train: write the report of the finished runs, and train nothing."""
     diagnose: bool = False
     """Also measure where the gradient's signal is; see docs/evidence/method.md."""
+    drift: bool = False
+    """Also measure what the runs changed that nobody asked for, at every checkpoint that they kept. It takes about as
+    long as a scoring each, and what is measured is kept."""
+    probe: bool = False
+    """Also ask `star probe` about the arms, and say with the rank correlation whether it foresees what they gained.
+    Takes a few hundred images and their gradients for each arm, once."""
     document: Path | None = None
     """A Markdown file that takes the tables at its mark `<!-- results of NAME -->`; NAME is the last part of `out`."""
 
@@ -100,9 +106,19 @@ def compare(options: Compare) -> str:
         jobs = len(os.sched_getaffinity(0)) if options.jobs is None else options.jobs
         if stopped := runs.execute(wanted, jobs):
             raise Stopped(stopped)
-    from star.study import diagnose, page, results  # matplotlib, scipy and diffusers are slow to import
+    from star.study import (
+        diagnose,
+        drift,
+        page,
+        prediction,
+        results,
+    )  # matplotlib, scipy and diffusers are slow to import
 
     scores = results.load(study, out)
+    if options.drift:
+        drift.measure(study, out)
+    if options.probe:
+        prediction.measure(study, out)
     results.write(scores, out / "results.jsonl")
     text = page.write(study, scores, out)
     if options.document is not None:

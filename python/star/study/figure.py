@@ -12,8 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from star.reports import figures
 from star.study import intervals
-from star.study.results import Results
-from star.study.tables import METRIC
+from star.study.results import METRIC, Results
 
 BASELINE_COLOR, ARM_COLOR = "0.45", "tab:blue"
 ROW, LINE = 2.4, 0.3  # inches, of a row of panels and of an arm's difference

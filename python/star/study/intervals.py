@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.interpolate import interp1d
 
 from star.study.bootstrap import CONFIDENCE, Estimate, percentiles
 from star.study.results import Results
@@ -33,11 +34,12 @@ class Difference:
         return self.estimate.excludes_zero and self.p < 1 - CONFIDENCE
 
 
-def summarize(scores: np.ndarray, iterations: np.ndarray, summary: str) -> np.ndarray:
-    """(S, E, P) curves -> (S, P). final: mean of the last scorings. area: under the curve, over its length: a score."""
+def summarize(scores: np.ndarray, steps: np.ndarray, summary: str) -> np.ndarray:
+    """(S, E, P) curves at (E,) steps -> (S, P). final: mean of the last scorings. area: under the curve, over its
+    length: a score."""
     if summary == "final":
         return scores[:, -LAST:].mean(1)
-    return np.trapezoid(scores, iterations, axis=1) / (iterations[-1] - iterations[0])
+    return np.trapezoid(scores, steps, axis=1) / (steps[-1] - steps[0])
 
 
 def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
@@ -66,44 +68,82 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
 def difference(
     results: Results, arm: str, other: str, metric: str = "reward", summary: str = "final", category: str | None = None
 ) -> Difference | None:
-    """Over the seeds that both arms have; None if there is none."""
+    """At equal numbers of images, over the seeds that both arms have; None if there is none."""
     seeds = results.common_seeds(arm, other)
-    if not seeds:
+    curves = [results.curves(metric, name, category, seeds) for name in (arm, other)] if seeds else []
+    images, curves = at_equal_images(results, (arm, other), curves)
+    if len(images) < 2 or not curves:
         return None
-    ours, theirs = (
-        summarize(results.curves(metric, name, category, seeds), results.iterations, summary) for name in (arm, other)
-    )
+    ours, theirs = (summarize(curve, images, summary) for curve in curves)
     values = ours - theirs
-    by_seed = values.mean(1)
-    if len(seeds) == 1:
+    estimate = interval(values, results.prompts[results.category_mask(category)])
+    return paired_difference(values.mean(1), estimate)
+
+
+def at_equal_images(
+    results: Results, arms: tuple[str, str], curves: list[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(S, E, P) curves of two arms at the numbers of images at which the second was scored and that both reached."""
+    first, second = (results.iterations * results.images[arm] for arm in arms)
+    if not curves or np.array_equal(first, second):
+        return second, curves
+    shared = second[second <= first[-1]]
+    return shared, [interp1d(first, curves[0], axis=1)(shared), curves[1][:, : len(shared)]]
+
+
+def paired_difference(by_seed: np.ndarray, estimate: Estimate) -> Difference:
+    """The difference whose value with each seed is (S,), with its t-test."""
+    if len(by_seed) == 1:
         p = np.nan
     elif np.ptp(by_seed) == 0:  # nothing to test: always the same
         p = float(by_seed[0] == 0)
     else:
         p = float(stats.ttest_1samp(by_seed, 0).pvalue)
-    return Difference(
-        interval(values, results.prompts[results.category_mask(category)]), p, int((by_seed > 0).sum()), len(seeds)
-    )
+    return Difference(estimate, p, int((by_seed > 0).sum()), len(by_seed))
 
 
-def first_crossing(curve: np.ndarray, iterations: np.ndarray, level: float) -> float | None:
-    """Iteration at which a (E,) curve first reaches a level, interpolated linearly. None: it never does."""
+def draws(count: int, rng: np.random.Generator) -> np.ndarray:
+    """(1 + RESAMPLES, count) how often each of a sample comes: once in the sample itself, then as it is drawn again."""
+    return np.vstack([np.ones((1, count)), rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)])
+
+
+def drawn_interval(values: np.ndarray) -> Estimate:
+    """Of a statistic of the sample itself and of RESAMPLES drawn ones, which may be infinite but not unknown."""
+    ends = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.percentile(values[1:], ends, method="closest_observation")
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def first_crossing(curve: np.ndarray, steps: np.ndarray, level: float) -> float | None:
+    """Step at which a (E,) curve first reaches a level, interpolated linearly. None: it never does."""
     above = np.flatnonzero(curve >= level)
     if not len(above):
         return None
     e = int(above[0])
     if e == 0:
-        return float(iterations[0])
+        return float(steps[0])
     part = (level - curve[e - 1]) / (curve[e] - curve[e - 1])
-    return float(iterations[e - 1] + part * (iterations[e] - iterations[e - 1]))
+    return float(steps[e - 1] + part * (steps[e] - steps[e - 1]))
 
 
-def iterations_to_reach(results: Results, arm: str, baseline: str, metric: str = "reward") -> float | None:
-    """Iterations until an arm's mean curve first reaches the baseline's final score, over the seeds that both have. The
-    baseline itself may reach it before its end. None: the arm never does, or they share no seed."""
+def images_to_reach(results: Results, arm: str, baseline: str, metric: str = "reward") -> Estimate | None:
+    """Images until an arm's mean curve first reaches the baseline's final score, over the seeds that both have, with
+    the interval over seeds and prompts; infinite where it never does. The baseline itself may reach it before its end.
+    None: they share no seed."""
     seeds = results.common_seeds(arm, baseline)
     if not seeds:
         return None
-    ours, theirs = (results.curves(metric, name, None, seeds) for name in (arm, baseline))
-    level = summarize(theirs, results.iterations, "final").mean()
-    return first_crossing(ours.mean((0, 2)), results.iterations, level)
+    names, which = np.unique(results.prompts, return_inverse=True)
+    rng = np.random.default_rng(0)
+    by_seed, by_prompt = draws(len(seeds), rng), draws(len(names), rng)[:, which]
+    weights = (by_seed.sum(1) * by_prompt.sum(1))[:, None]
+    ours, theirs = (
+        np.einsum("rs,sep,rp->re", by_seed, results.curves(metric, name, None, seeds), by_prompt, optimize=True)
+        / weights
+        for name in (arm, baseline)
+    )
+    images = results.iterations * results.images[arm]
+    levels = theirs[:, -LAST:].mean(1)
+    found = [first_crossing(curve, images, level) for curve, level in zip(ours, levels, strict=True)]
+    estimate = drawn_interval(np.array([np.inf if count is None else count for count in found]))
+    return estimate if len(seeds) * len(names) > 1 else Estimate(estimate.mean, np.nan, np.nan)

@@ -11,15 +11,16 @@ import numpy as np
 from star import config as configuration
 from star import files
 from star.reports import gallery, page
-from star.study import figure
-from star.study.results import Results
+from star.study import drift, figure, prediction
+from star.study.results import METRIC, Results
 from star.study.spec import Study
-from star.study.tables import METRIC, Table, report_tables
+from star.study.tables import Table, report_tables
 
 
 def write(study: Study, results: Results, out: Path) -> str:
     """Write report.png, report.html and report.md into `out`. Returns the Markdown."""
-    tables, notes = report_tables(study, results), reading_notes(results)
+    tables = report_tables(study, results, drift.load(study, results, out))
+    notes = reading_notes(results) + prediction.notes(study, results, out)
     figure.draw(results, study.baselines[0], out / "report.png")
     text = markdown(tables, notes)
     values = {

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -88,6 +88,37 @@ def probe(config: Config, options: Probe) -> Found:
             trainer.judge.close()
 
 
+def compare_arms(configs: Mapping[str, Config], options: Probe) -> dict[str, dict[str, float | None]]:
+    """What `compare_with_scalar` says of the first updates of several arms, on the same images, whose configurations
+    differ in allocation and loss alone. The first one is the scalar arm."""
+    scalar = next(iter(configs))
+    own = configs[scalar]
+    if any(config.loss.advantage == "concept" for config in configs.values()):  # so that the credits are matched
+        own = configuration.update(own, {"loss": {"advantage": "concept"}})
+    gradients: dict[str, list[np.ndarray]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(_probed(own, options, Path(folder) / "run"))
+        coordinates = _coordinates(trainer)
+        try:
+            for batch in tqdm(range(options.batches), desc="probe", dynamic_ncols=True):
+                rollout, scores = _sample(trainer, batch, range(trainer.config.sampling.steps))
+                for arm, config in configs.items():
+                    # The warm-up is not waited for.
+                    allocation = dataclasses.replace(config.allocation, warmup=0)
+                    config = dataclasses.replace(trainer.config, allocation=allocation, loss=config.loss)
+                    gradients[arm].append(_gradient(trainer, config, rollout, scores, coordinates, batch))
+        finally:
+            trainer.worker.close()
+            trainer.judge.close()
+    return compare_with_scalar({arm: np.stack(values) for arm, values in gradients.items()}, scalar)
+
+
+def _coordinates(trainer: Trainer) -> Tensor:
+    """Those of the gradient that are looked at, the same in every call."""
+    size = sum(p.numel() for p in trainer.policy.parameters.values())
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
+
+
 def _probed(config: Config, options: Probe, out: Path) -> Config:
     images, most = options.prompts * options.images, config.optimization.micro_batch
     # A pass must fit in memory, as those of the run do.
@@ -107,8 +138,7 @@ def _probed(config: Config, options: Probe, out: Path) -> Config:
 
 
 def _measure(trainer: Trainer, options: Probe) -> Found:
-    steps, size = trainer.config.sampling.steps, sum(p.numel() for p in trainer.policy.parameters.values())
-    coordinates = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
+    steps, coordinates = trainer.config.sampling.steps, _coordinates(trainer)
     gradients: dict[str, list[np.ndarray]] = defaultdict(list)
     concentration, localization = [], []
     pairs: list[np.ndarray] = []

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from star import files
-from star.config import ConfigError
+from star.config import Config, ConfigError
 from star.reports import tracking
 from star.reports.evaluations import Evaluation, read_evaluations
 from star.study import runs
 from star.study.spec import Study
 from star.training.scoring import HeldOut
 from star.training.task import configured_task
+
+METRIC = "reward"  # of the curves; the tables have all scores
 
 # The metrics of metrics.jsonl that may differ between arms.
 LOGGED = ("reward", "grad_norm", "update_norm", "weights_concentration", "clip_fraction", "approx_kl")
@@ -26,8 +28,8 @@ class Results:
     """Scores at E iterations on P prompts, the same prompts in the same order for every run.
 
     iterations: (E,). categories, prompts: (P,) of names and of texts, which may repeat. scores: by metric, arm and seed
-    (E, P). logged: by arm and name the mean over all iterations and seeds. missing: runs of the study that are not
-    finished.
+    (E, P). logged: by arm and name the mean over all iterations and seeds. images: by arm those sampled in an
+    iteration. missing: runs of the study that are not finished.
     """
 
     iterations: np.ndarray
@@ -35,6 +37,7 @@ class Results:
     prompts: np.ndarray
     scores: dict[str, dict[str, dict[int, np.ndarray]]]
     logged: dict[str, dict[str, float]]
+    images: dict[str, int]
     missing: tuple[str, ...] = ()
 
     @property
@@ -76,6 +79,7 @@ def load(study: Study, out: Path) -> Results:
     """Read the finished runs of the study in `out`. Raises ConfigError if there is none, or if they do not compare."""
     evaluations: dict[tuple[str, int], dict[int, Evaluation]] = {}
     logged: dict[str, list[list[dict[str, float]]]] = {}
+    images: dict[str, int] = {}
     missing = []
     for arm in study.arms:
         for seed in study.seeds:
@@ -83,6 +87,7 @@ def load(study: Study, out: Path) -> Results:
             if runs.is_finished(config):
                 scorings = read_evaluations(config.run.out)
                 evaluations[arm, seed] = {one.iteration: one for one in scorings if one.iteration is not None}
+                images[arm] = images_per_iteration(config)
                 logged.setdefault(arm, []).append(tracking.read(config.run.out))
             else:
                 missing.append(config.run.out.name)
@@ -102,7 +107,17 @@ def load(study: Study, out: Path) -> Results:
             scores[metric].setdefault(arm, {})[seed] = np.stack([run[i].values[metric] for i in iterations])
     means = {arm: _means([line for lines in by_seed for line in lines]) for arm, by_seed in logged.items()}
     texts = [prompt.text for prompt in HeldOut.of_run(configured_task(config), config).prompts]
-    return Results(np.array(iterations), np.array(categories[0]), np.array(texts), scores, means, tuple(missing))
+    return Results(
+        np.array(iterations), np.array(categories[0]), np.array(texts), scores, means, images, tuple(missing)
+    )
+
+
+def images_per_iteration(config: Config) -> int:
+    """How many images a run samples in an iteration, with those that find the masks for sampling.explore."""
+    sampling = config.sampling
+    found = sampling.explore == "masks"
+    first = (1 if sampling.shared_noise else sampling.images_per_prompt) if found else 0
+    return sampling.prompts_per_iteration * (sampling.images_per_prompt + first)
 
 
 def _means(lines: list[dict[str, float]]) -> dict[str, float]:

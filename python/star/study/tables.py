@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from star.study import drift as drifting
 from star.study import intervals
+from star.study.drift import Drift
 from star.study.intervals import SUMMARIES, Difference, Estimate
-from star.study.results import Results
+from star.study.results import METRIC, Results
 from star.study.spec import Study
 
-METRIC = "reward"  # of the curves; the tables have all scores
 PILOTS = "pilots, one seed: no evidence"
 LABELS = {
     "final": f"at the end (mean of the last {intervals.LAST} scorings)",
@@ -59,6 +60,15 @@ def format_estimate(estimate: Estimate, sign: bool = False) -> str:
     return f"{format_number(estimate.mean, sign=sign)} [{low}, {high}]"
 
 
+def format_images(estimate: Estimate | None) -> str:
+    """How many images, "never" where they are infinitely many."""
+    if estimate is None:
+        return "-"
+    ends = (estimate.mean, estimate.low, estimate.high)
+    mean, low, high = ("never" if math.isinf(end) else "-" if math.isnan(end) else f"{end:,.0f}" for end in ends)
+    return mean if mean == low == high == "never" else f"{mean} [{low}, {high}]"
+
+
 def format_difference(difference: Difference | None) -> list[str]:
     """Its estimate, its p and the seeds ahead."""
     if difference is None:
@@ -71,17 +81,19 @@ def format_difference(difference: Difference | None) -> list[str]:
     ]
 
 
-def report_tables(study: Study, results: Results) -> list[Table]:
+def report_tables(study: Study, results: Results, drift: Drift) -> list[Table]:
     """All tables; the first one is the answer. Those of arms with one seed come last."""
-    tables = _tables_of(study, results, results.replicated())
-    pilots = _tables_of(study, results, [arm for arm in results.arms if arm not in results.replicated()])
+    tables = _tables_of(study, results, drift, results.replicated())
+    pilots = _tables_of(study, results, drift, [arm for arm in results.arms if arm not in results.replicated()])
     return tables + [Table(f"{PILOTS}; {table.title}", table.columns, table.rows) for table in pilots]
 
 
-def _tables_of(study: Study, results: Results, arms: Sequence[str]) -> list[Table]:
+def _tables_of(study: Study, results: Results, drift: Drift, arms: Sequence[str]) -> list[Table]:
     baselines = [name for name in study.baselines if name in results.arms]
     tables = [difference_table(results, arms, baseline) for baseline in baselines]
     tables += [category_differences(results, arms, baseline) for baseline in baselines[:1]]
+    tables += [drift_differences(results, drift, arms, baseline) for baseline in baselines[:1]]
+    tables += [drift_table(results, drift, arms)]
     tables += score_tables(results, arms)
     tables += [logged_table(results, arms)]
     return [table for table in tables if table.rows]
@@ -104,7 +116,7 @@ def score_table(results: Results, arms: Sequence[str], metric: str, summary: str
             else:
                 cells.append(format_number(values.mean()))
         rows.append([arm, str(results.seed_count(arm)), *cells])
-    columns = ["arm", "seeds", *((name or "all").replace("_", " ") for name in categories)]
+    columns = ["arm", "seeds", *_spaced(name or "all" for name in categories)]
     return Table(f"{metric} {LABELS[summary]}", columns, rows)
 
 
@@ -114,7 +126,7 @@ def difference_table(results: Results, arms: Sequence[str], baseline: str) -> Ta
     others = [(metric, summary) for metric in results.metrics for summary in SUMMARIES]
     others.remove((METRIC, "final"))
     columns += [f"{metric}, {summary}" for metric, summary in others]
-    columns += [f"iterations to {baseline}'s final score"]
+    columns += [f"images to {baseline}'s final score"]
     rows = []
     for arm in arms:
         if arm == baseline:
@@ -123,9 +135,8 @@ def difference_table(results: Results, arms: Sequence[str], baseline: str) -> Ta
             cells = format_difference(intervals.difference(results, arm, baseline, METRIC, "final"))
             for metric, summary in others:
                 cells += format_difference(intervals.difference(results, arm, baseline, metric, summary))[:1]
-        iterations = intervals.iterations_to_reach(results, arm, baseline)
-        rows.append([arm, *cells, "never" if iterations is None else format_number(iterations, 0)])
-    title = f"difference to {baseline}, paired by seed and prompt"
+        rows.append([arm, *cells, format_images(intervals.images_to_reach(results, arm, baseline))])
+    title = f"difference to {baseline} at equal images, paired by seed and prompt"
     return Table(title, columns, rows if set(arms) - {baseline} else [])
 
 
@@ -146,10 +157,49 @@ def category_differences(results: Results, arms: Sequence[str], baseline: str) -
     return Table(f"{METRIC} at the end: difference to {baseline}, by category", ["arm", *names], rows if names else [])
 
 
+def drift_differences(results: Results, drift: Drift, arms: Sequence[str], baseline: str) -> Table:
+    """What arms changed that nobody asked for, more than a baseline at the same score. No rows if nothing was measured
+    or there is no other arm."""
+    rows = [
+        [
+            arm,
+            *(
+                format_difference(drifting.at_equal_score(results, drift, name, arm, baseline))[0]
+                for name in drift.values
+            ),
+        ]
+        for arm in arms
+        if arm != baseline and arm in drift.iterations
+    ]
+    return Table(f"drift at equal score: difference to {baseline}", ["arm", *_spaced(drift.values)], rows)
+
+
+def drift_table(results: Results, drift: Drift, arms: Sequence[str]) -> Table:
+    """What arms changed in the end that nobody asked for. No rows if nothing was measured."""
+    rows = [
+        [
+            arm,
+            str(results.seed_count(arm)),
+            *(
+                format_estimate(drifting.at_the_end(drift, name, arm), sign=name == "diversity")
+                for name in drift.values
+            ),
+        ]
+        for arm in arms
+        if arm in drift.iterations
+    ]
+    title = "drift at the end, from the untrained model's images of the same prompts and noise"
+    return Table(title, ["arm", "seeds", *_spaced(drift.values)], rows)
+
+
+def _spaced(names: Iterable[str]) -> list[str]:
+    return [name.replace("_", " ") for name in names]
+
+
 def logged_table(results: Results, arms: Sequence[str]) -> Table:
     rows = [
         [arm, *(format_small(results.logged[arm].get(name), digits) for name, digits in LOGGED_DIGITS.items())]
         for arm in arms
     ]
-    columns = ["arm", "concentration of the weights", *(name.replace("_", " ") for name in list(LOGGED_DIGITS)[1:])]
+    columns = ["arm", "concentration of the weights", *_spaced(list(LOGGED_DIGITS)[1:])]
     return Table("means over the iterations", columns, rows)

@@ -91,12 +91,22 @@ def elapsed(path: Path) -> float:
     return seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read and verify a checkpoint. Raises CheckpointError if it is damaged or something else."""
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: iteration, sha256 of its state, seconds. Raises CheckpointError if it is
+    something else."""
     try:
         meta = json.loads((path / "meta.json").read_text())
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise CheckpointError(f"checkpoint: {path} is not a {FORMAT}")
+        return meta
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({one_line(error)}); {EARLIER}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read and verify a checkpoint. Raises CheckpointError if it is damaged or something else."""
+    try:
+        meta = read_meta(path)
         if _checksum(path / "state.pt") != meta["sha256"]:
             raise CheckpointError(f"checkpoint: {path} is damaged (its checksum differs); {EARLIER}")
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from star.config import Config, ConfigError, Loss, Optimization
 from star.training.adapter import REFERENCE, has_reference, start_from
+from star.training.checkpoint import CheckpointError
+from star.training.checkpoint import load as load_checkpoint
 from star.training.distributed import full_tensor, shard_like
 from star.training.pipeline import TRAINED, make_trainable
 
@@ -195,10 +198,7 @@ class Policy:
 
     def fits(self, state: dict[str, Any]) -> bool:
         """Whether a state is of this model and adapter."""
-        saved = state["parameters"]
-        return saved.keys() == self.parameters.keys() and all(
-            saved[name].shape == parameter.shape for name, parameter in self.parameters.items()
-        )
+        return _fits(state["parameters"], self.parameters)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,6 +228,27 @@ class Policy:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
+
+
+def _fits(saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> bool:
+    return {name: x.shape for name, x in saved.items()} == {name: p.shape for name, p in parameters.items()}
+
+
+def load_averaged(pipeline: StableDiffusion3Pipeline, config: Config, path: Path) -> None:
+    """Give a fresh pipeline the weights that a run is scored with at a checkpoint: the moving average, if it keeps one.
+
+    config: of the run. Raises CheckpointError for a checkpoint that is damaged or of another model.
+    """
+    state = load_checkpoint(path)
+    if config.model.adapter:
+        start_from(pipeline, config.model)
+    make_trainable(pipeline, config)
+    weights = state["parameters"]
+    trained = {name: p for name, p in pipeline.transformer.named_parameters() if p.requires_grad}
+    if not _fits(weights, trained):
+        raise CheckpointError(f"checkpoint: {path} is of another model or adapter")
+    average = weights.values() if state["ema"] is None else state["ema"]["shadow_params"]
+    _copy(average, (trained[name] for name in weights))
 
 
 def old_decay(loss: Loss, updates: int) -> float:

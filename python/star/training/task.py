@@ -7,13 +7,14 @@ third needs no change here: `task: my_module:TASK` in a configuration, or `--tas
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
 
 from star.config import EMBEDDED, Config, ConfigError
 from star.messages import one_line
@@ -55,13 +56,15 @@ class Task:
     pipeline: (device, dtype) -> the pipeline in evaluation mode; its autoencoder stays in float32. prompts: (split,
     count, seed) -> up to `count` prompts; of "train" distinct ones, the same whenever the seed is the same; of
     "held_out" those that are never trained on. reward: a callable, or a specification for `star.rewards.load`. images:
-    how its images are sampled for scoring.
+    how its images are sampled for scoring. unasked_changes: (images before, images after, prompts) -> by name how far
+    apart they are where the prompts leave it open, for `star compare --drift`; images are (B, 3, H, W) in 0..1.
     """
 
     pipeline: Callable[[torch.device | str, torch.dtype], StableDiffusion3Pipeline]
     prompts: DrawPrompts
     reward: Reward | str | dict[str, float]
     images: ImageOptions = ImageOptions()
+    unasked_changes: Callable[[Tensor, Tensor, Sequence[str]], dict[str, float]] | None = None
 
 
 def _no_pipeline(device: torch.device | str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
