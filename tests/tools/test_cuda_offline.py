@@ -43,7 +43,8 @@ def test_every_kernel_keeps_to_registers_and_wide_accesses(library):
     }
     assert names == launches | {"gaussian_step_kernel", "allocate_kernel"}
     assert sum(map(cuda_offline.is_wide, kernels)) == len(ARCHITECTURES) * (
-        6 * 2 + 3 * 2  # the losses' two launches over the latents, in six combinations of types and in three
+        6 * 2
+        + 3 * 2  # the losses' two launches over the latents, in six combinations of types and in three
         + 2 * 2  # gaussian_step: two types, noise that is given or drawn
     )
     assert not [(kernel, wrong) for kernel in kernels if (wrong := cuda_offline.problems(kernel))]

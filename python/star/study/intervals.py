@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from scipy.interpolate import interp1d
 
-from star.study.bootstrap import CONFIDENCE, Estimate, percentiles
+from star.study.bootstrap import CONFIDENCE, RESAMPLES, Estimate, percentiles
 from star.study.results import Results
 
 SUMMARIES = ("final", "area")
