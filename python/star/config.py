@@ -172,6 +172,9 @@ class Loss:
     advantage: Literal["image", "location", "concept"] = "image"
     """image: one advantage for each image. location: one for each location, from a reward with maps. concept: the
     image's advantage plus, where a concept's map looks, the concept's, from a reward with credits of concepts."""
+    location_share: Annotated[float, Range(least=0, most=1)] = 1.0
+    """location: share of the locations' own advantages in what is reinforced. The rest is the image's, which alone says
+    that something is missing."""
     concept_strength: NotNegative = 1.0
     """Factor of the concepts' advantages. 0: the image's alone."""
     concept_maps: Literal["own", "other"] = "own"

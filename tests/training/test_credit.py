@@ -116,6 +116,20 @@ def test_the_advantages_of_the_loss_are_the_formulas(tmp_path):
     assert compute_concept_advantages(failed, groups, config.loss, {}) is None  # every reward of an iteration failed
 
 
+def test_a_share_of_the_advantages_of_locations_is_the_images(tmp_path):
+    groups, maps = torch.tensor([0, 0, 1, 1]), torch.rand(4, 8, 8)
+    scores = Scores(torch.tensor([1.0, 0.0, 0.3, 0.5]), reward_map=maps)
+
+    def advantages(**loss):
+        config = small_run(tmp_path, loss={"global_std": True} | loss)
+        return compute_advantages(scores, groups, config.loss, {}, (4, 4))
+
+    image, local = advantages(), advantages(advantage="location")
+    got = advantages(advantage="location", location_share=0.25)
+    torch.testing.assert_close(got, 0.25 * local + 0.75 * image[:, None, None])
+    assert torch.equal(advantages(advantage="location", location_share=0.0), image[:, None, None].expand_as(local))
+
+
 def test_the_steps_whose_maps_are_read(tmp_path):
     def steps(strategy, advantage="image", explore="everywhere"):
         changes = {"allocation": {"strategy": strategy}, "loss": {"advantage": advantage}}

@@ -166,7 +166,11 @@ def compute_advantages(
         if scores.reward_map is None:
             raise ConfigError(f"loss.advantage: 'location' needs a reward that localizes, not {', '.join(weights)}")
         maps = F.adaptive_avg_pool2d(scores.reward_map[:, None], size)[:, 0]
-        return location_advantages(maps, groups, global_std=std, eps=eps)
+        local = location_advantages(maps, groups, global_std=std, eps=eps)
+        if loss.location_share == 1:
+            return local
+        image = group_advantages(scores.reward, groups, global_std=std, eps=eps)
+        return torch.lerp(image[:, None, None].to(local), local, loss.location_share)
     if loss.normalize_rewards:
         return weighted_advantages(scores.terms, weights, groups, global_std=std, eps=eps)
     return group_advantages(scores.reward, groups, global_std=std, eps=eps)
