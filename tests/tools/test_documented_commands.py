@@ -31,6 +31,7 @@ NOT_RUN = {
     r"accelerate launch": GPU,
     r"star (train|probe|check) .*(sd35m|FLUX\.1-dev)": GPU,
     r"star (train|eval) .*(--run\.reward|--reward) ": "needs a reward's weights",
+    r"star app": "serves until it is stopped",  # tests/app
     r"star compare ": HOURS,  # tests/study runs small ones, and reports an archive
     r"python -m star\.rewards\.serve": "needs a reward's weights",
     r"STAR_ATTACK_REQUESTS": HOURS,
