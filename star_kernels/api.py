@@ -359,30 +359,17 @@ class Part(NamedTuple):
         return query, key, lse
 
 
-def checked_attention_maps(
+def _check_maps_arguments(
     query: Tensor,
     key: Tensor,
     concept_index: Tensor,
-    concept_weight: Tensor | None = None,
-    *,
-    lse: Tensor | None = None,
-    scale: float | None = None,
-    head_weight: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    out: Tensor | None = None,
-    part: Part | None = None,
-    impl: Implementation = "auto",
-) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
-    """`attention_maps` of its checked arguments, without making the maps: call it with (query, key, lse, out).
-
-    It may be called again with others of the same shapes, types and devices: for the layers of a model, where the
-    checks take longer than small maps. Arguments and what it raises: as `attention_maps`, with
-
-    Args:
-        part: what is read of query, key and lse; the other arguments are those of the part. None: all of them.
-    """
-    if part is not None:
-        query, key, lse = part.of(query, key, lse)
+    concept_weight: Tensor | None,
+    lse: Tensor | None,
+    head_weight: Tensor | None,
+    key_bias: Tensor | None,
+    out: Tensor | None,
+) -> bool:
+    """The tensors of `attention_maps`. Returns whether lse has a trailing axis of its own."""
     check_tensor("query", query, ("B", "H", "N", "D"))
     batch, heads, queries, width = query.shape
     if width == 0:
@@ -409,7 +396,36 @@ def checked_attention_maps(
             raise ValueError(f"lse: got shape {tuple(rows.shape)}, expected ({batch}, {heads}, {queries})")
     if out is not None:
         check_tensor("out", out, (batch, groups, queries), device)
-    scale = width**-0.5 if scale is None else checked_number("scale", scale)
+    return trailing
+
+
+def checked_attention_maps(
+    query: Tensor,
+    key: Tensor,
+    concept_index: Tensor,
+    concept_weight: Tensor | None = None,
+    *,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    head_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    out: Tensor | None = None,
+    part: Part | None = None,
+    impl: Implementation = "auto",
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """`attention_maps` of its checked arguments, without making the maps: call it with (query, key, lse, out).
+
+    It may be called again with others of the same shapes, types and devices: for the layers of a model, where the
+    checks take longer than small maps. Arguments and what it raises: as `attention_maps`, with
+
+    Args:
+        part: what is read of query, key and lse; the other arguments are those of the part. None: all of them.
+    """
+    if part is not None:
+        query, key, lse = part.of(query, key, lse)
+    trailing = _check_maps_arguments(query, key, concept_index, concept_weight, lse, head_weight, key_bias, out)
+    device = query.device
+    scale = query.shape[-1] ** -0.5 if scale is None else checked_number("scale", scale)
     chosen = resolve("attention_maps", impl, device)
     if chosen == "triton" and compute_dtype(query, key) == torch.float64:
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":

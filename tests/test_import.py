@@ -49,4 +49,6 @@ def test_missing_extra_is_one_clear_line():
     code = "import sys; sys.modules['diffusers'] = None\nfrom star.cli import main; sys.exit(main(['train']))"
     result = run(code)
     assert result.returncode != 0
-    assert re.fullmatch(r"star: diffusers is missing; pip install '?diffusers\b.*\n", result.stderr)
+    assert re.fullmatch(
+        r"star: diffusers is missing, of star-kernels\[train\]; pip install '?diffusers\b.*\n", result.stderr
+    )
