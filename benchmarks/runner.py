@@ -24,9 +24,9 @@ MOST_SETS = 16
 class Sides:
     """What is compared, on one set of buffers, and how it is known that both compute the same.
 
-    equal: of both results; raises AssertionError. scale: of the row's value. moved: bytes that a call of ours must
-    move, where they are not all of its operators' tensors. threads: None for as many as there are. compiled: the other
-    side is, with torch.compile."""
+    equal: of both results; raises AssertionError. scale: of what ours adds; a ratio has none. moved: bytes that a call
+    of ours must move, where they are not all of its operators' tensors. threads: None for as many as there are.
+    compiled: the other side is, with torch.compile."""
 
     ours: Callable[[], object]
     other: Callable[[], object]
@@ -118,7 +118,8 @@ def measure(
             sides[which].faults.append(faults / calls)
             if executed is not None:
                 sides[which].instructions.append(executed / calls)
-        values.append(sets[0].scale * unit.value(*(side.seconds[-1] for side in sides)))
+        value = unit.value(*(side.seconds[-1] for side in sides))
+        values.append(sets[0].scale * value if unit.overhead else value)
         passed = clock() - begin
         if passed >= looks[-1] or (passed >= looks[0] and len(values) >= FEWEST):
             estimate = interval(values)

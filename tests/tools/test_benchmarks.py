@@ -70,6 +70,13 @@ def test_more_is_better_where_the_unit_says_so():
     assert Synthetic(1 / 3).measure(limit=4.0, unit=TIMES).verdict == "not met"
 
 
+def test_what_ours_adds_has_a_scale_and_a_ratio_has_none():
+    world = Synthetic(1.5, noise=0)
+    world.sets = [dataclasses.replace(sides, scale=1 / 24) for sides in world.sets]
+    assert world.measure(None, seconds=5).estimate.mean == pytest.approx(50 / 24)
+    assert world.measure(None, seconds=5, unit=TIMES).estimate.mean == pytest.approx(2 / 3)
+
+
 def test_verdicts_are_seldom_wrong():
     """Rows that lie exactly at their limit, of 20 to 320 pairs: both verdicts are wrong."""
     wrong = [Synthetic(1.01, 0.03, seed).measure(1.0, seconds=32).verdict != "undecided" for seed in range(30)]
