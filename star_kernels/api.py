@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from star_kernels import autograd, native
 from star_kernels.checks import (
@@ -323,8 +324,8 @@ def attention_maps(
         scale: finite, default D ** -0.5.
         head_weight: (H,), default 1 / H.
         key_bias: (B, S), added to the scaled scores: -inf for a key that is masked. Default none.
-        out: (B, G, N), filled and returned instead of a new tensor. Kernels write straight into it if it is contiguous
-            and of the type of the maps.
+        out: (B, G, N), filled and returned instead of a new tensor. Kernels write straight into it if it is contiguous,
+            of the type of the maps and in memory of its own.
         impl: "auto" or one of `implementations("attention_maps")`.
 
     Returns:
@@ -399,6 +400,12 @@ def _check_maps_arguments(
     return trailing
 
 
+def shares_memory(out: Tensor, *others: Tensor | None) -> bool:
+    """Whether another tensor lies in the storage of out."""
+    storage = out.untyped_storage()._cdata
+    return any(other is not None and other.untyped_storage()._cdata == storage for other in others)
+
+
 def checked_attention_maps(
     query: Tensor,
     key: Tensor,
@@ -433,6 +440,8 @@ def checked_attention_maps(
         chosen = "reference"
     dtype, eager = compute_dtype(query, key), not torch.compiler.is_compiling()
     direct = eager and out is not None and out.dtype == dtype and out.is_contiguous()
+    if direct and shares_memory(out, query, key, concept_index, concept_weight, lse, head_weight, key_bias):
+        direct = False  # a kernel would read what it has written
     launch = ATTENTION_MAPS.triton if direct and chosen == "triton" else None
     writes = direct and launch is None
     operator = ATTENTION_MAPS.write if writes and ATTENTION_MAPS.write is not None else ATTENTION_MAPS
@@ -454,12 +463,13 @@ def checked_attention_maps(
         options = (concept_index, concept_weight, lse, scale, head_weight, key_bias, *first, out)
         if chosen != "native":
             _run_checked(run, chosen, check, device, query, key, *options)
-            return out
-        try:
-            run(query, key, *options)
-        except (RuntimeError, ValueError):
-            check()
-            raise
+        else:
+            try:
+                run(query, key, *options)
+            except (RuntimeError, ValueError):
+                check()
+                raise
+        increment_version(out)
         return out
 
     def make(query: Tensor, key: Tensor, lse: Tensor | None, out: Tensor | None) -> Tensor:
@@ -469,7 +479,9 @@ def checked_attention_maps(
             query, key, lse = part.of(query, key, lse)
         arguments = (query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias)
         if launch is not None:
-            return launch(*arguments, out=out)
+            launch(*arguments, out=out)
+            increment_version(out)
+            return out
         maps = _run_checked(run, chosen, check, device, *arguments)
         return maps if out is None else out.copy_(maps)
 

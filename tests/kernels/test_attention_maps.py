@@ -310,6 +310,30 @@ def test_out_takes_the_maps(impl, processors, monkeypatch):
 
 
 @each_implementation
+def test_autograd_sees_that_out_has_changed(impl):
+    query, key, index = example_input(queries=20)
+    factor = torch.ones(2, 2, 20, requires_grad=True)
+    out = torch.ones(2, 2, 20)
+    loss = (factor * out).sum()
+    sk.attention_maps(query, key, index, out=out, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():  # where tensors have no version
+        assert sk.attention_maps(query, key, index, out=torch.ones(2, 2, 20), impl=impl).isfinite().all()
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["query", "key", "lse"])
+def test_out_may_lie_in_the_memory_of_what_is_read(impl, name):
+    query, key, index = example_input(queries=70, width=16)
+    arguments = {"query": query, "key": key, "lse": log_sum_exp(query, key)}
+    expected = sk.attention_maps(**arguments, concept_index=index, impl=impl)
+    # Later rows are read where the first row's maps are written.
+    out = arguments[name].view(-1)[-expected.numel() :].view_as(expected)
+    assert torch.equal(sk.attention_maps(**arguments, concept_index=index, out=out, impl=impl), expected)
+
+
+@each_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("part", [Part(0, 4, 0, 40), Part(1, 2, 7, 33), Part(3, 1, 0, 5)])
 def test_a_part_has_the_bits_of_its_slices(impl, part, dtype):
