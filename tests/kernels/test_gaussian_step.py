@@ -238,6 +238,18 @@ def test_opcheck(impl):
     torch.library.opcheck(op, (sample, velocity, None, *transition(2)[:3], velocity.double(), 2.0, torch.arange(2)))
 
 
+def test_a_number_that_changes_between_the_calls_of_a_compiled_step():
+    def step(sample, scale):
+        options = dict(unconditional_velocity=sample + 1, guidance_scale=scale)
+        prev_sample, _ = sk.gaussian_step(sample, sample, None, STEP, **options)
+        return sk.allocate(prev_sample.flatten(2).abs(), (3, 4), cap=scale)
+
+    torch._dynamo.reset()
+    sample, compiled = torch.randn(2, 4, 3, 4), torch.compile(step, fullgraph=True, backend="aot_eager")
+    for scale in (3.0, 4.5, 2.25, 5, 6):
+        assert torch.equal(compiled(sample, scale), step(sample, scale))
+
+
 STEP = transition(2)
 
 
