@@ -1,6 +1,7 @@
 """Two processes are one: the same images, advantages and losses, in DDP and in FSDP2, on gloo."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from star.config import ConfigError
 from star.presets import preset
 from star.shapes.model import load_pipeline
 from star.training import checkpoint
-from star.training.distributed import make_accelerator
+from star.training.distributed import full_tensor, make_accelerator
 
 ITERATIONS = 2
 AVERAGE = {"ema_decay": 0.9, "ema_every": 1}
@@ -48,6 +49,7 @@ CASES = {
     "full": {
         "model": {"lora_rank": 0},
         "sampling": {"merge_adapter": False, "explore": "masks"},
+        "loss": {"kl_coef": 0.1},
         "optimization": {"learning_rate": 1e-5},
     },
 }
@@ -94,8 +96,41 @@ def run(folder, name, case, sharded=False, resume=False):
     (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(advantages))
 
 
+def replace(folder, name, sharded=False):
+    """Velocities of one and the same sample before, while and after the weights are others."""
+    if sharded:
+        training.make_accelerator = fsdp_accelerator
+    config = small_run(Path(folder) / name, "full")
+    config.sampling.explore = "everywhere"
+    trainer = training.Trainer(config)
+    policy, rows = trainer.policy, torch.arange(1)
+    rollout = trainer.rollout(["red circle", "green ring"], torch.Generator().manual_seed(0))
+    others = [1.5 * p.detach() for p in policy.parameters.values()]
+
+    @torch.no_grad()
+    def velocity(replaced):
+        with policy.replaced(others) if replaced else nullcontext():
+            return rollout.velocity(policy.unwrapped(), 0, rows)
+
+    def gradient_norm(between):
+        """As GRPO's loss does: the reference runs while the policy's graph waits for its backward pass."""
+        loss = rollout.velocity(policy.transformer, 0, rows).square().sum()
+        between()
+        policy.accelerator.backward(loss)
+        norm = policy.accelerator.clip_grad_norm_(policy.transformer.parameters(), 1e9)
+        policy.optimizer.zero_grad()
+        return full_tensor(norm)
+
+    velocities = [velocity(False), velocity(True), velocity(False)]
+    norms = [gradient_norm(lambda: None), gradient_norm(lambda: velocities.append(velocity(True)))]
+    torch.save((torch.stack(velocities), norms), Path(folder) / f"{name}-{trainer.accelerator.process_index}")
+
+
 def both(folder):
     folder = Path(folder)
+    assert wait(fork(replace, folder, "replaced-1", output=folder / "log")) == 0, (folder / "log").read_text()
+    codes = ranks(2, replace, folder, "replaced-fsdp", True, port=free_port(), output=folder / "log")
+    assert codes == [0, 0], (folder / "log.0").read_text() + (folder / "log.1").read_text()
     for case in CASES:
         assert wait(fork(run, folder, f"{case}-1", case, output=folder / "log")) == 0, (folder / "log").read_text()
         codes = ranks(2, run, folder, f"{case}-2", case, port=free_port(), output=folder / "log")
@@ -171,6 +206,15 @@ def test_two_sharded_processes_are_one(runs, case):
     for name, value in expected["parameters"].items():
         torch.testing.assert_close(got["parameters"][name], value, rtol=0, atol=2 * ITERATIONS * rate, msg=name)
     assert len(got["random"]) == 2 and len(got["ema"]["shadow_params"]) == len(expected["parameters"])
+
+
+def test_sharded_weights_that_are_replaced_are_used(runs):
+    expected, norms = torch.load(runs / "replaced-1-0")
+    got, sharded_norms = torch.load(runs / "replaced-fsdp-0")
+    assert not torch.allclose(expected[0], expected[1], rtol=0.1)
+    assert torch.equal(expected[0], expected[2]) and torch.equal(expected[1], expected[3])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert norms[0] == norms[1] and sharded_norms[0] == sharded_norms[1] > 0
 
 
 def test_checkpoints_do_not_depend_on_the_number_of_processes(runs):

@@ -19,6 +19,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from star.config import Config, ConfigError
@@ -200,6 +201,14 @@ def full_tensor(x: Tensor, keep: bool = True) -> Tensor | None:
     x = x.detach()
     whole = x.full_tensor() if isinstance(x, DTensor) else x
     return whole.cpu() if keep else None
+
+
+def gather_again(module: torch.nn.Module) -> None:
+    """Let the next pass gather the sharded weights: FSDP2 keeps those outside of the blocks whole until a backward
+    pass, so that a pass after another one would not see what was written to the shards in between."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def shard_like(x: Tensor, parameter: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from star.config import Config, ConfigError, Loss, Optimization
 from star.training.adapter import REFERENCE, has_reference, start_from
 from star.training.checkpoint import CheckpointError
 from star.training.checkpoint import load as load_checkpoint
-from star.training.distributed import full_tensor, shard_like
+from star.training.distributed import full_tensor, gather_again, shard_like
 from star.training.pipeline import TRAINED, make_trainable
 
 
@@ -104,11 +104,16 @@ class Policy:
     def replaced(self, values: list[Tensor]) -> Iterator[None]:
         """Within it the trained weights have other values; neither graph nor optimizer must see them."""
         trained = [p.detach().clone() for p in self.parameters.values()]
-        _copy(values, self.parameters.values())
+        self.overwrite(values)
         try:
             yield
         finally:
-            _copy(trained, self.parameters.values())
+            self.overwrite(trained)
+
+    def overwrite(self, values: list[Tensor]) -> None:
+        """Write values into the trained weights, unseen by graph and optimizer."""
+        _copy(values, self.parameters.values())
+        gather_again(self.bare)
 
     @torch.no_grad()
     def follow(self) -> None:
