@@ -440,7 +440,8 @@ def checked_attention_maps(
         chosen = "reference"
     dtype, eager = compute_dtype(query, key), not torch.compiler.is_compiling()
     direct = eager and out is not None and out.dtype == dtype and out.is_contiguous()
-    if direct and shares_memory(out, query, key, concept_index, concept_weight, lse, head_weight, key_bias):
+    arguments = (query, key, concept_index, concept_weight, lse, head_weight, key_bias)
+    if direct and out is not None and shares_memory(out, *arguments):
         direct = False  # a kernel would read what it has written
     launch = ATTENTION_MAPS.triton if direct and chosen == "triton" else None
     writes = direct and launch is None
@@ -478,7 +479,7 @@ def checked_attention_maps(
         if part is not None:
             query, key, lse = part.of(query, key, lse)
         arguments = (query, key, concept_index, concept_weight, lse, scale, head_weight, key_bias)
-        if launch is not None:
+        if launch is not None and out is not None:
             launch(*arguments, out=out)
             increment_version(out)
             return out
