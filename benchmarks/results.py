@@ -15,13 +15,16 @@ def read_runs(path: Path = RESULTS) -> list[dict]:
 
 
 def last_results(runs: Sequence[dict], name: str) -> dict[str, dict]:
-    """The newest result of each row on a machine; of a row that was counted later, with the later counts."""
+    """The newest result of each row on a machine, with nothing of older ones; of a row that was counted later, with the
+    later counts."""
     found: dict[str, dict] = {}
     for run in runs:
         if run["machine"] == name:
             for row in run["rows"]:
-                about = {key: run[key] for key in ("date", "commit")} if "value" in row else {}
-                found[row["name"]] = found.get(row["name"], {}) | row | about
+                if "value" in row:
+                    found[row["name"]] = row | {key: run[key] for key in ("date", "commit")}
+                else:
+                    found[row["name"]] = found.get(row["name"], {}) | row
     return found
 
 

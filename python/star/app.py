@@ -216,6 +216,8 @@ def make_image(
     check_kind(pipeline)
     text = embedded_prompt(pipeline.tokenizer, prompt) if name == EMBEDDED else prompt
     pixels = number("size", size)
+    if pixels is not None and (pixels < 1 or pixels % 1):
+        raise ValueError(f"size: got {size!r}, expected a whole number of pixels, or nothing for the model's own")
     call = chosen_call(
         pipeline, name, int(steps), number("guidance", guidance), None if pixels is None else int(pixels)
     )

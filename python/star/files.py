@@ -73,11 +73,17 @@ def read_json_lines(path: Path) -> list[dict]:
     return [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def _whole(digits: str) -> int:
+    number = int(digits)
+    float(number)  # raises OverflowError, here rather than where it is computed with
+    return number
+
+
 def parse_json(text: str, source: object) -> Any:
-    """Raises Unreadable, naming the source, for what is no JSON."""
+    """Raises Unreadable, naming the source, for what is no JSON, or has a whole number that no float holds."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json.loads(text, parse_int=_whole)
+    except (ValueError, RecursionError, OverflowError) as error:
         raise Unreadable(f"{source} is not JSON ({one_line(error)})") from error
 
 
@@ -92,8 +98,9 @@ def parse_object(text: str, source: object) -> dict[str, Any]:
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside its place and rename it into it, so that a crash or a full disk leaves the old one."""
     writing = path.with_name(f".{path.name}.writing")
+    writing.unlink(missing_ok=True)  # in a folder that somebody sent it may be a link to another file
     try:
-        with writing.open("wb") as file:
+        with writing.open("xb") as file:
             write(file)
         sync(writing)
         writing.replace(path)

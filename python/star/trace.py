@@ -155,7 +155,8 @@ class _Steps:
 
 @contextmanager
 def _replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Other methods of an object for a while."""
+    """Other methods of an object for a while; its own come back, also those that somebody had replaced."""
+    own = {name: vars(owner)[name] for name in methods if name in vars(owner)}
     for name, method in methods.items():
         setattr(owner, name, functools.wraps(getattr(owner, name))(method))  # pipelines look at their parameters
     try:
@@ -163,6 +164,7 @@ def _replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
     finally:
         for name in methods:
             delattr(owner, name)
+        vars(owner).update(own)
 
 
 def _denoise(

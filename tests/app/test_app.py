@@ -54,6 +54,8 @@ def blind(tmp_path_factory):
         (dict(seed=-1), "seed: got -1, expected a whole number from 0 on"),
         (dict(guidance="much"), "guidance: got 'much', expected a number"),
         (dict(size="inf"), "size: got 'inf', expected a number"),
+        (dict(size="0"), "size: got '0', expected a whole number of pixels"),
+        (dict(size="64.5"), "size: got '64.5', expected a whole number of pixels"),
         (dict(size="37"), "`height` and `width` have to be divisible by"),
     ],
 )

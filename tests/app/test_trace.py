@@ -132,6 +132,19 @@ def test_a_pipeline_is_left_as_it_was_whatever_happens(case):
         assert state(pipeline) == before
 
 
+def test_a_method_that_somebody_replaced_stays_replaced():
+    pipeline = embedded()
+    advance, called = pipeline.scheduler.step, []
+
+    def step(*args, **options):
+        called.append(args)
+        return advance(*args, **options)
+
+    pipeline.scheduler.step = step
+    trace(pipeline, "a red circle", dict(num_inference_steps=2, **SHAPES))
+    assert vars(pipeline.scheduler)["step"] is step and called
+
+
 @pytest.fixture(scope="module")
 def shown():
     prompt, call = "[a red circle] left of a [blue square]", dict(num_inference_steps=4, **SHAPES)

@@ -45,6 +45,23 @@ def test_ticks_are_round_and_name_their_numbers():
     assert [tick.label for tick in scale.ticks(whole=True)] == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(
+    ("ends", "labels"),
+    [
+        ((0.9999, 1.0001), ["0.9999", "0.99995", "1", "1.00005", "1.0001"]),  # a ratio within its clip range
+        ((1.01e7, 1.06e7), ["1.01e+07", "1.02e+07", "1.03e+07", "1.04e+07", "1.05e+07", "1.06e+07"]),
+        ((0.0, 9e-5), ["0", "2e-05", "4e-05", "6e-05", "8e-05"]),
+    ],
+)
+def test_ticks_that_differ_are_named_differently(ends, labels):
+    assert [tick.label for tick in chart.Scale.over(np.array(ends), (0, 100), padding=0.0).ticks()] == labels
+
+
+def test_numbers_next_to_zero_are_drawn():
+    drawn = chart.draw("loss", [Curve(0, "run", np.arange(2), np.array([0.0, 5e-324]))])
+    assert "0.0" in [tick.label for tick in drawn.y_ticks]
+
+
 def test_a_chart_says_what_it_shows():
     x, y = np.array([0, 5, 10]), np.array([0.5, np.nan, 0.75])
     errors = np.array([0.1, 0.1, np.nan])

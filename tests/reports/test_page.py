@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import shutil
+import struct
 import tarfile
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -320,6 +322,25 @@ def test_runs_of_other_tasks_and_categories_share_a_page_without_a_difference(tm
     assert "No difference is given between runs" in found.text and "Its prompts have no categories." in missing(found)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "paired"),
+    [
+        ({"run": {"reward": "ocr"}}, {"run": {"reward": "clipscore"}}, False),
+        ({"run": {"reward": "ocr"}}, {}, False),
+        ({"scoring": {"reward": "ocr"}, "run": {"reward": "clipscore"}}, {"run": {"reward": "ocr"}}, True),
+    ],
+)
+def test_scores_of_different_rewards_have_no_difference(tmp_path, one, other, paired):
+    folders = [
+        make_run(tmp_path / name, [scored(0, [0.0, 0.5]), scored(2, [1.0, 1.0])], ["x", "y"], **changes)
+        for name, changes in (("one", one), ("other", other))
+    ]
+    found = write_page(*folders, out=tmp_path / "page.html")
+    row = next(row for row in rows(found) if [cell["text"] for cell in row[:2]] == ["reward", "all prompts"])
+    assert len(row) == 4 + paired
+    assert ("scored by another reward or on other prompts" in found.text) == (not paired)
+
+
 def test_scorings_of_other_prompts_are_not_paired(tmp_path):
     run = make_run(tmp_path / "run", [scored(0, [0.0, 1.0]), scored(2, [1.0, 1.0, 1.0])])
     found = write_page(run, out=tmp_path / "page.html")
@@ -373,6 +394,66 @@ def test_images_of_other_kinds_and_links_are_left_out(tmp_path, runs):
     (sentence,) = [one for one in missing(found) if one.startswith("Left out")]
     assert all(name in sentence for name in ("before/00000.png", "before/00001.png", "after/00003.png"))
     assert len(found.all("span", **{"class": "frame missing soft"})) == 6 + 1  # after, and the one that was cut
+
+
+READ = ("config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "commands.jsonl")
+HELD_OUT = ("held_out/prompts.jsonl", "held_out/maps_before.jsonl", "held_out/maps_after.jsonl")
+
+
+@pytest.mark.parametrize("name", [*READ, *HELD_OUT, "held_out"])
+def test_texts_that_are_links_are_refused(tmp_path, runs, name):
+    """Else whoever sends a run would choose which file of the reader's is shown as its configuration."""
+    run, out = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(runs / "star", run)
+    (run / name).rename(tmp_path / "secret")
+    (run / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"runs: {run / name}.* is a link, expected a file of the run's own"):
+        page.write([run], out)
+    assert not out.exists()
+    (run / name).unlink()
+    (tmp_path / "secret").rename(run / name)
+    (tmp_path / "link").symlink_to(run)  # which the reader named
+    page.write([tmp_path / "link"], out)
+
+
+def test_a_link_where_the_page_is_being_written_changes_no_other_file(tmp_path):
+    run, other = make_run(tmp_path / "run"), tmp_path / "mine.txt"
+    other.write_text("mine")
+    (run / ".report.html.writing").symlink_to(other)
+    page.write([run], run / "report.html")
+    assert other.read_text() == "mine" and not (run / "report.html").is_symlink()
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize("kind", [b"gAMA", b"tRNS", b"iCCP"])
+@pytest.mark.parametrize("size", [8, 600])
+def test_an_image_that_is_damaged_fails_no_page(size, kind):
+    data, wrong = png((1, 2, 3), (size, size)), chunk(kind, b"")
+    end = len(data) - 12  # before IEND
+    for place in (33, end):  # after IHDR, after the pixels
+        url, _ = gallery.as_url(data[:place] + wrong + data[place:])
+        assert url is None or url.startswith("data:image/")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", '{"iteration": NaN, "reward": 1.0}'),
+        ("metrics.jsonl", '{"iteration": Infinity, "reward": 1.0}'),
+        ("metrics.jsonl", '{"iteration": 0, "reward": 1%s}' % (400 * "0")),
+        ("evaluations.jsonl", '{"iteration": 0, "categories": [null], "soft": [1%s], "strict": [1]}' % (400 * "0")),
+        ("summary.json", '{"iterations": 2, "seconds": 1%s}' % (400 * "0")),
+        ("held_out/maps_before.jsonl", '{"iteration": 0, "image": 0, "fields": [{"largest": 1%s}]}' % (400 * "0")),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with_are_one_line(tmp_path, name, line):
+    run = make_run(tmp_path / "run", [scored(0, [1.0])], ["x"])
+    (run / name).write_text(line + "\n")
+    with pytest.raises(Unreadable, match=name):
+        reading.read(run, "run", 0)
 
 
 def test_large_images_become_small_and_are_not_enlarged_pixel_by_pixel():

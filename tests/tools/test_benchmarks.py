@@ -178,6 +178,14 @@ def test_a_row_that_was_counted_later_keeps_its_value():
     assert (found["value"], found["date"], found["counts"]["ours"]["operators"]) == (1.5, "1", 4)
 
 
+def test_a_row_that_was_measured_again_keeps_nothing_of_the_older_one():
+    old = dict(name="a", unit="x", value=5.0, of="quartiles", quartiles=[4.0, 6.0], ours=1.0, other=5.0)
+    new = result_of("a", 1, 2)
+    runs = [dict(machine="m", date=date, commit="c", rows=[row]) for date, row in (("1", old), ("2", new))]
+    found = results.last_results(runs, "m")["a"]
+    assert found == new | dict(date="2", commit="c") and page.interval(found) == "1 to 2"
+
+
 def test_counts_of_a_product_and_of_attention():
     a, b, q = torch.randn(4, 8), torch.randn(8, 16), torch.randn(1, 2, 32, 8)
     found = counts.counts(lambda: (a @ b).view(64))

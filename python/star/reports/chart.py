@@ -142,7 +142,9 @@ class Scale:
         """That has room for all values; padding: as a part of their range."""
         least, most = float(values.min()), float(values.max())
         size, spread = max(abs(least), abs(most)), most - least
-        room = spread * padding if spread > 1e-9 * size else size * 0.1 or 0.5  # of one value there is no range
+        room = size * 0.1 if size > 1 / LIMIT else 0.5  # of one value there is no range
+        if spread > max(1e-9 * size, 1 / LIMIT):
+            room = spread * padding
         return cls(least - room, most + room, *ends)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
@@ -157,7 +159,9 @@ class Scale:
         digits = max(0, -math.floor(math.log10(step)))
         values = np.arange(math.ceil(self.least / step), math.floor(self.most / step) + 1) * step
         values = values[values >= 0] if whole else values
-        label = f"{{:.{digits}f}}" if 1e-4 < step < 1e5 else "{:.2g}"
+        largest = max(abs(self.least), abs(self.most))
+        significant = max(1, math.floor(math.log10(largest)) - math.floor(math.log10(step)) + 1)  # tell neighbors apart
+        label = f"{{:.{digits}f}}" if 1e-4 < step < 1e5 else f"{{:.{significant}g}}"
         return [
             Tick(round(float(at), 1), label.format(value + 0.0)) for value, at in zip(values, self(values), strict=True)
         ]  # + 0.0: no "-0"

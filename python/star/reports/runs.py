@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,15 @@ STAGES: tuple[Stage, ...] = ("before", "after")
 PNG = b"\x89PNG\r\n\x1a\n"
 BEFORE_AFTER = "the same prompts and noise before and after"
 FIGURES = {"before_after.png": BEFORE_AFTER, "allocation.png": "weights that attention allocates, step by step"}
+# What is read of a run beside its images.
+TEXTS = (
+    *("config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "commands.jsonl"),
+    *("held_out/prompts.jsonl", "held_out/maps_before.jsonl", "held_out/maps_after.jsonl"),
+)
 # Where a run is and how it goes on is no difference between runs.
 PLACES = ("run.out", "run.resume", "run.overwrite")
-# Scores compare prompt by prompt where these are the same.
-SCORED = ("task", "scoring.count", "scoring.prompts", "scoring.seed", "scoring.images_per_prompt", "scoring.reward")
+# Scores compare prompt by prompt where these and the reward are the same.
+SCORED = ("task", "scoring.count", "scoring.prompts", "scoring.seed", "scoring.images_per_prompt")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Run:
         wanted = self.config.get("optimization.iterations")
         return bool(self.summary) and (not isinstance(wanted, int) or self.iterations >= wanted)
 
+    @property
+    def judge(self) -> object:
+        """The reward that scores held-out images; None: the task's."""
+        scoring = self.config.get("scoring.reward")
+        return self.config.get("run.reward") if scoring is None else scoring
+
     def evaluation(self, stage: Stage) -> Evaluation | None:
         """See `last_of`."""
         return last_of(self.evaluations, stage)
@@ -88,6 +100,9 @@ def read(path: Path, name: str, number: int) -> Run:
         )
         hint = f"; did you mean {inner[0]}?" if inner else ""
         raise ValueError(f"runs: {path} is no run (it has no config.yaml){hint}")
+    for file in (path / text for text in TEXTS):
+        if is_link(path, file):
+            raise ValueError(f"runs: {file} is a link, expected a file of the run's own; copy it to its place")
     evaluations = read_evaluations(path)
     grids = {int(file.stem): file for file in (path / "grids").glob("*.png") if file.stem.isdecimal()}
     return Run(
@@ -111,10 +126,15 @@ def read(path: Path, name: str, number: int) -> Run:
     )
 
 
+def is_link(run: Path, file: Path) -> bool:
+    """Whether a run's file is a link, or in a folder that is one. Whoever sends a run's folder must not choose what of
+    the reader's files is in the page."""
+    return os.path.realpath(file) != os.path.join(os.path.realpath(run), file.relative_to(run))
+
+
 def read_image(run: Path, file: Path) -> bytes | None:
-    """The PNG that a run drew; None where there is none. Whoever sends a run's folder must not choose what of the
-    reader's files is in the page: links are left out, and so is what is no PNG."""
-    if not file.is_file() or file.resolve() != run.resolve() / file.relative_to(run):
+    """The PNG that a run drew; None where there is none. Links are left out, and so is what is no PNG."""
+    if not file.is_file() or is_link(run, file):
         return None
     data = file.read_bytes()
     return data if data.startswith(PNG) else None
@@ -201,14 +221,15 @@ def differences(runs: Sequence[Run]) -> tuple[dict[str, list[str]], dict[str, li
 
 
 def are_paired(one: Run, other: Run) -> bool:
-    """Whether the scores of two runs are of the same prompts with the same noise, as far as their folders tell."""
+    """Whether the scores of two runs are by the same reward, of the same prompts with the same noise, as far as their
+    folders tell."""
     first, second = one.evaluation("after"), other.evaluation("after")
     if first is None or second is None or first.categories != second.categories:
         return False
     known = one.shown.prompts and other.shown.prompts
     if known and one.shown.prompts != other.shown.prompts:
         return False
-    return all(one.config.get(key) == other.config.get(key) for key in SCORED)
+    return one.judge == other.judge and all(one.config.get(key) == other.config.get(key) for key in SCORED)
 
 
 def paired(runs: Sequence[Run]) -> list[Run]:

@@ -84,7 +84,8 @@ def read(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     lines = files.read_json_lines(path)
     for number, line in enumerate(lines, 1):
-        if "iteration" not in line or not all(isinstance(value, int | float) for value in line.values()):
+        numbers = all(isinstance(value, int | float) for value in line.values())
+        if not numbers or not isinstance(line.get("iteration"), int):
             raise files.Unreadable(f"{path}: its entry {number} has no metrics of an iteration; delete that line")
     return lines
 
