@@ -83,7 +83,7 @@ def verdict(unit: Unit, estimate: Estimate, limit: float | None) -> Verdict:
 EXACT = ("operators", "allocations")  # counts that a quiet machine and a busy one have in common
 
 
-def slower(rows: Iterable[Mapping], past: Mapping[str, Mapping], units: Mapping[str, Unit] = UNITS) -> list[str]:
+def slower(rows: Iterable[Mapping], past: Mapping[str, Mapping]) -> list[str]:
     """What got slower: each row whose interval lies wholly on the worse side of its past one, or that counts more.
 
     rows: results as `runner` writes them. past: the last of each name on the same machine."""
@@ -92,7 +92,7 @@ def slower(rows: Iterable[Mapping], past: Mapping[str, Mapping], units: Mapping[
         name, before = row["name"], past.get(row["name"])
         if before is None:
             continue
-        unit = units[row["unit"]]
+        unit = UNITS[row["unit"]]
         ends = (row.get("low"), before.get("low"))
         if None not in ends and row["low"] != row["high"]:  # a peak of memory has no interval, and its limit alone
             now, then = (one["low" if unit.more else "high"] for one in (row, before))
