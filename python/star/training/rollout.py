@@ -597,19 +597,24 @@ def sample(
     channels, batch = model.in_channels, len(groups)
     captured = steps.trained if options.captured is None else options.captured
     buffers = Buffers((batch, channels, *size), steps, captured, options, device)
-    first, chosen = (len(conditions.prompts), groups) if options.shared_noise else (total, rows)
+
+    def draw(count: int, chosen: Tensor) -> Tensor:
+        """Of some of `count` samples: noise, or seeds where the device draws it."""
+        if options.noise_on_cpu:
+            return torch.randn(count, channels, *size, generator=generator)[chosen]
+        return torch.randint(2**62, (count,), generator=generator)[chosen]
+
+    if start is None:
+        first = draw(*((len(conditions.prompts), groups) if options.shared_noise else (total, rows))).to(device)
+        latents = first if options.noise_on_cpu else drawn(first, (channels, *size))
+    else:
+        latents = start.to(device, copy=True)
     seeds = None
     if options.noise_on_cpu:
-        draw = lambda count, chosen: torch.randn(count, channels, *size, generator=generator)[chosen]
-        latents = draw(first, chosen).to(device)
         for k in range(len(steps.trained)):
             buffers.set_noise(k, draw(total, rows))
     else:
-        draw = lambda count, chosen: torch.randint(2**62, (count,), generator=generator)[chosen]
-        latents = drawn(draw(first, chosen).to(device), (channels, *size))
         seeds = [draw(total, rows) for _ in steps.trained]
-    if start is not None:
-        latents = start.to(device, copy=True)
 
     count = len(steps.timesteps)
     alone = min(steps.trained, default=count) if options.shared_noise else 0  # steps that run before samples part
