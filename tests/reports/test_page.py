@@ -358,7 +358,7 @@ def test_more_categories_than_charts(tmp_path):
 
 
 def test_a_run_of_version_0_1_has_what_it_kept(tmp_path):
-    archive = Path(__file__).parents[2] / "docs/evidence/global-runs.tar.xz"
+    archive = Path(__file__).parents[1] / "data/global-runs.tar.xz"
     with tarfile.open(archive) as archived:
         archived.extractall(tmp_path, filter="data")
     old = tmp_path / "global/runs"

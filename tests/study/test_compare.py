@@ -446,7 +446,7 @@ def test_an_arm_with_one_seed_is_a_pilot_in_tables_of_its_own(tmp_path, monkeypa
 
 
 def test_an_archived_study_of_an_earlier_version_is_reported_as_it_was(tmp_path, capsys):
-    archive = Path(__file__).parents[2] / "docs/evidence/global-runs.tar.xz"
+    archive = Path(__file__).parents[1] / "data/global-runs.tar.xz"
     with tarfile.open(archive) as runs_of_study:
         runs_of_study.extractall(tmp_path, filter="data")
     assert "optimisation:" in (tmp_path / "global/runs/uniform-0/config.yaml").read_text()

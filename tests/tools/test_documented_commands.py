@@ -1,8 +1,10 @@
 """Every command of README and the documentation is run here, or says why not; every `star` command is understood."""
 
+import hashlib
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from star.shapes.model import load_pipeline
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = ("bash", "sh", "console", "")  # languages of a fence that may hold commands
-PROGRAMS = "star accelerate make python pip git cp mkdir STAR_".split()
+PROGRAMS = "star accelerate make python pip git cp mkdir sha256sum tar STAR_".split()
 
 # Run word by word, with what is behind it to make it short.
 EXECUTED = {
@@ -35,7 +37,7 @@ NOT_RUN = {
     r"star compare ": HOURS,  # tests/study runs small ones, and reports an archive
     r"python -m star\.rewards\.serve": "needs a reward's weights",
     r"STAR_ATTACK_REQUESTS": HOURS,
-    r"mkdir -p runs && tar": HOURS,
+    r"mkdir -p runs$|git show 268a74a:|sha256sum|tar ": "test_the_archives_are_in_the_history",
     r"pip install|python -m spacy download": NETWORK,  # make install-check
     r"git apply|cp (verl_star|star_adapter)\.py": HOST,
     r"make (test|docs|links|lint)$": "a job of the continuous integration",
@@ -136,8 +138,8 @@ def test_programs_of_documented_commands_exist():
             assert words[1] in targets, f"{page.name}: {command}"
         if words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), f"{page.name}: {command}"
-        for name in re.findall(r"--document (\S+)|(docs/\S+\.tar\.xz)", command):
-            assert (ROOT / "".join(name)).is_file(), f"{page.name}: {command}"
+        for name in re.findall(r"--document (\S+)", command):
+            assert (ROOT / name).is_file(), f"{page.name}: {command}"
 
 
 def test_commands_are_found(tmp_path):
@@ -148,3 +150,17 @@ def test_commands_are_found(tmp_path):
         "- an item\n    star of its second line\n"
     )
     assert commands(page) == ["star info", "star train --out a"]
+
+
+def test_the_archives_are_in_the_history():
+    """Where the page of the method says that a clone has them, with the bytes and the checksums that it names."""
+    page = (ROOT / "docs/evidence/method.md").read_text()
+    rows = re.findall(r"^\| `(\w+-runs\.tar\.xz)` \| (\d+) \| `(\w{64})` \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    commit = re.search(r"git show (\w+):docs/evidence/", page)[1]
+    if subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("a clone without its history")
+    for name, size, checksum in rows:
+        archive = ["git", "show", f"{commit}:docs/evidence/{name}"]
+        content = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (int(size), checksum), name
