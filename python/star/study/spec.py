@@ -169,7 +169,7 @@ def credit() -> Study:
     """DiffusionNFT, in which knowing the locations helps or does not: what each location or concept earned, where the
     reward's masks are, where the maps look; and Flow-GRPO beside it. Learning rates are those at which the scalar arm
     of each objective does best; see docs/evidence/credit.md."""
-    concept = {"advantage": "concept"}
+    location, concept = {"advantage": "location"}, {"advantage": "concept"}
     grpo: dict[str, Any] = {
         "model": {"lora_rank": 128},
         "sampling": {"trained_steps": (1,), "shared_noise": True, "merge_adapter": True},
@@ -181,18 +181,17 @@ def credit() -> Study:
         baselines=("uniform",),
         changes={
             # Every checkpoint is kept: the drift at equal score is measured on them.
-            "scoring": {"every": 16, "count": 512},
-            "run": {"save_every": 16, "keep_checkpoints": 4, "figures": False},
-            "model": {"lora_rank": 0},
-            "sampling": {"merge_adapter": False},
-            "loss": {"noise_levels": 2},
-            "optimization": {"iterations": 64, "learning_rate": 1e-4, "warmup": 24},
-            **_allocation("uniform"),
+            "scoring": {"every": 8, "count": 512},
+            "run": {"save_every": 8, "keep_checkpoints": 3, "figures": False, "grid_every": 0},
+            "sampling": {"images_per_prompt": 6},
+            "loss": {"advantage": "image"},
+            "optimization": {"iterations": 24, "learning_rate": 2e-4, "warmup": 8, "ema_decay": 0.9},
         },
         arms={
             "uniform": {},
             # The verifier says what each location earned: a perfect map and a perfect judge, the positive control.
-            "location": {"loss": {"advantage": "location"}},
+            "location": {"loss": location},
+            "location_half": {"loss": location | {"location_share": 0.5}},
             # The reward says what each concept earned, and the model's own maps where that belongs.
             "concept": {"loss": concept},
             "concept_other": {"loss": concept | {"concept_maps": "other"}},
@@ -201,9 +200,9 @@ def credit() -> Study:
             "shuffled": _allocation("shuffled"),
             "random": _allocation("random"),
             "topk": _allocation("topk"),
-            "topk_late": _allocation("topk", noise_window=(0.0, 0.5)),
-            "location_attention": {"loss": {"advantage": "location"}, **_allocation("attention")},
-            "location_oracle": {"loss": {"advantage": "location"}, **_allocation("oracle")},
+            "topk_late": _allocation("topk", noise_window=(0.0, 0.8)),
+            "location_attention": {"loss": location, **_allocation("attention")},
+            "location_oracle": {"loss": location, **_allocation("oracle")},
             "concept_double": {"loss": concept | {"concept_strength": 2.0}},
             "grpo": grpo,
             # The noise of Flow-GRPO's step, and with it what a group differs in, at the locations that the maps choose.
