@@ -170,6 +170,7 @@ def credit() -> Study:
     reward's masks are, where the maps look; and Flow-GRPO beside it. Learning rates are those at which the scalar arm
     of each objective does best; see docs/evidence/credit.md."""
     location, concept = {"advantage": "location"}, {"advantage": "concept"}
+    both, half_rate = location | {"location_share": 0.5}, {"optimization": {"learning_rate": 1e-4}}
     grpo: dict[str, Any] = {
         "model": {"lora_rank": 128},
         "sampling": {"trained_steps": (1,), "shared_noise": True, "merge_adapter": True},
@@ -191,7 +192,8 @@ def credit() -> Study:
             "uniform": {},
             # The verifier says what each location earned: a perfect map and a perfect judge, the positive control.
             "location": {"loss": location},
-            "location_half": {"loss": location | {"location_share": 0.5}},
+            # Half of it the image's: what is missing has no location.
+            "location_and_image": {"loss": both},
             # The reward says what each concept earned, and the model's own maps where that belongs.
             "concept": {"loss": concept},
             "concept_other": {"loss": concept | {"concept_maps": "other"}},
@@ -203,6 +205,9 @@ def credit() -> Study:
             "topk_late": _allocation("topk", noise_window=(0.0, 0.8)),
             "location_attention": {"loss": location, **_allocation("attention")},
             "location_oracle": {"loss": location, **_allocation("oracle")},
+            # In the strict score half the rate is worth as much as some arms.
+            "uniform_half_rate": half_rate,
+            "location_and_image_half_rate": {"loss": both, **half_rate},
             "concept_double": {"loss": concept | {"concept_strength": 2.0}},
             "grpo": grpo,
             # The noise of Flow-GRPO's step, and with it what a group differs in, at the locations that the maps choose.
