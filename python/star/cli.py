@@ -199,10 +199,11 @@ def plan(arguments: list[str]) -> None:
     plan = predict(config, known.gpus, known.fsdp)
     table = Table("", "", title=f"{config.model.path or config.task}: one iteration on {known.gpus} GPUs, predicted")
     table.add_row("images", f"{plan.images:,} ({plan.images_per_gpu:,} per GPU)")
-    trained = "noise levels of an image" if plan.old_rows else "trained steps"
+    trained = "trained steps" if config.loss.objective == "grpo" else "noise levels of an image"
     table.add_row(trained, f"{plan.trained_steps} of {config.sampling.steps}")
-    forward = {"rollout": plan.rollout_rows, "old policy": plan.old_rows, "reference": plan.reference_rows}
-    forward = {name: rows for name, rows in forward.items() if rows or name != "old policy"}
+    before = "old policy" if config.loss.keeps_old else "maps"
+    forward = {"rollout": plan.rollout_rows, before: plan.old_rows, "reference": plan.reference_rows}
+    forward = {name: rows for name, rows in forward.items() if rows or name != before}
     table.add_row("forward rows per GPU", ", ".join(f"{rows:,} {name}" for name, rows in forward.items()))
     table.add_row("forward and backward rows", f"{plan.update_rows:,} per GPU", end_section=True)
     table.add_row("a row", f"{plan.forward_flops / 1e12:.3g} TFLOP forward, {plan.backward_flops / 1e12:.3g} backward")

@@ -148,21 +148,23 @@ class Sampling:
 
 @dataclass
 class Loss:
-    """The objective; see star_kernels.policy_loss and star_kernels.nft_loss."""
+    """The objective; see star_kernels.policy_loss, star_kernels.nft_loss and star.objective.awm_loss."""
 
-    objective: Literal["grpo", "nft"] = "grpo"
+    objective: Literal["grpo", "nft", "awm"] = "grpo"
     """grpo: the clipped ratio of the rollout's stochastic steps (Flow-GRPO). nft: the forward process of the images
-    (DiffusionNFT). An old policy, which follows the trained one, then samples the images without noise in the steps."""
+    (DiffusionNFT). An old policy, which follows the trained one, then samples the images without noise in the steps.
+    awm: the forward process too, with the matching loss as the log-density (Advantage Weighted Matching)."""
     ratio: Literal["token", "location", "sample"] = "token"
     """What is clipped: the sample's ratio with the gradient of each location, the ratio of each location, or one ratio
     of the weighted log-ratios."""
     clip_range: NotNegative = 1e-4
     """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
     adv_clip: AboveZero = 5.0
-    """Advantages are clamped to +-adv_clip. nft: at these ends the probability that an image is good is 1 and 0."""
+    """Advantages are clamped to +-adv_clip. nft: at these ends the probability that an image is good is 1 and 0. awm:
+    they are divided by it too."""
     kl_coef: NotNegative = 0.0
-    """Coefficient of the KL term to the model before the run. nft: of the squared difference to its velocity. 0: no
-    such term."""
+    """Coefficient of the KL term to the model before the run. nft, awm: of the squared difference to its velocity. 0:
+    no such term."""
     guard: bool = False
     """Normalize ratios as GRPO-Guard does."""
     global_std: bool = False
@@ -181,18 +183,38 @@ class Loss:
     """The map that places a concept's advantage. own: the concept's. other: another concept's of the same prompt, a
     control."""
     noise_levels: Count = 0
-    """nft: number of noise levels that an iteration trains each image at, drawn from those of sampling.trained_steps.
-    0: all of them."""
+    """nft, awm: number of noise levels that an iteration trains each image at, drawn from those of
+    sampling.trained_steps. 0: all of them."""
     beta: AboveZero = 1.0
     """nft: distance of the implicit positive and negative policies to the old policy."""
     old_decay: Annotated[float, Range(least=0, most=1)] = 0.5
-    """nft: largest share of itself that the old policy keeps after an iteration. 0: it becomes the trained policy."""
+    """nft, awm: largest share of itself that the old policy keeps after an iteration. 0: it becomes the trained
+    policy."""
     old_decay_rate: NotNegative = 1e-3
-    """nft: growth of that share with each update, from 0."""
+    """nft, awm: growth of that share with each update, from 0."""
     old_decay_start: Count = 0
-    """nft: number of updates before the share begins to grow."""
+    """nft, awm: number of updates before the share begins to grow."""
+    old_kl_coef: NotNegative = 1.0
+    """awm: coefficient of the squared difference to the old policy's velocity. 0: no such term."""
+    off_policy: bool = False
+    """awm: the old policy samples the images, and the ratio compares with it; with old_decay 0 that is the policy as it
+    began the iteration. False: the policy samples them itself, and its ratio is 1: one update an iteration."""
+    sigma_power: NotNegative = 1.0
+    """awm: power of the noise level that multiplies a sample's matching error in the log-density."""
+    error_power: Annotated[float, Range(above=0, most=1)] = 0.25
+    """awm: power of that error. Below 1, samples and noise levels with a large error count less."""
     normalize_rewards: bool = False
     """Turn each of several rewards into advantages before they are weighted, so that their scales do not matter."""
+
+    @property
+    def old_samples(self) -> bool:
+        """Whether an old policy samples the images."""
+        return self.objective == "nft" or (self.objective == "awm" and self.off_policy)
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether there is an old policy."""
+        return self.old_samples or (self.objective == "awm" and self.old_kl_coef > 0)
 
 
 @dataclass
@@ -332,7 +354,7 @@ class Config:
                 f"{update} images{each}"
             )
         # GRPO's last step is nearly deterministic: its log-ratio would drown all others.
-        last = sampling.steps - 1 if self.loss.objective == "nft" else sampling.steps - 2
+        last = sampling.steps - (2 if self.loss.objective == "grpo" else 1)
         if not sampling.trained_steps or not all(0 <= i <= last for i in sampling.trained_steps):
             raise ConfigError(f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{last}")
         for name, values in (("trained_steps", sampling.trained_steps), ("layers", sampling.layers or ())):
@@ -357,8 +379,8 @@ class Config:
             )
         self._check_scoring()
         self._check_concepts()
-        if self.loss.objective == "nft":
-            self._check_nft(optimization.micro_batch or update // processes)
+        if self.loss.objective != "grpo":
+            self._check_forward_process(optimization.micro_batch or update // processes)
         if self.loss.normalize_rewards and self.loss.advantage == "location":
             raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
         if self.loss.normalize_rewards and self.loss.advantage == "concept":
@@ -368,10 +390,11 @@ class Config:
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: choose one")
 
-    def _check_nft(self, chunk: int) -> None:
+    def _check_forward_process(self, chunk: int) -> None:
         """Raise ConfigError for what the forward process has no use for: it would be left out in silence. chunk: images
         of a forward pass."""
         sampling, loss = self.sampling, self.loss
+        name, updates = loss.objective, self.optimization.updates_per_iteration
         if loss.noise_levels > len(sampling.trained_steps):
             raise ConfigError(
                 f"loss.noise_levels: got {loss.noise_levels}, expected 0..{len(sampling.trained_steps)}, "
@@ -379,27 +402,35 @@ class Config:
             )
         if sampling.guidance_scale > 1:
             raise ConfigError(
-                f"sampling.guidance_scale: got {sampling.guidance_scale:g}, expected 1: loss.objective nft trains "
+                f"sampling.guidance_scale: got {sampling.guidance_scale:g}, expected 1: loss.objective {name} trains "
                 "without guidance"
             )
         refused = {
             "sampling.window": (sampling.window, 0),
             "sampling.shared_noise": (sampling.shared_noise, False),
             "sampling.explore": (sampling.explore, "everywhere"),
-            "loss.ratio": (loss.ratio, "token"),
             "loss.guard": (loss.guard, False),
             "allocation.temporal": (self.allocation.temporal, "none"),
         }
-        for name, (value, expected) in refused.items():
+        own: dict[str, dict[str, tuple[object, object]]] = {
+            "nft": {"loss.ratio": (loss.ratio, "token"), "loss.off_policy": (loss.off_policy, False)},
+            "awm": {"loss.beta": (loss.beta, 1.0)},
+        }
+        for option, (value, expected) in (refused | own[name]).items():
             if value != expected:
-                raise ConfigError(f"{name}: got {value!r}, loss.objective nft has none; expected {expected!r}")
+                raise ConfigError(f"{option}: got {value!r}, loss.objective {name} has none; expected {expected!r}")
+        if name == "awm" and updates > 1 and not loss.off_policy:
+            raise ConfigError(
+                f"optimization.updates_per_iteration: got {updates}, expected 1: after the first update the policy is "
+                "not the one that sampled; set loss.off_policy, with loss.old_decay 0 to begin with the policy itself"
+            )
         if self.allocation.strategy == "shuffled" and chunk < 2:
             raise ConfigError(
-                f"allocation.strategy: shuffled needs 2 images or more in a pass of loss.objective nft, got {chunk}; "
-                "raise optimization.micro_batch"
+                f"allocation.strategy: shuffled needs 2 images or more in a pass of loss.objective {name}, got "
+                f"{chunk}; raise optimization.micro_batch"
             )
         if self.allocation.strategy == "final_step":
-            raise ConfigError("allocation.strategy: final_step is not for loss.objective nft, which has no steps")
+            raise ConfigError(f"allocation.strategy: final_step is not for loss.objective {name}, which has no steps")
 
     def _check_concepts(self) -> None:
         if self.sampling.concepts == "rules":

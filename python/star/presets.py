@@ -113,6 +113,46 @@ def sd35m_nft(task: str) -> Config:
     )
 
 
+def sd35m_awm(task: str) -> Config:
+    """Stable Diffusion 3.5 Medium with Advantage Weighted Matching's published settings and STAR's allocation (the
+    defaults).
+
+    Sources: advantage_weighted_matching config/dgx_awm.py, `geneval_sd3_no_cfg_1node`, `ocr_sd3_no_cfg_1node` and
+    `pickscore_sd3_no_cfg_1node`, and scripts/train_sd3_awm.py. Its sampler is SA-Solver, ours Euler's.
+    """
+    published = sd35m(task)
+    kl_coef = {"geneval": 1e-3, "ocr": 3e-3, "pickscore": 1e-4}
+    every = 20 if task == "ocr" else 50
+    return dataclasses.replace(
+        published,
+        sampling=dataclasses.replace(
+            published.sampling,
+            steps=14,
+            guidance_scale=1.0,
+            # timestep_fraction 0.9; time_type "discrete_wo_init", PickScore's "discrete".
+            trained_steps=tuple(range(0 if task == "pickscore" else 1, 12)),
+            # train_batch_size * gpu_numbers * num_batches_per_epoch images.
+            prompts_per_iteration=24 if task == "pickscore" else 72,
+        ),
+        loss=Loss(
+            objective="awm",
+            noise_levels=6,
+            clip_range=1.0,
+            kl_coef=kl_coef[task],
+            # weighting "ghuber", ghuber_power, ema_beta, kl_ema_decay; "linear" is the rate.
+            sigma_power=1.0,
+            error_power=0.25,
+            old_kl_coef=1.0,
+            old_decay=0.3,
+            old_decay_rate=0.001,
+            global_std=True,
+        ),
+        optimization=dataclasses.replace(published.optimization, updates_per_iteration=1, ema_decay=0.99, ema_every=1),
+        scoring=dataclasses.replace(published.scoring, every=every, guidance_scale=1.0),
+        run=dataclasses.replace(published.run, out=Path(f"runs/{task}-sd35m-awm"), save_every=every, grid_every=0),
+    )
+
+
 def sd35m(task: str, fast: bool = False) -> Config:
     """Stable Diffusion 3.5 Medium with Flow-GRPO's published settings and STAR's allocation (the defaults).
 
@@ -171,12 +211,15 @@ PRESETS = {
     "geneval-sd35m": lambda: sd35m("geneval"),
     "geneval-sd35m-fast": lambda: sd35m("geneval", fast=True),
     "geneval-sd35m-nft": lambda: sd35m_nft("geneval"),
+    "geneval-sd35m-awm": lambda: sd35m_awm("geneval"),
     "ocr-sd35m": lambda: sd35m("ocr"),
     "ocr-sd35m-fast": lambda: sd35m("ocr", fast=True),
     "ocr-sd35m-nft": lambda: sd35m_nft("ocr"),
+    "ocr-sd35m-awm": lambda: sd35m_awm("ocr"),
     "pickscore-sd35m": lambda: sd35m("pickscore"),
     "pickscore-sd35m-fast": lambda: sd35m("pickscore", fast=True),
     "pickscore-sd35m-nft": lambda: sd35m_nft("pickscore"),
+    "pickscore-sd35m-awm": lambda: sd35m_awm("pickscore"),
 }
 
 

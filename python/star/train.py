@@ -32,8 +32,7 @@ from star.training.credit import Credit, masks_or_nothing
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.exploration import explore_maps, explore_masks
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
-from star.training.grpo import GRPO
-from star.training.nft import NFT
+from star.training.objectives import make_objective
 from star.training.pipeline import check_size, latent_size
 from star.training.policy import Policy
 from star.training.prompts import concepts_of
@@ -100,10 +99,9 @@ class Trainer:
         # Neighbors are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration
         self.share = Share(self.accelerator, images, updates)
-        objective = NFT if config.loss.objective == "nft" else GRPO
         patch = self.pipeline.transformer.config.patch_size
         self.grid = (self.size[0] // patch, self.size[1] // patch)
-        self.objective = objective(config, self.policy, self.share, self.groups, patch)
+        self.objective = make_objective(config, self.policy, self.share, self.groups, patch)
         self.chunk = config.optimization.micro_batch or len(self.share.rows) // updates
         self.iteration = 0
         self.preview: preview.Preview | None = None
@@ -212,7 +210,7 @@ class Trainer:
         elif sampling.explore == "masks":
             assert find is not None  # whoever trains gives it
             explore = explore_masks(self.first_masks(conditions, options, generator, find), self.grid)
-        with self.policy.old():
+        with self.policy.sampler():
             return sample(
                 self.policy.transformer,
                 conditions,

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from builders import random_weights, scheduler
-from star.objective import diffusion_dpo_loss, nft_loss, reinforce_loss, sde_step_with_logprob, weighted_gradient
+from star.objective import (
+    awm_loss,
+    diffusion_dpo_loss,
+    nft_loss,
+    reinforce_loss,
+    sde_step_with_logprob,
+    weighted_gradient,
+)
 
 SHAPES = pytest.mark.parametrize(
     ("shape", "locations"), [((4, 3, 4, 5), (4, 4, 5)), ((4, 3, 2, 4, 5), (4, 2, 4, 5)), ((4, 20, 3), (4, 20))]
@@ -147,6 +154,88 @@ def test_nft_errors():
         nft_loss(x, x, x, x, t, t, beta=0)
     with pytest.raises(ValueError, match=r"weights: got shape \(2, 1, 1\), expected \(2, 4, 5\)"):
         nft_loss(x, x, x, x, t, t, torch.ones(2, 1, 1), beta=1.0)
+
+
+# --- Advantage Weighted Matching --------------------------------------------------------------------------------------
+
+WEIGHTINGS = {"Uniform": (0, 1), "t": (1, 1), "t**2": (2, 1), "ghuber": (1, 0.25)}
+
+
+def original_awm(v, old, target, t, advantages, weighting, clip, limit):
+    """Xue et al. 2025: the matching loss as a negative log-density, under one of the official code's weightings."""
+
+    def log_prob(v):
+        error = ((v - target) ** 2).flatten(1).mean(1)
+        if weighting == "ghuber":
+            return -t / 0.25 * ((error + 1e-10) ** 0.25 - 1e-10**0.25)
+        return -error * {"Uniform": 1, "t": t, "t**2": t**2}[weighting]
+
+    r, a = torch.exp(log_prob(v) - log_prob(old)), advantages.clamp(-limit, limit) / limit
+    return torch.maximum(-a * r, -a * r.clamp(1 - clip, 1 + clip)).mean()
+
+
+@SHAPES
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_awm(shape, locations, weighting):
+    v, target = draw(*shape).requires_grad_(), draw(*shape)
+    old = v.detach() + 0.2 * draw(*shape)
+    t, advantages = torch.tensor([0.1, 0.4, 0.7, 1.0]).double(), torch.tensor([9.0, -0.5, 2.0, -1.5]).double()
+    weights = random_weights(locations, torch.float64)
+    sigma_power, error_power = WEIGHTINGS[weighting]
+    for clip, policy in ((1.0, old), (0.01, old), (1.0, v.detach())):
+
+        def loss(w, a=advantages, clip=clip, policy=policy, ratio="token"):
+            powers = {"sigma_power": sigma_power, "error_power": error_power}
+            return awm_loss(v, policy, target, t, a, w, **powers, clip_range=clip, adv_clip_max=3.0, ratio=ratio).loss
+
+        expected = original_awm(v, policy, target, t, advantages, weighting, clip, 3.0)
+        (plain,) = torch.autograd.grad(expected, v)
+        each = advantages.view(-1, *(1,) * (len(locations) - 1)).expand(locations)
+        for w, a, ratio in (
+            (None, advantages, "token"),
+            (torch.ones_like(weights), each, "token"),
+            (None, advantages, "sample"),
+        ):
+            torch.testing.assert_close(loss(w, a, ratio=ratio), expected, rtol=1e-13, atol=1e-15)
+            torch.testing.assert_close(
+                torch.autograd.grad(loss(w, a, ratio=ratio), v)[0], plain, rtol=1e-11, atol=1e-15
+            )
+        torch.testing.assert_close(loss(weights), expected, rtol=1e-13, atol=1e-15)
+        (gradient,) = torch.autograd.grad(loss(weights), v)
+        torch.testing.assert_close(
+            gradient, plain * weights.unsqueeze(2 if len(shape) == 3 else 1), rtol=1e-11, atol=1e-15
+        )
+        assert plain.abs().max() > 0
+
+
+@pytest.mark.parametrize("error_power", [0.25, 1.0])
+def test_awm_log_ratios_keep_their_digits(error_power):
+    """A small step in float32: the difference of two log-densities would lose most of it."""
+    target, v, step = (draw(2, 4, 16, 16).float() for _ in range(3))
+    t, advantages = torch.tensor([0.3, 0.9]), torch.tensor([1.0, -1.0])
+    old = v + 1e-5 * step
+    got = awm_loss(v, old, target, t, advantages, error_power=error_power).statistics
+    exact = [x.double() for x in (v, old, target, t, advantages)]
+    expected = awm_loss(*exact, error_power=error_power).statistics
+    torch.testing.assert_close(got.approx_kl, expected.approx_kl, rtol=1e-4, atol=0)
+    same = awm_loss(v, v, target, t, advantages, error_power=error_power).statistics
+    assert [same.approx_kl, same.ratio_min, same.ratio_max] == [0, 1, 1] and expected.approx_kl > 0
+    perfect = awm_loss(target, old, target, t, advantages, error_power=error_power)
+    assert perfect.loss.isfinite() and perfect.statistics.nonfinite == 0
+    broken = awm_loss(v.index_fill(0, torch.tensor([1]), torch.inf), old, target, t, advantages)
+    assert broken.loss.isnan() and broken.statistics.nonfinite == 256
+
+
+def test_awm_errors():
+    x, t = draw(2, 3, 4, 5), torch.ones(2).double()
+    with pytest.raises(ValueError, match=r"sigma: has values outside \[0, 1\]; it is the noise level"):
+        awm_loss(x, x, x, 1000 * t, t)
+    with pytest.raises(ValueError, match="error_power: got 0"):
+        awm_loss(x, x, x, t, t, error_power=0)
+    with pytest.raises(ValueError, match=r"target: got shape \(1, 3, 4, 5\), expected \(2, 3, 4, 5\)"):
+        awm_loss(x, x, x[:1], t, t)
+    with pytest.raises(ValueError, match=r"advantages: got shape \(2, 1\), expected \(2,\) or \(2, 4, 5\)"):
+        awm_loss(x, x, x, t, t[:, None])
 
 
 # --- Diffusion-DPO ----------------------------------------------------------------------------------------------------

@@ -63,6 +63,11 @@ def test_a_warm_up_begins_with_the_scalar_run(tmp_path):
 RUNS = {
     "grpo": {},
     "nft": {"loss": NFT, "sampling": NO_NOISE},
+    "awm": {
+        "loss": {"objective": "awm", "noise_levels": 2},
+        "sampling": NO_NOISE,
+        "optimization": {"updates_per_iteration": 1},
+    },
 }
 
 

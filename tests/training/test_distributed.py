@@ -45,6 +45,11 @@ CASES = {
             "advantage": "concept",
         },
     },
+    # The maps come from the old policy's passes, the ratio from none.
+    "awm": {
+        "sampling": {"trained_steps": [0, 1, 2], "shared_noise": False},
+        "loss": {"objective": "awm", "noise_levels": 2, "old_decay": 0.9, "old_decay_rate": 0.3, "kl_coef": 0.1},
+    },
     # Every process samples the first image of every prompt.
     "full": {
         "model": {"lora_rank": 0},

@@ -402,7 +402,7 @@ def test_a_card_names_the_hubs_base_model_and_every_reward(tmp_path):
     assert rewards.parse(config.run.reward) == {"ocr": 1.0, "pickscore": 0.5}
 
 
-@pytest.mark.parametrize(("objective", "other"), [("grpo", "nft"), ("nft", "grpo")])
+@pytest.mark.parametrize(("objective", "other"), [("grpo", "nft"), ("nft", "grpo"), ("awm", "grpo")])
 def test_a_card_names_the_runs_own_objective(tmp_path, objective, other):
     config = configuration.update(configuration.Config(), {"loss": {"objective": objective}})
     text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog").read_text()

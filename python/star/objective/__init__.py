@@ -2,7 +2,7 @@
 
 Needs torch and star_kernels only. Reading order: allocation (maps to weights), weighting (weights to gradients),
 routing (credit per concept),
-grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, Diffusion-DPO).
+grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, AWM, Diffusion-DPO).
 """
 
 from star.objective.allocation import (
@@ -20,7 +20,7 @@ from star.objective.allocation import (
     top_locations,
     uniform_rows,
 )
-from star.objective.forward_process import DPOLoss, diffusion_dpo_loss, nft_loss
+from star.objective.forward_process import DPOLoss, awm_loss, diffusion_dpo_loss, nft_loss
 from star.objective.grpo import (
     GRPOLoss,
     fused_grpo_loss,
@@ -39,6 +39,7 @@ __all__ = [
     "DPOLoss",
     "GRPOLoss",
     "allocation_weights",
+    "awm_loss",
     "blend_weights",
     "captured_steps",
     "diffusion_dpo_loss",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import star_kernels
-from star.objective.weighting import with_channel_axis
-from star_kernels.checks import LEAST_POSITIVE, check_latents, check_tensor, checked_number
+from star.objective.weighting import WeightedGradient, with_channel_axis
+from star_kernels import PolicyLoss, Transition
+from star_kernels.api import Implementation
+from star_kernels.checks import LEAST_POSITIVE, check_latents, check_tensor, checked_adv_clip, checked_number
+
+LEAST_ERROR = 1e-10  # added to a mean squared error before its power: AWM's number
 
 
 def _check_same_shape(**tensors: Tensor) -> None:
@@ -79,6 +83,96 @@ def nft_loss(
         adaptive_min=adaptive_min,
         adv_clip=adv_clip,
     ).loss
+
+
+def awm_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None = None,
+    *,
+    sigma_power: float = 1.0,
+    error_power: float = 0.25,
+    ratio: Literal["token", "location", "sample"] = "token",
+    clip_range: float | tuple[float, float] = 1.0,
+    adv_clip_max: float = 5.0,
+    impl: Implementation = "auto",
+) -> PolicyLoss:
+    """Advantage Weighted Matching's clipped loss, without its KL terms: the matching loss makes the density.
+
+    log p = -sigma^sigma_power m^error_power / error_power, m the mean of (velocity - target)^2 over the sample, to
+    which powers other than 1 add 1e-10. With r = p / p_old, the loss is the mean of w max(-A r, -A clip(r)). Each
+    location has the share in a sample's log-ratio that it has in m - m_old, so that weights, advantages of locations
+    and the three ratios are those of `star_kernels.policy_loss`, which computes the loss. A power other than 1 has one
+    slope for all of a sample. Log-ratios are made of the difference of the velocities, not of two errors.
+
+    Published weightings by sigma_power and error_power: "ghuber" 1, 0.25; "t" 1, 1; "t**2" 2, 1; "Uniform" 0, 1.
+
+    Args:
+        velocity, old_velocity: at (x_t, sigma), of the policy and of the one that sampled, a constant; (B, C, H, W),
+            (B, C, T, H, W) or packed (B, L, C). If the policy itself sampled, give velocity.detach(): r is 1.
+        target: the velocity that flow matching learns, noise - x0; same shape.
+        sigma: (B,) noise level in 0..1.
+        advantages: (B,) or one per location, clamped to +-adv_clip_max and divided by it.
+        weights: one per location, mean 1 over each sample. None: 1.
+        sigma_power: at least 0.
+        error_power: above 0; below 1, samples with a large error count less.
+        ratio, clip_range, impl: of `star_kernels.policy_loss`.
+
+    Returns:
+        PolicyLoss(loss, statistics); the gradient goes to velocity alone.
+
+    Raises:
+        TypeError, ValueError: as `star_kernels.policy_loss`; a sigma outside of 0..1 is seen on the CPU alone.
+        RuntimeError: `impl` cannot run here.
+
+    Source: AWM (Xue et al. 2025, arXiv 2509.25050), scripts/train_sd3_awm.py.
+    """
+    _check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_tensor("sigma", sigma, (len(velocity),), velocity.device)
+    if sigma.device.type == "cpu" and bool(((sigma < 0) | (sigma > 1)).any()):
+        raise ValueError("sigma: has values outside [0, 1]; it is the noise level, not the timestep")
+    check_tensor("advantages", advantages, None, velocity.device)
+    sigma_power = checked_number("sigma_power", sigma_power, 0.0, expected="a number >= 0")
+    error_power = checked_number("error_power", error_power, LEAST_POSITIVE, expected="a number > 0")
+    adv_clip_max = checked_adv_clip("adv_clip_max", adv_clip_max)
+    time_weight = sigma.double() ** sigma_power
+    if error_power == 1:
+        precision = time_weight
+    else:
+        secant, correction = _power_slopes(velocity, old_velocity, target, error_power)
+        precision = time_weight * secant
+        velocity = WeightedGradient.apply(velocity, correction.view(-1, *(1,) * (velocity.ndim - 1)))
+    precision = precision.to(torch.promote_types(velocity.dtype, torch.float32))
+    one, zero = torch.ones_like(precision), torch.zeros_like(precision)
+    return star_kernels.policy_loss(
+        velocity,
+        target,
+        target,
+        Transition(zero, one, one, precision, zero, zero),  # a step to the target whose mean is the velocity
+        advantages / adv_clip_max,
+        weights,
+        old_mean=old_velocity,
+        ratio=ratio,
+        clip_range=clip_range,
+        adv_clip=1.0,
+        impl=impl,
+    )
+
+
+@torch.no_grad()
+def _power_slopes(velocity: Tensor, old_velocity: Tensor, target: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """(B,) float64 each, of the function m^power / power of the mean squared error m: its secant between the old
+    policy's error and the policy's, and by what its slope at the latter exceeds that."""
+    dtype = torch.promote_types(velocity.dtype, torch.float32)
+    v, old, aim = (x.to(dtype) for x in (velocity, old_velocity, target))
+    old_error = (old - aim).square().flatten(1).mean(1, dtype=torch.float64) + LEAST_ERROR
+    change = ((v - old) * ((v - aim) + (old - aim))).flatten(1).mean(1, dtype=torch.float64) / old_error
+    grown = torch.log1p(change)
+    mean_slope = torch.where(change == 0, 1.0, torch.expm1(power * grown) / (power * change))
+    return old_error ** (power - 1) * mean_slope, torch.exp((power - 1) * grown) / mean_slope
 
 
 class DPOLoss(NamedTuple):

@@ -13,7 +13,11 @@ from star.reports.commands import installed_version
 from star.reports.evaluations import format_error
 from star.rewards import parse
 
-OBJECTIVES = {"grpo": "Flow-GRPO's objective", "nft": "DiffusionNFT's objective (arXiv 2509.16117)"}
+OBJECTIVES = {
+    "grpo": "Flow-GRPO's objective",
+    "nft": "DiffusionNFT's objective (arXiv 2509.16117)",
+    "awm": "Advantage Weighted Matching's objective, AWM (arXiv 2509.25050)",
+}
 
 
 def write(folder: Path, config: Config, summary: dict, prompt: str) -> Path:

@@ -30,6 +30,7 @@ from star.study.tables import Table, format_number
 from star.train import Trainer
 from star.training.advantage import compute_advantages, compute_concept_advantages
 from star.training.credit import token_masks
+from star.training.objectives import make_objective
 from star.training.rollout import Rollout
 from star.training.task import draw_prompts
 from star_kernels import allocate
@@ -225,7 +226,7 @@ def _gradient(
 ) -> np.ndarray:
     """The chosen coordinates of the gradient of an arm's first update."""
     parameters = list(trainer.policy.parameters.values())
-    objective = type(trainer.objective)(
+    objective = make_objective(
         config, trainer.policy, trainer.share, trainer.groups, trainer.pipeline.transformer.config.patch_size
     )
     loss, weights, device = config.loss, trainer.reward.weights, rollout.latents.device

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from star.config import Config, ConfigError
 from star.training.distributed import share_rows
+from star.training.forward_process import has_pass_before
 from star.training.pipeline import check_files, make_trainable, reason
 from star.training.rollout import DECODED_AT_ONCE, group_members
 from star.training.task import Task, configured_task
@@ -183,7 +184,8 @@ def count_bytes(tensors: Iterable[Tensor]) -> int:
 @dataclass(frozen=True)
 class Plan:
     """Of one iteration. rows: images times steps, of one GPU, twice with guidance. trained_steps: of an image; for
-    loss.objective nft its noise levels. old_rows: of the old policy's passes there. memory: bytes of one GPU."""
+    the forward process its noise levels. old_rows: of the passes there that go before those with gradients. memory:
+    bytes of one GPU."""
 
     images: int
     images_per_gpu: int
@@ -229,9 +231,9 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     groups = share_rows(images, optimization.updates_per_iteration, gpus)[0] % sampling.prompts_per_iteration
     chunks = groups.split(optimization.micro_batch or own // optimization.updates_per_iteration)
     guided = 2 if sampling.guidance_scale > 1 else 1
-    nft = config.loss.objective == "nft"
-    count = (config.loss.noise_levels if nft else sampling.window) or len(sampling.trained_steps)
-    steps = () if nft else sampling.trained_steps[:count]
+    noised = config.loss.objective != "grpo"
+    count = (config.loss.noise_levels if noised else sampling.window) or len(sampling.trained_steps)
+    steps = () if noised else sampling.trained_steps[:count]
     shared = min(steps) + 1 if sampling.shared_noise else 0
 
     def rows(step: int) -> int:
@@ -242,7 +244,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     # Images that are sampled first, for their masks.
     first = sampling.steps * (len(group_members(groups)[0]) if sampling.shared_noise else own)
     first_rows = first if sampling.explore == "masks" else 0
-    update_rows = own * count if nft else guided * sum(rows(step) for step in steps)
+    update_rows = own * count if noised else guided * sum(rows(step) for step in steps)
     largest = max(len(chunk) for chunk in chunks)
     factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
     height, width = config.model.height // factor, config.model.width // factor
@@ -262,7 +264,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         "gradients": 4 * trained_parameters // shards,
         "optimizer": 8 * trained_parameters // shards,
         "moving average": 4 * trained_parameters // shards if optimization.ema_decay else 0,
-        "old policy": 4 * trained_parameters // shards if nft else 0,
+        "old policy": 4 * trained_parameters // shards if config.loss.keeps_old else 0,
         "reference": 4 * trained_parameters // shards if config.loss.kl_coef and not config.model.lora_rank else 0,
         "rollout": 0 if sampling.rollout_device == "cpu" else 3 * len(steps) * own * latents * 4,
         "maps and weights": count * own * (CONCEPTS * tokens + locations) * 4,
@@ -293,7 +295,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         trained_steps=count,
         rollout_rows=guided * (first_rows + sum(rows(step) for step in range(sampling.steps))),
         update_rows=update_rows,
-        old_rows=update_rows if nft else 0,
+        old_rows=update_rows if noised and has_pass_before(config) else 0,
         reference_rows=update_rows if config.loss.kl_coef else 0,
         forward_flops=forward,
         backward_flops=backward,

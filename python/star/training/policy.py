@@ -52,7 +52,7 @@ class Policy:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay)
         self.lag = config.loss
         self.old_parameters: list[Tensor] | None = None
-        if config.loss.objective == "nft":
+        if config.loss.keeps_old:
             self.old_parameters = [p.detach().clone() for p in self.parameters.values()]
         self.reference_parameters: list[Tensor] | None = None
         if config.loss.kl_coef and not config.model.lora_rank:
@@ -99,6 +99,10 @@ class Policy:
     def old(self) -> AbstractContextManager[None]:
         """Within it the transformer has the weights of the old policy, if there is one."""
         return nullcontext() if self.old_parameters is None else self.replaced(self.old_parameters)
+
+    def sampler(self) -> AbstractContextManager[None]:
+        """Within it the transformer has the weights of the policy that samples the images."""
+        return self.old() if self.lag.old_samples else nullcontext()
 
     @contextmanager
     def replaced(self, values: list[Tensor]) -> Iterator[None]:
