@@ -19,8 +19,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 class Counts(NamedTuple):
     """operators: called by PyTorch's dispatcher, views left out; what a call of C++ does inside is not seen. bytes: of
-    their tensors, each read and each written once. flops: of products and attention. allocations: of PyTorch's
-    allocator, inside of operators too. allocated: their bytes. None where a compiled graph does not show it."""
+    their tensors, each read and each written once; see `moved`. flops: of products and attention. allocations: of
+    PyTorch's allocator, inside of operators too. allocated: their bytes. None where a compiled graph does not show
+    it."""
 
     operators: int | None
     bytes: int | None
@@ -44,6 +45,30 @@ FLOPS = {
 }
 
 
+# They work in place and do not look at what is there.
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_")
+
+
+def moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object) -> int:
+    """Bytes that an operator reads and writes. A tensor that it changes in place is read and written, once each; one
+    that it only writes, `out` or the target of one of OVERWRITES, is written alone."""
+    named = zip(func._schema.arguments, args, strict=False)
+    given = [
+        *named,
+        *((argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs),
+    ]
+    changed, read = [], []
+    for argument, value in given:
+        is_changed = argument.alias_info is not None and argument.alias_info.is_write
+        (changed if is_changed else read).extend(x for x in tree_leaves(value) if isinstance(x, torch.Tensor))
+    name = func._schema.name.rpartition("::")[2]
+    if name.endswith("_") and name not in OVERWRITES:
+        read += changed
+    known = {id(x) for x in changed}
+    made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and id(x) not in known]
+    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in [*read, *changed, *made])
+
+
 class Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +78,8 @@ class Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
             self.operators += 1
-            self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
+            self.bytes += moved(func, args, kwargs, result)
         if count := FLOPS.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
         return result

@@ -195,6 +195,25 @@ def test_counts_of_a_product_and_of_attention():
     assert attention.flops == 2 * 2 * (2 * 32 * 32 * 8)
 
 
+@pytest.mark.parametrize(
+    ("call", "reads", "writes"),
+    [
+        (lambda a, b: a.add_(b), 2, 1),
+        (lambda a, b: a.mul_(2.0), 1, 1),
+        (lambda a, b: a.copy_(b), 1, 1),
+        (lambda a, b: a.fill_(0.0), 0, 1),
+        (lambda a, b: torch.neg(a, out=b), 1, 1),
+        (lambda a, b: torch.add(a, b, out=b), 2, 1),
+        (lambda a, b: torch._foreach_add_([a], [b]), 2, 1),
+        (lambda a, b: a + b, 2, 1),
+    ],
+)
+def test_a_target_is_counted_as_often_as_it_is_read_and_written(call, reads, writes):
+    found = counts.counts(lambda: call(torch.ones(64), torch.ones(64)))
+    making = counts.counts(lambda: (torch.ones(64), torch.ones(64)))
+    assert found.bytes - making.bytes == 4 * 64 * (reads + writes)
+
+
 def test_what_is_compiled_stays_compiled():
     """Under a dispatch mode torch.compile gives up a function for good, and its row would time eager PyTorch."""
     ran = []
