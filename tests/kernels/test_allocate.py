@@ -170,7 +170,9 @@ def test_several_steps_at_once_are_those_of_each_alone(impl, layout):
     assert torch.equal(weights[1, 0], torch.ones(15, 21)) and not torch.equal(weights[1, 1], torch.ones(15, 21))
     video = sk.allocate(maps, (5, 1, 7), impl=impl)
     assert torch.equal(video, torch.stack([sk.allocate(step, (5, 1, 7), impl=impl) for step in maps]))
-    assert sk.allocate(maps[:, :0], (5, 7), impl=impl).shape == (3, 0, 10, 14)
+    for steps, samples in ((3, 0), (0, 2), (0, 0)):
+        none = sk.allocate(maps[:steps, :samples], (5, 7), impl=impl)
+        assert none.shape == (steps, samples, 10, 14) and none.dtype == torch.float32
 
 
 @each_implementation

@@ -150,6 +150,18 @@ def test_weights_of_several_steps_are_made_at_once_and_are_those_of_each(strateg
     assert torch.equal(blend_weights(together, strength), blended)
 
 
+@pytest.mark.parametrize("strategy", ["attention", "topk", "random", "inverted", "shuffled", "final_step"])
+def test_no_step_and_no_sample_have_no_weights(strategy):
+    """Whatever the strategy: a process may have no image, a window no step."""
+    maps, generator = torch.stack([MAPS, MAPS]), torch.Generator()
+    made = lambda maps, groups: allocation_weights(Allocation(strategy), maps, GRID, groups=groups, generator=generator)
+    size = made(MAPS, GROUPS).shape[1:]
+    assert made(maps[:0], GROUPS).shape == (0, 6, *size)
+    assert made(maps[:, :0], GROUPS[:0]).shape == (2, 0, *size)
+    assert made(maps[:0, :0], GROUPS[:0]).shape == (0, 0, *size)
+    assert made(MAPS[:0], GROUPS[:0]).shape == (0, *size)
+
+
 def test_without_a_generator_the_steps_draw_one_after_the_other():
     maps = torch.stack([MAPS, MAPS])
     torch.manual_seed(0)

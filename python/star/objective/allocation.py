@@ -116,7 +116,7 @@ def allocation_weights(
     Args:
         allocation: strategy and its options.
         maps: (B, G, N) concept maps of a step that `captured_steps` names, or (S, B, G, N) of several; may be None for
-            "uniform" and "oracle".
+            "uniform" and "oracle". S and B may be 0, and so are those of the weights.
         grid: (rows, columns) of the image tokens, of a video (frames, rows, columns).
         patch: latent locations per token and side of a frame; 1 for packed latents.
         groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
@@ -159,6 +159,8 @@ def allocation_weights(
     )
     if strategy not in REARRANGED:
         return weights
+    if not weights.numel():  # nothing to rearrange, which not every Fourier transform takes
+        return repeat_tokens(weights, patch)
     if maps.ndim == 3:
         return repeat_tokens(_rearranged(strategy, weights, groups, generator), patch)
     copy = lambda: None if generator is None else generator.clone_state()
