@@ -155,6 +155,10 @@ _ATTENTION_MAPS_ARGUMENTS = (
     "Tensor? head_weight, Tensor? key_bias"
 )
 
+# The schema says that `out` is written, which torch.compile reads. In eager PyTorch the compiled kernel leaves out's
+# version as it is: the stable ABI has no call that counts it up, and a Python kernel for the key ADInplaceOrView, as
+# torch.library.custom_op has one, would cost every capture microseconds. So the door in api.py counts it up; whoever
+# calls star::write_attention_maps_native itself does so with torch.autograd.graph.increment_version.
 WRITE_ATTENTION_MAPS = Operator(
     name="write_attention_maps",
     schema=f"({_ATTENTION_MAPS_ARGUMENTS}, int first_row, int first_query, Tensor(a!) out) -> ()",
