@@ -211,6 +211,15 @@ def test_failures_are_told_on_one_line_whatever_they_say():
         assert line.isprintable() and len(line) < 600
 
 
+def test_of_several_rewards_the_one_that_raised_is_named():
+    both = rewards.Weighted({"well": well, "mod:other": raising(KeyError("k"))}, {"well": 1.0, "mod:other": 2.0})
+    scores, lines = score(both, torch.rand(3, 3, 4, 4), PROMPTS, [{}] * 3)
+    assert lines == ["reward: KeyError in the reward 'mod:other' ('k') for the prompt 'bad'"]
+    assert scores.reward.isnan().tolist() == [False, True, False]
+    alone = rewards.Weighted({"other": raising(KeyError("k"))}, {"other": 1.0})
+    assert score(alone, torch.rand(3, 3, 4, 4), PROMPTS, [{}] * 3)[1] == ["reward: KeyError ('k') for the prompt 'bad'"]
+
+
 def test_a_reward_error_keeps_its_line():
     def away(images, prompts, metadata):
         raise RewardError("reward: 'far' is\naway")

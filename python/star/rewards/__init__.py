@@ -70,6 +70,9 @@ Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[
 (B,) rewards; None or NaN: it failed for an image. It is called from one thread at a time, with gradients off."""
 
 
+TERM = "in the reward"  # begins the note of an error that one of several rewards raised
+
+
 class RewardError(RuntimeError):
     """A reward failed for a whole batch, so that asking again image by image is no use. One line for the user."""
 
@@ -254,6 +257,7 @@ class Weighted:
     Raises:
         ValueError: images that are none, see `check_images`.
         RewardError: a reward returned something else.
+        What a reward raises, of several with a note that names it.
     """
 
     rewards: dict[str, Reward]
@@ -264,10 +268,14 @@ class Weighted:
         check_images(images, count)
         images, size = images.float(), images.shape[-2:]
         metadata = [{} for _ in prompts] if metadata is None else metadata
-        found = {
-            name: as_scores(reward(images, prompts, metadata), count, size, name)
-            for name, reward in self.rewards.items()
-        }
+        found: dict[str, Scores] = {}
+        for name, reward in self.rewards.items():
+            try:
+                found[name] = as_scores(reward(images, prompts, metadata), count, size, name)
+            except Exception as error:
+                if len(self.rewards) > 1 and not isinstance(error, RewardError):  # which names its reward itself
+                    error.add_note(f"{TERM} {name!r}")
+                raise
         terms = {name: scores.reward for name, scores in found.items()}
         if len(found) == 1 and all(weight == 1 for weight in self.weights.values()):
             return replace(next(iter(found.values())), terms=terms)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from star.messages import one_line
-from star.rewards import Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed
+from star.rewards import TERM, Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed
 
 log = logging.getLogger("star")
 HUNG = 3  # batches from which a reward does not return before the run ends
@@ -82,7 +82,9 @@ def _missing_number(scores: Scores, row: int, prompts: Sequence[str]) -> str:
 
 
 def _failed_prompt(error: BaseException, prompts: Sequence[str]) -> Outcome:
-    line = f"reward: {type(error).__name__} ({one_line(error)}) for the prompt {_quoted(prompts[0])}"
+    notes = [f" {one_line(note)}" for note in getattr(error, "__notes__", ()) if note.startswith(TERM)]
+    term = notes[-1] if notes else ""
+    line = f"reward: {type(error).__name__}{term} ({one_line(error)}) for the prompt {_quoted(prompts[0])}"
     return failed(len(prompts)), [line] * len(prompts)
 
 
