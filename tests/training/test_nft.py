@@ -123,14 +123,21 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
         assert torch.equal(got, expected)
 
 
-def test_a_run_of_the_other_objective_goes_on_with_an_old_policy_of_its_own(tmp_path):
+def test_a_run_of_the_other_objective_goes_on_with_an_old_policy_of_its_own(tmp_path, monkeypatch):
     first = Trainer(small_run(tmp_path))
     first.step()
     first.save()
     trainer = Trainer(nft_run(tmp_path, run={"resume": True}))
     for old, own in zip(trainer.policy.old_parameters, parameters(first), strict=True):
         assert torch.equal(old, own)
+    # Its decay grows from here on, as in a run of its own, and a checkpoint keeps where it began.
+    assert trainer.policy.old_begin == trainer.policy.updates > 0
+    seen = []
+    monkeypatch.setattr("star.training.policy.old_decay", lambda loss, updates: seen.append(updates) or 0.0)
     assert trainer.step()["grad_norm"] > 0
+    per_step = trainer.config.optimization.updates_per_iteration
+    assert seen == [per_step]
+    assert trainer.policy.state_dict()["old_begin"] == trainer.policy.updates - per_step
 
 
 def test_the_old_policy_samples_and_follows(tmp_path, monkeypatch):

@@ -47,6 +47,8 @@ class Policy:
         if config.sampling.merge_adapter and any(isinstance(p, DTensor) for p in self.parameters.values()):
             raise ConfigError("sampling.merge_adapter: not with weights that are sharded over processes (FSDP)")
         self.updates = 0
+        # How many there were when the average and the old policy began: what grows with the updates grows from there.
+        self.ema_begin = self.old_begin = 0
         self.ema = None
         if self.config.ema_decay:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay)
@@ -78,7 +80,7 @@ class Policy:
         self.updates += 1
         if self.ema is not None and self.updates % self.config.ema_every == 0:
             # Flow-GRPO's warm-up counts updates, not averages: min(decay, (1 + n) / (10 + n)).
-            self.ema.optimization_step = self.updates - 1
+            self.ema.optimization_step = self.updates - self.ema_begin - 1
             self.ema.step(self.parameters.values())
         return norm, skipped, moved
 
@@ -125,7 +127,7 @@ class Policy:
         the updates."""
         if self.old_parameters is None:
             return
-        decay = old_decay(self.lag, self.updates)
+        decay = old_decay(self.lag, self.updates - self.old_begin)
         for old, parameter in zip(self.old_parameters, self.parameters.values(), strict=True):
             old.mul_(decay).add_(parameter, alpha=1 - decay)
 
@@ -202,6 +204,8 @@ class Policy:
             "ema": ema,
             "old": None if self.old_parameters is None else [full_tensor(x, keep) for x in self.old_parameters],
             "updates": self.updates,
+            "ema_begin": self.ema_begin,
+            "old_begin": self.old_begin,
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
 
@@ -227,12 +231,16 @@ class Policy:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.ema is not None and state["ema"] is None:
             self.ema = EMAModel(own, decay=self.config.ema_decay)  # an average that begins now
+            self.ema_begin = state["updates"]
         elif self.ema is not None:
+            self.ema_begin = state.get("ema_begin", 0)
             average = [shard_like(x, p) for x, p in zip(state["ema"]["shadow_params"], own, strict=True)]
             self.ema.load_state_dict({**state["ema"], "shadow_params": average, "decay": self.config.ema_decay})
         if self.old_parameters is not None:
             # A run that was not of this objective begins with itself.
-            saved = state.get("old") or [state["parameters"][name] for name in self.parameters]
+            is_new = not state.get("old")
+            self.old_begin = state["updates"] if is_new else state.get("old_begin", 0)
+            saved = [state["parameters"][name] for name in self.parameters] if is_new else state["old"]
             self.old_parameters = [shard_like(x, p).clone() for x, p in zip(saved, own, strict=True)]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
