@@ -15,6 +15,7 @@ from star.presets import PRESETS, preset
 from star.reports.metrics import meaning
 from star.train import Trainer
 from star.training import plan as planning
+from star.training import scoring
 from star.training.policy import learning_rate, old_decay
 from star.training.rollout import predict_velocity
 
@@ -256,6 +257,75 @@ def test_the_plan_counts_its_passes(tmp_path):
     assert (plan.rollout_rows, plan.update_rows, plan.old_rows) == (24, 12, 12)
     assert plan.memory["old policy"] == planning.count_bytes(trainer.policy.old_parameters)
     assert plan.memory["rollout"] == planning.count_bytes([rollout.samples])
+
+
+FULL = {"model": {"lora_rank": 0}, "sampling": {"merge_adapter": False}}
+RESIDENT = (
+    *("transformer", "text encoders", "autoencoder", "gradients", "optimizer", "moving average", "old policy"),
+    *("reference", "rollout", "maps and weights", "text"),
+)
+KEPT = {
+    "average": (small_run, {"optimization": {"ema_decay": 0.9}, "scoring": {"count": 2, "every": 1}}),
+    "reference": (small_run, {"loss": {"kl_coef": 0.1}}),
+    "old policy and reference": (nft_run, {"loss": {"kl_coef": 0.1}}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_plan_counts_the_weights_that_wait_while_others_have_their_place(tmp_path, monkeypatch, name):
+    make, changes = KEPT[name]
+    trainer = Trainer(make(tmp_path, **FULL, **changes))
+    plan, policy = planning.plan(trainer.config), trainer.policy
+    waiting, needed, has_graph = [], {"pass": 0, "images": 0}, False
+    overwrite, decode, forward = policy.overwrite, training.decode, policy.transformer.forward
+
+    def overwritten(values):
+        if waiting:  # by what waited
+            waiting.clear()
+        else:
+            waiting.append(planning.count_bytes(policy.parameters.values()))
+            needed["pass"] = max(needed["pass"], has_graph * sum(waiting))
+        overwrite(values)
+
+    def decoded(*args, **options):
+        needed["images"] = max(needed["images"], sum(waiting))
+        return decode(*args, **options)
+
+    def passed(*args, **options):
+        nonlocal has_graph
+        has_graph = torch.is_grad_enabled() or has_graph
+        return forward(*args, **options)
+
+    def went_back(loss, backward=trainer.accelerator.backward):
+        nonlocal has_graph
+        backward(loss)
+        has_graph = False
+
+    monkeypatch.setattr(policy, "overwrite", overwritten)
+    monkeypatch.setattr(policy.transformer, "forward", passed)
+    monkeypatch.setattr(trainer.accelerator, "backward", went_back)
+    for module in (training, scoring):
+        monkeypatch.setattr(module, "decode", decoded)
+    trainer.step()
+    trainer.score()
+    assert any(needed.values()) and not waiting
+    assert needed == {phase: plan.memory[f"weights set aside, {phase}"] for phase in needed}
+    passing = plan.memory["activations"] + needed["pass"], plan.memory["decoding"] + needed["images"]
+    assert plan.peak == sum(plan.memory[name] for name in RESIDENT) + max(passing)
+
+
+def test_the_plan_counts_what_an_adapter_is_merged_into_and_what_an_update_is_measured_with(tmp_path):
+    trainer = Trainer(small_run(tmp_path, optimization={"update_norm": 0.1}))
+    plan, policy = planning.plan(trainer.config), trainer.policy
+    plain = {p.data_ptr() for p in policy.bare.parameters()}
+    with policy.merged():
+        merged = [p for p in policy.bare.parameters() if p.data_ptr() not in plain]
+    assert merged and plan.memory["merged adapter"] == planning.count_bytes(merged)
+    assert plan.memory["measured update"] == 2 * planning.count_bytes(policy.parameters.values())
+    without = planning.plan(small_run(tmp_path, sampling={"merge_adapter": False})).memory
+    assert not any(
+        without[name] for phase in planning.PHASES for name in phase if name not in ("activations", "decoding")
+    )
 
 
 def test_the_presets_are_the_published_settings():

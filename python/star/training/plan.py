@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -181,6 +182,16 @@ def count_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+# What is in memory for a while, by what is there at the same time: a pass with gradients, images that are decoded or
+# scored, a step that is sampled, an update.
+PHASES = (
+    ("activations", "weights set aside, pass"),
+    ("decoding", "weights set aside, images", "text encoders, offloaded"),
+    ("merged adapter",),
+    ("measured update",),
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Of one iteration. rows: images times steps, of one GPU, twice with guidance. trained_steps: of an image; for
@@ -210,9 +221,10 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The update and the decoding of images do not need their memory at the same time."""
-        alternating = ("activations", "decoding")
-        return sum(v for k, v in self.memory.items() if k not in alternating) + max(self.memory[k] for k in alternating)
+        """What is always there, and the most that one of the PHASES needs beside it."""
+        passing = {name for phase in PHASES for name in phase}
+        resident = sum(size for name, size in self.memory.items() if name not in passing)
+        return resident + max(sum(self.memory[name] for name in phase) for phase in PHASES)
 
 
 def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
@@ -257,15 +269,24 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     encoders = sum(count_bytes(encoder.parameters()) for encoder in models.text_encoders)
     embedding = text * transformer.config.joint_attention_dim * dtype.itemsize
     tokens, locations = height * width // patch**2, height * width
+    weights = 4 * trained_parameters // shards
+    keeps_reference = bool(config.loss.kl_coef) and not config.model.lora_rank
+    merged = [m.get_base_layer().weight for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
     memory = {
         "transformer": count_bytes(transformer.parameters()) // shards,
         "text encoders": 0 if config.model.offload_encoders else encoders,
+        "text encoders, offloaded": encoders if config.model.offload_encoders else 0,
         "autoencoder": count_bytes(models.vae.parameters()),
-        "gradients": 4 * trained_parameters // shards,
+        "gradients": weights,
         "optimizer": 8 * trained_parameters // shards,
-        "moving average": 4 * trained_parameters // shards if optimization.ema_decay else 0,
-        "old policy": 4 * trained_parameters // shards if config.loss.keeps_old else 0,
-        "reference": 4 * trained_parameters // shards if config.loss.kl_coef and not config.model.lora_rank else 0,
+        "moving average": weights if optimization.ema_decay else 0,
+        "old policy": weights if config.loss.keeps_old else 0,
+        "reference": weights if keeps_reference else 0,
+        # The trained weights wait while others have their place. GRPO alone has its graph by then.
+        "weights set aside, pass": weights if keeps_reference and not noised else 0,
+        "weights set aside, images": weights if config.loss.keeps_old or optimization.ema_decay else 0,
+        "merged adapter": count_bytes(merged) if sampling.merge_adapter else 0,
+        "measured update": 0 if optimization.update_norm is None else 2 * weights,
         "rollout": 0 if sampling.rollout_device == "cpu" else 3 * len(steps) * own * latents * 4,
         "maps and weights": count * own * (CONCEPTS * tokens + locations) * 4,
         "text": (sampling.prompts_per_iteration + guided - 1) * embedding,
