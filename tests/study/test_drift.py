@@ -2,6 +2,7 @@
 and arms are compared at the same score."""
 
 import copy
+import dataclasses
 import json
 import random
 
@@ -254,6 +255,25 @@ def test_an_arm_with_fewer_images_is_compared_at_equal_images():
     one = intervals.difference(results, "quick", "slow")
     assert one.estimate.mean == pytest.approx(0.8 * (0 + 15 + 30) / 3 / 40 - 0.4 * (0 + 10 + 20) / 3 / 40, abs=0.001)
     assert intervals.difference(results, "slow", "slow").estimate.mean == 0
+
+
+@pytest.mark.parametrize(("quick", "shared"), [(64, [960, 1920]), (384, [3840])])
+def test_arms_whose_first_scorings_are_at_other_numbers_of_images_are_compared_where_both_have_scores(quick, shared):
+    """Without the scoring before training: an interpolation has no value before its first point."""
+    results, _ = two_arms(0.4, 0.6)
+    by_arm = {arm: {s: score[1:] for s, score in runs.items()} for arm, runs in results.scores[METRIC].items()}
+    images = {"slow": 96, "quick": quick}
+    results = dataclasses.replace(results, iterations=results.iterations[1:], scores={METRIC: by_arm}, images=images)
+    curves = [results.curves(METRIC, arm) for arm in ("quick", "slow")]
+    at, (ours, theirs) = intervals.at_equal_images(results, ("quick", "slow"), curves)
+    assert at.tolist() == shared and ours.shape == theirs.shape == (4, len(shared), 2)
+    gap = 0.8 * at / quick / 40 - 0.4 * at / 96 / 40
+    np.testing.assert_allclose((ours - theirs).mean((0, 2)), gap, atol=0.005)
+    one = intervals.difference(results, "quick", "slow")
+    if len(shared) < 2:
+        assert one is None
+    else:
+        assert one.estimate.mean == pytest.approx(gap.mean(), abs=0.005)
 
 
 def test_images_to_a_score_have_an_interval():

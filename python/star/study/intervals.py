@@ -83,12 +83,13 @@ def difference(
 def at_equal_images(
     results: Results, arms: tuple[str, str], curves: list[np.ndarray]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(S, E, P) curves of two arms at the numbers of images at which the second was scored and that both reached."""
+    """(S, E, P) curves of two arms at the numbers of images at which the second was scored, between the first and the
+    last scoring of the other one."""
     first, second = (results.iterations * results.images[arm] for arm in arms)
     if not curves or np.array_equal(first, second):
         return second, curves
-    shared = second[second <= first[-1]]
-    return shared, [interp1d(first, curves[0], axis=1)(shared), curves[1][:, : len(shared)]]
+    inside = (first[0] <= second) & (second <= first[-1])
+    return second[inside], [interp1d(first, curves[0], axis=1)(second[inside]), curves[1][:, inside]]
 
 
 def paired_difference(by_seed: np.ndarray, estimate: Estimate) -> Difference:
