@@ -24,7 +24,7 @@ from star.cli import main, read_config
 from star.files import Unreadable
 from star.objective import Allocation
 from star.presets import preset
-from star.reports import commands, gallery, page, shown, tracking
+from star.reports import chart, commands, gallery, page, shown, tracking
 from star.reports import runs as reading
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.reports.metrics import meaning
@@ -162,6 +162,17 @@ def test_every_chart_has_a_title_words_and_numbers(runs, tmp_path):
     tables = [one["text"] for one in found.all("caption")]
     assert sorted(tables) == sorted(titles[one["aria-labelledby"].split()[0]] for one in charts)
     assert all(one.get("alt") for one in found.all("img"))
+
+
+def test_the_page_draws_its_charts_where_they_are_measured(tmp_path, monkeypatch):
+    sizes = {"WIDTH": 400, "HEIGHT": 200, "LEFT": 60, "RIGHT": 300, "BOTTOM": 150}
+    for name, size in sizes.items():
+        monkeypatch.setattr(chart, name, size)
+    found = write_page(make_run(tmp_path / "run"), out=tmp_path / "page.html")
+    (one,) = found.all("svg", role="img")
+    assert one["viewbox"] == "0 0 400 200" and found.all("path", **{"class": "axis"})[0]["d"] == "M60,150H300"
+    assert all(path["d"].startswith("M60,") for path in found.all("path", **{"class": "grid"}))
+    assert all(path["d"].endswith(",150v4") for path in found.all("path", **{"class": "tick"}))
 
 
 def test_images_stand_side_by_side_with_their_maps(runs, tmp_path):

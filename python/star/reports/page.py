@@ -28,6 +28,7 @@ def render(folder: Path, template: str, values: Mapping[str, object]) -> str:
     """A page from a template in a folder, which may extend base.html."""
     loader = jinja2.FileSystemLoader([folder, HERE])
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["drawing"] = chart  # its sizes stand there alone
     text = environment.get_template(template).render(values)
     return text.encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
 
