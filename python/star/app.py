@@ -17,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -34,9 +35,13 @@ from star.training.task import find_task
 
 log = logging.getLogger("star")
 MOST_STEPS = 50
+MOST_CHARACTERS = 4000  # of a prompt; every text encoder has long cut it
+MOST_BYTES = 2**27  # of an image's maps, which are kept as long as its session
+LARGEST_SIDE = 1024  # pixels; `--largest` sets another limit
+WAITING = 64  # events that wait for their turn; whoever comes then is told that the page is busy
 LARGEST, SMALLEST = 512, 96  # longer side of an image that is shown, and of one in the row of steps; pixels
 PLAYED = 2.0  # seconds in which an image forms
-SESSIONS = 100  # whose images are kept; of more the oldest are dropped
+SESSIONS = 16  # whose images and maps are kept; of more the oldest are dropped
 MEAN = "mean of all"
 EXAMPLES = ("a red circle left of a blue square", "two green rings", "a yellow cross above a purple triangle")
 INTRODUCTION = """# Where the reward goes
@@ -56,6 +61,14 @@ STYLE = """<style>
 .star-page figcaption { font-size: .85rem; line-height: 1.3; margin-top: .25rem; overflow-wrap: anywhere; }
 .star-wrong { border-left: 4px solid #e03131; padding-left: .6rem; overflow-wrap: anywhere; }
 </style>"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What visitors may ask for. models: names; None: any. side: pixels of an image, at most."""
+
+    models: tuple[str, ...] | None = None
+    side: int = LARGEST_SIDE
 
 
 class Pipelines:
@@ -204,41 +217,54 @@ def make_image(
     guidance: str,
     size: str,
     tell: Progress,
+    limits: Limits,
 ) -> Trace:
-    """What a visitor asked for. Raises what `trace` raises, and ValueError for a field."""
+    """What a visitor asked for, with images of at most LARGEST pixels. Raises what `trace` raises, and ValueError for a
+    field: whoever calls the page's functions without the page is bound by none of its widgets."""
     if not model or not model.strip():
         raise ValueError(f"model: empty, expected {EMBEDDED!r}, a pipeline's folder or a hub id")
     name = model.strip()
+    if limits.models is not None and name not in limits.models:
+        raise ValueError(f"model: got {one_line(name)!r}, expected one of {', '.join(limits.models)}")
+    if len(prompt) > MOST_CHARACTERS:
+        raise ValueError(f"prompt: {len(prompt)} characters, expected at most {MOST_CHARACTERS}")
+    if not 2 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps: got {steps}, expected 2 to {MOST_STEPS}")
+    pixels = number("size", size)
+    if pixels is not None and (pixels < 1 or pixels % 1):
+        raise ValueError(f"size: got {size!r}, expected a whole number of pixels, or nothing for the model's own")
+    if pixels is not None and pixels > limits.side:
+        raise ValueError(f"size: got {size!r}, expected at most {limits.side} pixels, which star app --largest sets")
     if seed is None or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, expected a whole number from 0 on")
     tell(0.0, "loading the model")
     pipeline = pipelines.load(name)
     check_kind(pipeline)
     text = embedded_prompt(pipeline.tokenizer, prompt) if name == EMBEDDED else prompt
-    pixels = number("size", size)
-    if pixels is not None and (pixels < 1 or pixels % 1):
-        raise ValueError(f"size: got {size!r}, expected a whole number of pixels, or nothing for the model's own")
     call = chosen_call(
         pipeline, name, int(steps), number("guidance", guidance), None if pixels is None else int(pixels)
     )
-    return trace(pipeline, text, call, int(seed), tell)
+    made = trace(pipeline, text, call, int(seed), tell, MOST_BYTES)
+    return replace(made, images=tuple(at_most(image, LARGEST) for image in made.images))
 
 
-def page(models: Sequence[str] = (), only: bool = False, dtype: str = "float32") -> gr.Blocks:
+def page(
+    models: Sequence[str] = (), only: bool = False, dtype: str = "float32", largest: int = LARGEST_SIDE
+) -> gr.Blocks:
     """The page.
 
     Args:
         models: folders or hub ids to choose from beside the embedded model.
         only: visitors choose from these alone; else they may name any folder of this machine and any hub id.
         dtype: of the weights.
+        largest: pixels of an image's side that visitors may ask for, at most.
     """
-    pipelines = Pipelines(dtype)
+    pipelines, limits = Pipelines(dtype), Limits((EMBEDDED, *models) if only else None, largest)
 
     def generate(prompt, model, steps, seed, guidance, size, progress=gr.Progress()):  # noqa: B008  gradio's way
         try:
-            made = make_image(
-                pipelines, prompt, model, steps, seed, guidance, size, lambda share, doing: progress(share, doing)
-            )
+            tell = lambda share, doing: progress(share, doing)
+            made = make_image(pipelines, prompt, model, steps, seed, guidance, size, tell, limits)
         except Exception as error:  # a visitor's mistake must not become a traceback, whatever a pipeline raises
             log.warning("app: %s", told(error), exc_info=bool(os.environ.get("STAR_DEBUG")))
             return None, failure(error), gr.skip(), gr.skip()
@@ -306,16 +332,19 @@ def serve(
     host: str | None = None,
     port: int | None = None,
     wait: bool = True,
+    largest: int = LARGEST_SIDE,
 ) -> gr.Blocks:
-    """Serve the page. models, only, dtype: of `page`. host, port: where; None: as gradio's environment variables say,
-    else this machine alone and the first free port from 7860 on. wait: until the process is interrupted."""
-    blocks = page(models, only, dtype)
+    """Serve the page. models, only, dtype, largest: of `page`. host, port: where; None: as gradio's environment
+    variables say, else this machine alone and the first free port from 7860 on. wait: until the process is
+    interrupted."""
+    blocks = page(models, only, dtype, largest).queue(max_size=WAITING)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks.launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=not wait,
         state_session_capacity=SESSIONS,
+        max_file_size=1,  # byte: the page takes no file, but gradio's address for them is open
         theme=theme,
         footer_links=["gradio"],
     )

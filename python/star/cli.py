@@ -445,7 +445,7 @@ def app(arguments: list[str]) -> None:
     options = read_options(App, arguments, "star app")
     from star.app import serve
 
-    serve(options.models, options.only, options.dtype, options.host, options.port)
+    serve(options.models, options.only, options.dtype, options.host, options.port, largest=options.largest)
 
 
 def report(arguments: list[str]) -> None:

@@ -145,6 +145,8 @@ class App:
     """Pipelines to choose from beside the embedded model: folders or hub ids."""
     only: bool = False
     """Visitors choose from these alone. Without it they may name any folder of this machine and any hub id."""
+    largest: Positive = 1024
+    """Largest side of an image that visitors may ask for, in pixels."""
     host: str | None = None
     """Address to listen at. None: this machine alone, or GRADIO_SERVER_NAME."""
     port: Annotated[int, Range(least=1, most=65535)] | None = None

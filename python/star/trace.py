@@ -73,7 +73,12 @@ def check_kind(pipeline: Any) -> None:
 
 @torch.no_grad()
 def trace(
-    pipeline: Any, prompt: str, call: Mapping[str, Any], seed: int = 0, tell: Progress = lambda share, doing: None
+    pipeline: Any,
+    prompt: str,
+    call: Mapping[str, Any],
+    seed: int = 0,
+    tell: Progress = lambda share, doing: None,
+    most: int | None = None,
 ) -> Trace:
     """An image of a prompt, step by step. It takes twice the time of the image alone, since every step is decoded.
 
@@ -84,10 +89,12 @@ def trace(
         call: what the pipeline is called with besides the prompt and the generator.
         seed: of the noise.
         tell: of the progress.
+        most: bytes of the maps of all steps and blocks, which are in memory together. None: no limit.
 
     Raises:
         TypeError: a class of transformers whose maps cannot be captured.
-        ValueError: an empty prompt, a pipeline without a transformer or of videos, and what its call raises.
+        ValueError: more maps than `most`, an empty prompt, a pipeline without a transformer or of videos, and what its
+            call raises.
     """
     check_kind(pipeline)
     if not prompt.strip():
@@ -96,7 +103,7 @@ def trace(
     ((text,), _) = unbracket([prompt]) if brackets else ([prompt], None)
     tokens, verdict = words(pipeline, Question([prompt], call, brackets=brackets))
     (found,) = said(pipeline, [prompt], brackets=brackets, call=call)
-    steps, last = _denoise(pipeline, text, tokens, call, seed, tell)
+    steps, last = _denoise(pipeline, text, _Steps(pipeline.transformer, tokens, most), call, seed, tell)
     images = []
     for number, latents in enumerate(steps.latents[:-1]):
         tell(0.5 + 0.5 * number / len(steps.latents), f"decoding step {number + 1}")
@@ -116,8 +123,8 @@ def trace(
 class _Steps:
     """Keeps the maps of each step's first pass, which has the prompt in diffusers' order, and each step's latents."""
 
-    def __init__(self, transformer: torch.nn.Module, tokens: ConceptTokens) -> None:
-        self.transformer, self.tokens = transformer, tokens
+    def __init__(self, transformer: torch.nn.Module, tokens: ConceptTokens, most: int | None) -> None:
+        self.transformer, self.tokens, self.most = transformer, tokens, most
         self.maps: list[Tensor] = []
         self.means: list[Tensor] = []
         self.latents: list[Tensor] = []
@@ -143,6 +150,12 @@ class _Steps:
             raise ValueError("model: the pipeline makes videos, expected one of images")
         self.blocks, self.grid = maps.blocks, (maps.grid[0], maps.grid[1])
         self.maps.append(maps.layers()[:, 0].cpu())
+        size = sum(one.numel() * one.element_size() for one in self.maps)
+        if self.most is not None and size > self.most:
+            raise ValueError(
+                f"maps: more than {self.most / 2**20:.0f} MiB in {len(self.maps)} steps of {self.maps[0].shape[1]} "
+                "concepts; ask for fewer steps, a smaller size or fewer concepts"
+            )
         self.means.append(maps.read()[0].cpu())
         self.end()
 
@@ -168,10 +181,10 @@ def _replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
 
 
 def _denoise(
-    pipeline: Any, text: str, tokens: ConceptTokens, call: Mapping[str, Any], seed: int, tell: Progress
+    pipeline: Any, text: str, steps: _Steps, call: Mapping[str, Any], seed: int, tell: Progress
 ) -> tuple[_Steps, np.ndarray]:
     """What the steps of one call of the pipeline show, and its image."""
-    scheduler, steps = pipeline.scheduler, _Steps(pipeline.transformer, tokens)
+    scheduler = pipeline.scheduler
     advance, count = scheduler.step, call.get("num_inference_steps")
 
     def step(*args: Any, **options: Any) -> Any:

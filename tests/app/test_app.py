@@ -27,7 +27,8 @@ def ignore(share, doing):
 
 
 def make(**changes):
-    return app.make_image(app.Pipelines("float32"), **{**FIELDS, **changes}, tell=ignore)
+    limits = app.Limits(**{name: changes.pop(name) for name in ("models", "side") if name in changes})
+    return app.make_image(app.Pipelines("float32"), **{**FIELDS, **changes}, tell=ignore, limits=limits)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,14 @@ def blind(tmp_path_factory):
         (dict(size="inf"), "size: got 'inf', expected a number"),
         (dict(size="0"), "size: got '0', expected a whole number of pixels"),
         (dict(size="64.5"), "size: got '64.5', expected a whole number of pixels"),
+        (dict(size="1028"), "size: got '1028', expected at most 1024 pixels, which star app --largest sets"),
+        (dict(size="36", side=35), "size: got '36', expected at most 35 pixels"),
+        (dict(size="1e300"), "size: got '1e300', expected at most 1024 pixels"),
+        (dict(steps=51), "steps: got 51, expected 2 to 50"),
+        (dict(steps=-1), "steps: got -1, expected 2 to 50"),
+        (dict(steps=float("nan")), "steps: got nan, expected 2 to 50"),
+        (dict(prompt="a red circle " * 400), "prompt: 5200 characters, expected at most 4000"),
+        (dict(model="/etc", models=("shapes", "a/b")), "model: got '/etc', expected one of shapes, a/b"),
         (dict(size="37"), "`height` and `width` have to be divisible by"),
     ],
 )
@@ -64,6 +73,24 @@ def test_what_is_wrong_is_one_line(changes, words):
         make(**changes)
     line = app.told(error.value)
     assert line.startswith(words) and "\n" not in line and "Traceback" not in line
+
+
+def test_what_a_visitor_keeps_is_bounded(monkeypatch):
+    monkeypatch.setattr(app, "LARGEST", 20)
+    assert {image.shape for image in make().images} == {(20, 20, 3)}
+    monkeypatch.setattr(app, "MOST_BYTES", make(steps=2).maps.nbytes)
+    assert make(steps=2).maps.nbytes == app.MOST_BYTES
+    with pytest.raises(ValueError, match=r"maps: more than 0 MiB in 3 steps of 2 concepts; ask for fewer steps"):
+        make(steps=4)
+
+
+def test_a_public_page_takes_no_file_and_lets_no_crowd_wait():
+    blocks = app.serve([], only=True, wait=False)
+    try:
+        assert blocks.max_file_size == 1 and blocks._queue.max_size == app.WAITING
+        assert blocks.app.state_holder.capacity == app.SESSIONS
+    finally:
+        blocks.close()
 
 
 def test_a_class_that_cannot_be_captured_is_one_line(blind):
@@ -106,7 +133,7 @@ def test_the_command_and_the_space_serve_the_same_page(monkeypatch):
     monkeypatch.setattr(app, "serve", lambda *args, **options: served.append((args, options)))
     assert main(["app", "/a", "b/c", "--only", "--port", "7000"]) == 0
     runpy.run_path(str(ROOT / "examples" / "space" / "app.py"))
-    assert served == [((("/a", "b/c"), True, "float32", None, 7000), {}), ((), {"only": True})]
+    assert served == [((("/a", "b/c"), True, "float32", None, 7000), {"largest": 1024}), ((), {"only": True})]
     assert main(["app", "--port", "0"]) == 1 and len(served) == 2
 
 
