@@ -155,7 +155,7 @@ def train(arguments: list[str]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from star.reports.evaluations import format_error
+    from star.reports.evaluations import format_error, format_left_out
     from star.train import train as run
 
     summary = run(config, ["star", "train", *arguments])
@@ -171,7 +171,7 @@ def train(arguments: list[str]) -> None:
     if summary["held_out"]:
         table = Table("held-out", "before", "after", "difference", title=title, caption="± one standard error, paired")
         for column, found in summary["held_out"].items():
-            difference = f"{found['difference']:+.3f}{format_error(found['standard_error'], 3)}"
+            difference = f"{found['difference']:+.3f}{format_error(found['standard_error'], 3)}{format_left_out(found)}"
             table.add_row(escape(column), f"{found['before']:.3f}", f"{found['after']:.3f}", difference)
         console.print(table)
     else:

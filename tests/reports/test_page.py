@@ -306,7 +306,8 @@ def test_failed_rewards_are_told_and_left_out(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = write_page(run, out=tmp_path / "page.html")
     cells = [[cell["text"] for cell in row] for row in rows(found)]
-    assert ["reward", "all prompts", "0.5000 → 0.8000 (+0.2000)"] in cells  # the difference is of one prompt
+    assert ["reward", "all prompts", "0.5000 → 0.7000 (+0.2000; 2 prompts left out)"] in cells
+    assert ["reward", "a", "0.5000 → 0.7000 (+0.2000; 1 prompt left out)"] in cells
     assert ["reward", "b", "every reward failed"] in cells
     assert ["reward, last tenth", "every reward failed"] in cells
     assert ["images without a reward", "12 in 2 iterations"] in cells

@@ -161,7 +161,7 @@ def test_differences_are_paired_by_prompt():
     before = Evaluation(0, ("a", "a", "b"), {"reward": np.array([0.0, 1.0, 0.5])}, 3, 0)
     after = Evaluation(9, ("a", "a", "b"), {"reward": np.array([0.25, 1.25, math.nan])}, 3, 1)
     found = compare(before, after)["reward"]
-    assert found == {"before": 0.5, "after": 0.75, "difference": 0.25, "standard_error": 0.0}
+    assert found == {"before": 0.5, "after": 0.75, "difference": 0.25, "standard_error": 0.0, "left_out": 1}
     assert compare(before, after, "b") == {}
 
 
@@ -414,8 +414,9 @@ def test_a_card_names_the_runs_own_objective(tmp_path, objective, other):
 def test_a_card_shows_texts_of_others_as_they_are(tmp_path):
     prompt = 'a `sign` that says "```" and | $x$ \u05d7\u05ea\u05d5\u05dc'
     config = configuration.update(configuration.Config(), {"sampling": {"prompts": "a|b.txt"}})
-    held_out = {"my|score": {"before": 0.1, "after": 0.2, "difference": 0.1, "standard_error": None}}
+    held_out = {"my|score": {"before": 0.1, "after": 0.2, "difference": 0.1, "standard_error": None, "left_out": 2}}
     text = card.write(tmp_path, config, {"iterations": 3, "held_out": held_out}, prompt).read_text()
+    assert "+0.1000; 2 prompts left out" in text
     code = re.search(r"^(`{4,})python\n(.*?)\n\1$", text, re.S | re.M)[2]
     assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     lines = [re.sub(r"\\\|", "", line) for line in text.splitlines()]

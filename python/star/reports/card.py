@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from star.config import Config, to_dict
 from star.reports.commands import installed_version
-from star.reports.evaluations import format_error
+from star.reports.evaluations import format_error, format_left_out
 from star.rewards import parse
 
 OBJECTIVES = {
@@ -92,7 +92,7 @@ A reward is not a person: look at the images before relying on a score. The lice
 
 
 def _score_row(column: str, found: dict) -> str:
-    difference = f"{found['difference']:+.4f}{format_error(found['standard_error'])}"
+    difference = f"{found['difference']:+.4f}{format_error(found['standard_error'])}{format_left_out(found)}"
     return f"| {_cell(column)} | {found['before']:.4f} | {found['after']:.4f} | {difference} |"
 
 

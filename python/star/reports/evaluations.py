@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -139,23 +140,33 @@ def write_evaluation(run: Path, evaluation: Evaluation) -> None:
 
 def compare(before: Evaluation, after: Evaluation, category: str | None = None) -> dict[str, dict[str, float | None]]:
     """By column the means before and after, their difference and its standard error, paired by prompt; over the prompts
-    of a category, None stands for all."""
+    of a category, None stands for all. All are over the prompts that have a value in both; left_out: how many have
+    none in one of them."""
     chosen = before.is_of(category)
     found = {}
     for column in before.values:
         if column not in after.values:
             continue
-        difference = (after.values[column] - before.values[column])[chosen]
-        difference = difference[np.isfinite(difference)]
-        if len(difference):
-            error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else math.nan
+        pairs = np.stack([before.values[column][chosen], after.values[column][chosen]])
+        kept = pairs[:, np.isfinite(pairs).all(0)]
+        count = kept.shape[1]
+        if count:
+            difference = kept[1] - kept[0]
+            error = difference.std(ddof=1) / count**0.5 if count > 1 else math.nan
             found[column] = {
-                "before": _rounded(before.mean(column, category).mean),
-                "after": _rounded(after.mean(column, category).mean),
+                "before": _rounded(float(kept[0].mean())),
+                "after": _rounded(float(kept[1].mean())),
                 "difference": _rounded(float(difference.mean())),
                 "standard_error": _rounded(float(error)),
+                "left_out": pairs.shape[1] - count,
             }
     return found
+
+
+def format_left_out(found: Mapping[str, float | None]) -> str:
+    """Of what `compare` says of a column: "; 3 prompts left out", nothing where all have a value."""
+    count = found["left_out"]
+    return f"; {count} prompt{'s'[: count != 1]} left out" if count else ""
 
 
 def compare_run(run: Path) -> dict[str, dict[str, float | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from star.config import flatten, modernize
 from star.reports import commands, shown, tracking
 from star.reports.chart import format_number
 from star.reports.commands import Command
-from star.reports.evaluations import Evaluation, compare, format_error, read_evaluations
+from star.reports.evaluations import Evaluation, compare, format_error, format_left_out, read_evaluations
 from star.reports.shown import Maps, Stage
 
 STAGES: tuple[Stage, ...] = ("before", "after")
@@ -201,13 +201,17 @@ def held_out(first: Evaluation | None, last: Evaluation | None, column: str, cat
         return "every reward failed" if any(one.is_of(category).any() for one in ends) else "—"
     if len(ends) == 2 and ends[0].categories == ends[1].categories:
         found = compare(ends[0], ends[1], category).get(column)
-        if found is not None and all(mean.prompts for mean in means):
-            change = f"{found['difference']:+.4f}{format_error(found['standard_error'])}"
-            return f"{found['before']:.4f} → {found['after']:.4f} ({change})"
+        if found is not None:
+            return f"{found['before']:.4f} → {found['after']:.4f} ({format_change(found)})"
     if len(ends) == 2:
         return " → ".join(format_number(mean.mean) if mean.prompts else "failed" for mean in means)
     when = "before" if ends[0] is first else "after"
     return f"{means[0].mean:.4f}{format_error(means[0].standard_error)}, {when} alone"
+
+
+def format_change(found: Mapping[str, float | None]) -> str:
+    """The difference that `compare` says of a column, its error, and how many prompts it is not over."""
+    return f"{found['difference']:+.4f}{format_error(found['standard_error'])}{format_left_out(found)}"
 
 
 def differences(runs: Sequence[Run]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -244,7 +248,7 @@ def to_first(runs: Sequence[Run], column: str, category: str | None) -> list[str
         own, found = run.evaluation("after"), None
         if reference is not None and own is not None:
             found = compare(reference, own, category).get(column)
-        cells.append(f"{found['difference']:+.4f}{format_error(found['standard_error'])}" if found else "—")
+        cells.append(format_change(found) if found else "—")
     return cells
 
 
