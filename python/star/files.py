@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,11 +43,35 @@ class FolderLock:
         self.file.close()
 
 
+@contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[None]:
+    """Within it a folder that was empty, or not there, is this process' own. Raises ValueError, naming the option, for
+    one that is not empty or that another process fills."""
+    if not is_empty(folder):
+        raise ValueError(f"{option}: {folder} is not empty; choose a new folder")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(folder)
+    except BlockingIOError:
+        raise ValueError(f"{option}: another process writes into {folder}; choose a new folder") from None
+    try:
+        yield
+    finally:
+        if made and is_empty(folder):  # nothing was written
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is what `replace` leaves when it is killed."""
+    return name.startswith(".") and name.endswith(".writing")
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder is not there, or has nothing in it but a lock and files that were never finished. Raises
     NotADirectoryError for a file."""
-    unfinished = lambda name: name.startswith(".") and name.endswith(".writing")
-    return not folder.exists() or all(path.name == LOCK or unfinished(path.name) for path in folder.iterdir())
+    return not folder.exists() or all(path.name == LOCK or is_unfinished(path.name) for path in folder.iterdir())
 
 
 class Unreadable(ValueError):
@@ -62,15 +89,44 @@ def read_text(path: Path) -> str:
         raise Unreadable(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a file with one a line; none if there is no file. A last line that was cut short, by a crash or
-    because it is being written, is left out. Raises Unreadable."""
+def numbered_json_lines(path: Path) -> list[tuple[str, dict]]:
+    """The objects of a file with one a line, each with its "FILE:LINE"; none if there is no file. A last line that was
+    cut short, by a crash or because it is being written, is left out. Raises Unreadable."""
     if not path.exists():
         return []
     *lines, cut = read_text(path).split("\n")
     if cut.rstrip().endswith("}"):
         lines.append(cut)
-    return [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [(f"{path}:{n}", parse_object(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """`numbered_json_lines` without the numbers."""
+    return [line for _, line in numbered_json_lines(path)]
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """An object as a line of such a file. A number that is not finite is null: JSON has none, and other readers stop
+    at Python's NaN."""
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON text is a number; true and false are none, though Python counts them as such."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on that an array holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _whole(digits: str) -> int:
@@ -93,6 +149,45 @@ def parse_object(text: str, source: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Unreadable(f"{source} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+PNG = b"\x89PNG\r\n\x1a\n"  # begins every file of this kind
+BEGINNING = 2**20  # bytes, by which a file is recognized
+
+
+def claim(path: Path, option: str, noun: str, is_own: Callable[[bytes], bool]) -> None:
+    """Make sure, before the work, that an output can be written to a path, over nothing but an earlier one like it.
+
+    noun: what is written there, for the error. is_own: whether a file that begins with these bytes is such a one. Makes
+    the folder. Raises ValueError, naming the option, for anything else that is there, and for a folder that takes no
+    file.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; name a file in it")
+    if path.is_file():
+        with path.open("rb") as file:
+            beginning = file.read(BEGINNING)
+        if not is_own(beginning):
+            raise ValueError(f"{option}: {path} is no {noun}, so it stays as it is; choose another --{option}")
+    elif path.exists() or path.is_symlink():
+        raise ValueError(f"{option}: {path} is no file, so it stays as it is; choose another --{option}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: {path.parent} takes no file (no permission); choose another --{option}")
+
+
+def is_json_of(*keys: str) -> Callable[[bytes], bool]:
+    """For `claim`: whether a file is an object with these keys, or a list that begins with one."""
+
+    def is_own(beginning: bytes) -> bool:
+        try:
+            value = json.loads(beginning)
+        except (ValueError, RecursionError):
+            return False
+        first = value[0] if isinstance(value, list) and value else value
+        return isinstance(first, dict) and set(keys) <= first.keys()
+
+    return is_own
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

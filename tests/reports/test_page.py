@@ -468,6 +468,56 @@ def test_numbers_that_cannot_be_computed_with_are_one_line(tmp_path, name, line)
         reading.read(run, "run", 0)
 
 
+SCORING = {"iteration": 0, "images": 2, "failed": 0, "categories": ["a", None], "values": {"reward": [0.5, None]}}
+ODD = {
+    "evaluations.jsonl": [
+        *(SCORING | {"iteration": value} for value in (-1, True, 1.5, "0", [0], 2**64)),
+        *(SCORING | {"images": value} for value in (-1, True, "2")),
+        SCORING | {"failed": 3},
+        *(SCORING | {"categories": value} for value in (["a", 3], ["a", ["b"]], [{}, None], "ab", {"a": 1, "b": 2}, 3)),
+        *(SCORING | {"values": value} for value in (3, [], {}, {"soft": [1, 1]})),
+        *(SCORING | {"values": {"reward": value}} for value in ([0.5], ["0.5", 1], [[1, 2], [3, 4]], [True, 1], "ab")),
+        *(SCORING | {"values": {"reward": value}} for value in ([1e300, 1], [{}, 1], None, {"a": 1, "b": 2})),
+    ],
+    "metrics.jsonl": [
+        *({"iteration": value, "reward": 1.0} for value in (-1, True, None, "0", 1.0, [0])),
+        *({"iteration": 0, "reward": value} for value in ("0.5", True, [1], {})),
+        {"reward": 1.0},
+    ],
+    "commands.jsonl": [
+        {"command": "star", "iteration": 0, "processes": 1, "version": "1"} | {name: value}
+        for name, value in (
+            *(("command", 3), ("iteration", True), ("iteration", -1), ("processes", 1.5), ("version", 3)),
+            *(("processes", None), ("iteration", "0")),
+        )
+    ],
+    "held_out/prompts.jsonl": [{"prompt": 3}, {"prompt": None}, {}],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_line_with_something_else_than_its_numbers_is_named_with_its_number(tmp_path, name):
+    run = make_run(tmp_path / "run", [scored(0, [1.0])], ["x"])
+    reading.read(run, "run", 0)
+    for line in ODD[name]:
+        (run / name).write_text("\n" + json.dumps(line) + "\n")  # blank lines count
+        with pytest.raises(Unreadable, match=rf"{name}:2 (is|has) no ") as caught:
+            reading.read(run, "run", 0)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
+    """JSON has no NaN, and other programs stop at Python's."""
+    run = make_run(tmp_path / "run", [scored(0, [np.nan, 1.0], failed=1)])
+    tracker = tracking.Tracker(configuration.update(preset("shapes"), {"run": {"out": str(run), "trackers": []}}), 1)
+    tracker.log(1, {"reward": np.nan, "ratio_max": np.inf})
+    strict = lambda word: pytest.fail(f"{word} is no JSON")
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        lines = [json.loads(line, parse_constant=strict) for line in (run / name).read_text().splitlines()]
+    assert lines[0]["values"]["reward"] == [None, 1.0]
+    assert np.isnan([tracking.read(run)[1][key] for key in ("reward", "ratio_max")]).all()
+
+
 def test_large_images_become_small_and_are_not_enlarged_pixel_by_pixel():
     url, is_small = gallery.as_url(png((200, 10, 10), (1024, 768)))
     image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))

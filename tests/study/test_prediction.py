@@ -1,6 +1,7 @@
 """Whether a probe foresees a study: the rank correlation on numbers whose answer is known, and one study asked."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -92,6 +93,20 @@ def test_arms_of_a_study_are_probed_once_on_the_same_images(tmp_path, monkeypatc
     (text,) = prediction.notes(study, measured({"attention": 0.1}), tmp_path)
     assert "were trained, and has 1." in text
     assert prediction.notes(study, measured({}), tmp_path / "elsewhere") == []
-    (tmp_path / prediction.FILE).write_text("[]")
-    with pytest.raises(files.Unreadable, match=r"probe\.json"):
-        prediction.notes(study, measured({}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"arms": 3}',
+        '{"arms": {"a": 3}}',
+        *(json.dumps({"arms": {"a": {prediction.GAIN: value}}}) for value in ("0.1", True, [1], math.nan)),
+        json.dumps({"arms": {"a": {prediction.GAIN: 0}}}).replace("0}", "1e999}"),
+    ],
+)
+def test_a_damaged_probe_is_one_line_that_names_the_file(tmp_path, text):
+    (tmp_path / prediction.FILE).write_text(text)
+    with pytest.raises(files.Unreadable, match=r"probe\.json") as caught:
+        prediction.notes(spec.Study(baselines=("uniform",)), measured({"a": 0.1}), tmp_path)
+    assert "\n" not in str(caught.value)

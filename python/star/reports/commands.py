@@ -9,7 +9,6 @@ A run that was begun from Python has no such file.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,18 +33,17 @@ def note(run: Path, arguments: Sequence[str], iteration: int, processes: int) ->
     """Add a command to a run's folder."""
     command = Command(shlex.join(arguments), iteration, processes, installed_version())
     earlier = files.read_json_lines(run / FILE)
-    files.replace_text(run / FILE, "".join(json.dumps(line) + "\n" for line in [*earlier, asdict(command)]))
+    files.replace_text(run / FILE, "".join(map(files.json_line, [*earlier, asdict(command)])))
 
 
 def read(run: Path) -> list[Command]:
     """The commands of a run, in order. Raises files.Unreadable for a file that holds anything else."""
-    path = run / FILE
     found = []
-    for number, line in enumerate(files.read_json_lines(path), 1):
-        kinds = {"command": str, "iteration": int, "processes": int, "version": str | None}
-        if not all(name in line and isinstance(line[name], kind) for name, kind in kinds.items()):
-            raise files.Unreadable(f"{path}: its entry {number} is no command; delete that line")
-        found.append(Command(*(line[name] for name in kinds)))
+    for place, line in files.numbered_json_lines(run / FILE):
+        texts = isinstance(line.get("command"), str) and isinstance(line.get("version", 0), str | None)
+        if not texts or not files.is_count(line.get("iteration")) or not files.is_count(line.get("processes")):
+            raise files.Unreadable(f"{place} has no command of a run; delete that line")
+        found.append(Command(line["command"], line["iteration"], line["processes"], line["version"]))
     return found
 
 

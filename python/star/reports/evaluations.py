@@ -12,7 +12,6 @@ value is the mean over the prompt's images; null stands for a reward that failed
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from star import files
 
 FILE = "evaluations.jsonl"
 DIGITS = 5
+LARGEST = 1e100
 
 
 class Mean(NamedTuple):
@@ -109,33 +109,56 @@ def parse_line(line: dict) -> Evaluation:
     else:
         columns = {"reward": line["soft"], "strict": line["strict"]}
         images, failed = len(line["soft"]), 0
-    categories, iteration = tuple(line["categories"]), line["iteration"]
-    values = {name: np.array([math.nan if v is None else v for v in c], dtype=float) for name, c in columns.items()}
-    if "reward" not in values or any(len(column) != len(categories) for column in values.values()):
-        raise ValueError("not a value of each prompt")
-    if not all(isinstance(number, int) for number in (images, failed, 0 if iteration is None else iteration)):
+    categories, iteration = line["categories"], line["iteration"]
+    if not isinstance(categories, list) or not all(name is None or isinstance(name, str) for name in categories):
+        raise TypeError("categories that are no names")
+    values = {name: _column(column, len(categories)) for name, column in columns.items()}
+    if "reward" not in values:
+        raise ValueError("no reward")
+    counts = (images, failed, 0 if iteration is None else iteration)
+    if not all(map(files.is_count, counts)) or failed > images:
         raise TypeError("counts that are none")
-    return Evaluation(iteration, categories, values, images, failed)
+    return Evaluation(iteration, tuple(categories), values, images, failed)
+
+
+def _column(values: object, count: int) -> np.ndarray:
+    """(count,) numbers, NaN for null."""
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError("not a value of each prompt")
+    if not all(value is None or files.is_number(value) for value in values):
+        raise TypeError("values that are no numbers")
+    column = np.array([math.nan if value is None else value for value in values], dtype=float)
+    if (abs(column) > LARGEST).any():
+        raise ValueError("values whose squares no number holds")
+    return column
 
 
 def read_evaluations(run: Path) -> list[Evaluation]:
     """The scorings of a run, in order; none if there are none yet. Raises files.Unreadable for anything else."""
-    path = run / FILE
     found = []
-    for number, line in enumerate(files.read_json_lines(path), 1):
+    for place, line in files.numbered_json_lines(run / FILE):
         try:
             found.append(parse_line(line))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise files.Unreadable(f"{path}: its entry {number} is no scoring; delete that line") from error
+            raise files.Unreadable(f"{place} is no scoring; delete that line") from error
     return found
 
 
 def write_evaluation(run: Path, evaluation: Evaluation) -> None:
     """Add a scoring to a run's file. Lines of this and later iterations go: they are of a run that was killed before
     its checkpoint."""
-    earlier = files.read_json_lines(run / FILE) if evaluation.iteration is not None else []
-    kept = [line for line in earlier if line["iteration"] < evaluation.iteration]
-    files.replace_text(run / FILE, "".join(json.dumps(line) + "\n" for line in [*kept, evaluation.line()]))
+    kept = [] if evaluation.iteration is None else _lines_before(run, evaluation.iteration)
+    files.replace_text(run / FILE, "".join(map(files.json_line, [*kept, evaluation.line()])))
+
+
+def _lines_before(run: Path, iteration: int) -> list[dict]:
+    kept = []
+    for place, line in files.numbered_json_lines(run / FILE):
+        if not files.is_count(line.get("iteration")):
+            raise files.Unreadable(f"{place} is no scoring of an iteration; delete that line")
+        if line["iteration"] < iteration:
+            kept.append(line)
+    return kept
 
 
 def compare(before: Evaluation, after: Evaluation, category: str | None = None) -> dict[str, dict[str, float | None]]:

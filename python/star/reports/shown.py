@@ -52,11 +52,10 @@ def write_prompts(run: Path, prompts: Sequence[str]) -> None:
 
 def read_prompts(run: Path) -> list[str]:
     """None in a run of version 0.1. Raises files.Unreadable for a file that holds anything else."""
-    path = run / FOLDER / "prompts.jsonl"
     found = []
-    for number, line in enumerate(files.read_json_lines(path), 1):
+    for place, line in files.numbered_json_lines(run / FOLDER / "prompts.jsonl"):
         if not isinstance(line.get("prompt"), str):
-            raise files.Unreadable(f"{path}: its entry {number} has no text under 'prompt'; delete the file")
+            raise files.Unreadable(f"{place} has no text under 'prompt'; delete the file")
         found.append(line["prompt"])
     return found
 
@@ -97,31 +96,33 @@ def _packed(field: Field) -> dict[str, object]:
 def read_maps(run: Path, stage: Stage) -> Maps | None:
     """The maps of a stage; None if the run kept none. Raises files.Unreadable for a file that holds anything else."""
     path = maps_path(run, stage)
-    lines = files.read_json_lines(path)
     fields: dict[int, list[Field]] = {}
     iterations = set()
-    for number, line in enumerate(lines, 1):
+    for place, line in files.numbered_json_lines(path):
         try:
             fields[_count(line["image"])] = [_unpacked(field) for field in line["fields"]]
             iterations.add(_count(line["iteration"]))
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
-            raise files.Unreadable(f"{path}: its entry {number} has no maps of an image; delete the file") from error
+            raise files.Unreadable(f"{place} has no maps of an image; delete the file") from error
     if len(iterations) > 1:
         raise files.Unreadable(f"{path} has maps of several iterations; delete the file")
     return Maps(iterations.pop(), fields) if iterations else None
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not files.is_count(value):
         raise ValueError(f"got {value!r}, expected a count")
+    assert isinstance(value, int)
     return value
 
 
 def _unpacked(field: Mapping) -> Field:
     rows, columns = map(_count, field["grid"])
-    largest = float(field["largest"])
-    if field["kind"] not in KINDS or not isinstance(field["name"], str) or not 0 <= largest < math.inf:
+    largest = field["largest"]
+    if field["kind"] not in KINDS or not isinstance(field["name"], str) or not files.is_number(largest):
         raise ValueError("no field")
+    if not 0 <= largest < math.inf:
+        raise ValueError(f"got {largest}, expected a finite number from 0 on")
     levels = np.frombuffer(base64.b64decode(field["values"], validate=True), np.uint8)
     if not len(levels):
         raise ValueError("no locations")

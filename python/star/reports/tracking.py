@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import time
 import uuid
@@ -30,7 +30,7 @@ def run_id(run: Path) -> str:
     path = run / "run_id"
     if not path.exists():
         files.replace_text(path, uuid.uuid4().hex[:12])
-    return path.read_text().strip()
+    return files.read_text(path).strip()
 
 
 def board(name: str, config: Config, start: int) -> GeneralTracker:
@@ -63,11 +63,11 @@ class Tracker:
         self.path = run / "metrics.jsonl"
         self.boards = [board(name, config, start) for name in config.run.trackers]
         kept = [line for line in read(run) if line["iteration"] < start]
-        files.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        files.replace_text(self.path, "".join(map(files.json_line, kept)))
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            file.write(files.json_line({"iteration": iteration, **metrics}))
             file.flush()
             os.fsync(file.fileno())  # a checkpoint must not be ahead of them
         for tracker in self.boards:
@@ -79,15 +79,15 @@ class Tracker:
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run, one dict per iteration; a last line cut short by a crash is left out. Raises
+    """The metrics of a run, one dict per iteration, NaN for null; a last line cut short by a crash is left out. Raises
     files.Unreadable for a file that holds anything else."""
-    path = run / "metrics.jsonl"
-    lines = files.read_json_lines(path)
-    for number, line in enumerate(lines, 1):
-        numbers = all(isinstance(value, int | float) for value in line.values())
-        if not numbers or not isinstance(line.get("iteration"), int):
-            raise files.Unreadable(f"{path}: its entry {number} has no metrics of an iteration; delete that line")
-    return lines
+    found: list[dict[str, float]] = []
+    for place, line in files.numbered_json_lines(run / "metrics.jsonl"):
+        numbers = {name: math.nan if value is None else value for name, value in line.items()}
+        if not files.is_count(line.get("iteration")) or not all(map(files.is_number, numbers.values())):
+            raise files.Unreadable(f"{place} has no metrics of an iteration; delete that line")
+        found.append(numbers)
+    return found
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -96,6 +96,6 @@ def read_summary(run: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     summary = files.parse_object(files.read_text(path), path)
-    if not all(isinstance(summary.get(name), int | float) for name in ("iterations", "seconds")):
+    if not files.is_count(summary.get("iterations")) or not files.is_number(summary.get("seconds")):
         raise files.Unreadable(f"{path} has no numbers under 'iterations' and 'seconds'; --resume writes it again")
     return summary

@@ -111,18 +111,21 @@ def measure(study: Study, out: Path) -> None:
         if lines.get(meta["iteration"], {}).items() >= key.items():
             continue
         values = comparison.measure(config, path)
-        known_values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        lines[meta["iteration"]] = {"iteration": meta["iteration"], **key, "values": known_values}
-        text = "".join(json.dumps(lines[iteration]) + "\n" for iteration in sorted(lines))
+        lines[meta["iteration"]] = {"iteration": meta["iteration"], **key, "values": values}
+        text = "".join(files.json_line(lines[iteration]) for iteration in sorted(lines))
         files.replace_text(config.run.out / FILE, text)
 
 
 def _read(run: Path) -> dict[int, dict]:
     """The lines of a run's file by iteration. Raises files.Unreadable for anything else."""
-    lines = files.read_json_lines(run / FILE)
-    if not all(isinstance(line.get("iteration"), int) and isinstance(line.get("values"), dict) for line in lines):
-        raise files.Unreadable(f"{run / FILE} holds a line that is no drift; delete the file")
-    return {line["iteration"]: line for line in lines}
+    found = {}
+    for place, line in files.numbered_json_lines(run / FILE):
+        values = line.get("values")
+        numbers = isinstance(values, dict) and all(v is None or files.is_number(v) for v in values.values())
+        if not files.is_count(line.get("iteration")) or not numbers:
+            raise files.Unreadable(f"{place} has no drift of a checkpoint; delete that line")
+        found[line["iteration"]] = line
+    return found
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

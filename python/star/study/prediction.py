@@ -19,6 +19,7 @@ from scipy import stats
 from star import config as configuration
 from star import files
 from star.config import Config
+from star.messages import one_line
 from star.study import intervals, probe
 from star.study.probe import Probe
 from star.study.results import Results
@@ -84,9 +85,13 @@ def notes(study: Study, results: Results, out: Path) -> list[str]:
     if not path.exists():
         return []
     arms = files.parse_object(files.read_text(path), path).get("arms")
-    if not isinstance(arms, dict):
+    if not isinstance(arms, dict) or not all(isinstance(numbers, dict) for numbers in arms.values()):
         raise files.Unreadable(f"{path} holds no arms; delete it")
-    return [describe({arm: numbers.get(GAIN) for arm, numbers in arms.items()}, results, baseline)]
+    predicted = {arm: numbers.get(GAIN) for arm, numbers in arms.items()}
+    for arm, gain in predicted.items():
+        if gain is not None and not (files.is_number(gain) and math.isfinite(gain)):
+            raise files.Unreadable(f"{path}: {GAIN} of {arm} is {one_line(gain)}, expected a number or null; delete it")
+    return [describe(predicted, results, baseline)]
 
 
 def describe(predicted: Mapping[str, float | None], results: Results, baseline: str) -> str:

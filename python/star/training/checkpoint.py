@@ -20,7 +20,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 
-from star.files import sync
+from star.files import is_count, parse_object, read_text, sync
 from star.messages import one_line
 from star.training.distributed import full_tensor
 from star.training.pipeline import TRAINED, adapter_names
@@ -95,9 +95,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: iteration, sha256 of its state, seconds. Raises CheckpointError if it is
     something else."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        meta = parse_object(read_text(path / "meta.json"), path / "meta.json")
+        if meta.get("format") != FORMAT:
             raise CheckpointError(f"checkpoint: {path} is not a {FORMAT}")
+        if not is_count(meta.get("iteration")) or not isinstance(meta.get("sha256"), str):
+            raise CheckpointError(f"checkpoint: {path} says neither its iteration nor its checksum; {EARLIER}")
         return meta
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read ({one_line(error)}); {EARLIER}") from error
