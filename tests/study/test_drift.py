@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from star import config as configuration
+from star import files
 from star.cli import main
 from star.reports.evaluations import Evaluation, write_evaluation
 from star.shapes import scenes
@@ -169,6 +170,7 @@ def test_a_model_that_repaints_drifts_and_one_that_does_not_does_not(measured):
 def test_the_table_compares_arms_at_equal_score(measured):
     text = (measured["out"] / "report.md").read_text()
     assert "**drift at equal score: difference to still**" in text and "| repaints | +" in text
+    assert "Drift at equal score says little of still, repaints: one checkpoint was measured" in text
     rows = [line for line in text.splitlines() if line.startswith("| still | 2 | ")]
     assert rows and "+0.000 [+0.000, +0.000]" in rows[0]
 
@@ -196,6 +198,34 @@ def test_a_checkpoint_of_another_model_is_one_line(measured, tmp_path):
     path = checkpoint.save(tmp_path, 2, state, keep=1)
     with pytest.raises(checkpoint.CheckpointError, match="is of another model or adapter"):
         policy.load_averaged(Comparison(config)._pipeline(), config, path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"iteration": True, "values": {}},
+        {"iteration": -1, "values": {}},
+        {"iteration": 1, "values": [1]},
+        *({"iteration": 1, "values": {"diversity": value}} for value in ("0.5", True, [1], {})),
+    ],
+)
+def test_a_line_that_is_no_drift_is_named_with_its_number(tmp_path, line):
+    out = tmp_path / "study"
+    results, _ = two_arms(0.4, 0.6)
+    own = dataclasses.replace(study(), arms={"slow": {}, "quick": {}}, baselines=("slow",))
+    run = own.config("slow", 0, out).run.out
+    run.mkdir(parents=True)
+    (run / drift.FILE).write_text('\n{"iteration": 1, "values": {"diversity": null}}\n' + json.dumps(line) + "\n")
+    with pytest.raises(files.Unreadable, match=r"drift.jsonl:3 has no drift of a checkpoint; delete that line"):
+        drift.load(own, results, out)
+
+
+def test_of_a_single_checkpoint_the_report_says_what_an_equal_score_means():
+    _, found = two_arms(0.4, 0.6)
+    assert drift.notes(found) == []
+    found.iterations["slow"] = np.array([0, 40])
+    (note,) = drift.notes(found)
+    assert note.startswith("Drift at equal score says little of slow: one checkpoint was measured")
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

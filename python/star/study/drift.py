@@ -163,6 +163,18 @@ def load(study: Study, results: Results, out: Path) -> Drift:
     return Drift(iterations, values)
 
 
+def notes(drift: Drift) -> list[str]:
+    """What a reader of a drift at equal score must know; nothing where every arm has several checkpoints."""
+    scaled = [arm for arm, iterations in drift.iterations.items() if len(iterations) == 2]
+    if not scaled:
+        return []
+    return [
+        f"Drift at equal score says little of {', '.join(scaled)}: one checkpoint was measured, so that it is the "
+        "drift there, scaled by how early the score was reached. Runs that keep more (run.keep_checkpoints, "
+        "run.save_every) are measured at each."
+    ]
+
+
 def _course(rows: Sequence[dict[str, float | None]], name: str) -> np.ndarray:
     """(C,) a measure from the start on, NaN where it is unknown."""
     return np.array([0.0, *(math.nan if (value := row.get(name)) is None else value for row in rows)])

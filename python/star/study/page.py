@@ -19,8 +19,9 @@ from star.study.tables import Table, report_tables
 
 def write(study: Study, results: Results, out: Path) -> str:
     """Write report.png, report.html and report.md into `out`. Returns the Markdown."""
-    tables = report_tables(study, results, drift.load(study, results, out))
-    notes = reading_notes(results) + prediction.notes(study, results, out)
+    drifts = drift.load(study, results, out)
+    tables = report_tables(study, results, drifts)
+    notes = reading_notes(results) + drift.notes(drifts) + prediction.notes(study, results, out)
     figure.draw(results, study.baselines[0], out / "report.png")
     text = markdown(tables, notes)
     values = {
