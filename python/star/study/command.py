@@ -79,8 +79,11 @@ def prepare(study: Study, out: Path) -> None:
     """Make the study's folder. Raises ConfigError for a folder that holds something else."""
     path = out / "study.yaml"
     if path.is_file():
+        earlier = specification.load_study(path)
+        if earlier.prompts != study.prompts:  # runs name the file alone, which would change under them
+            raise ConfigError(f"prompts: {out} was started with others; choose another --out")
         # Seeds of an earlier call stay in the report.
-        study.seeds = tuple(dict.fromkeys([*specification.load_study(path).seeds, *study.seeds]))
+        study.seeds = tuple(dict.fromkeys([*earlier.seeds, *study.seeds]))
     elif not files.is_empty(out):
         raise ConfigError(f"out: {out} is not empty and no study (it has no study.yaml)")
     for arm in study.arms:
@@ -88,7 +91,7 @@ def prepare(study: Study, out: Path) -> None:
             runs.check_unchanged(study.config(arm, seed, out))
     out.mkdir(parents=True, exist_ok=True)
     if study.prompts:
-        (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in study.prompts))
+        files.replace_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in study.prompts))
     specification.save_study(study, path)
 
 

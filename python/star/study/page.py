@@ -53,6 +53,12 @@ def reading_notes(results: Results) -> list[str]:
         "p: t-test over the seeds. *: both say that there is a difference. With few seeds the bootstrap alone is too "
         "sure of itself; no correction is made for the number of comparisons. Seconds are of runs side by side.",
     ]
+    if results.left_out:
+        total = images + results.left_out
+        notes.append(
+            f"Left out everywhere: {results.left_out} of {total} held-out images, whose reward failed in some scoring "
+            "of some run."
+        )
     absent = defaultdict(list)
     for run in results.missing:
         arm, _, seed = run.rpartition("-")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from star.study.spec import Study
 from star.training.scoring import HeldOut
 from star.training.task import configured_task
 
+log = logging.getLogger("star")
 METRIC = "reward"  # of the curves; the tables have all scores
 
 # The metrics of metrics.jsonl that may differ between arms.
@@ -29,7 +31,8 @@ class Results:
 
     iterations: (E,). categories, prompts: (P,) of names and of texts, which may repeat. scores: by metric, arm and seed
     (E, P). logged: by arm and name the mean over all iterations and seeds. images: by arm those sampled in an
-    iteration. missing: runs of the study that are not finished.
+    iteration. missing: runs of the study that are not finished. left_out: how many prompts are in none of this, since
+    their reward failed in some scoring of some run.
     """
 
     iterations: np.ndarray
@@ -39,6 +42,7 @@ class Results:
     logged: dict[str, dict[str, float]]
     images: dict[str, int]
     missing: tuple[str, ...] = ()
+    left_out: int = 0
 
     @property
     def metrics(self) -> list[str]:
@@ -85,8 +89,7 @@ def load(study: Study, out: Path) -> Results:
         for seed in study.seeds:
             config = study.config(arm, seed, out)
             if runs.is_finished(config):
-                scorings = read_evaluations(config.run.out)
-                evaluations[arm, seed] = {one.iteration: one for one in scorings if one.iteration is not None}
+                evaluations[arm, seed] = _scorings(config.run.out)
                 images[arm] = images_per_iteration(config)
                 logged.setdefault(arm, []).append(tracking.read(config.run.out))
             else:
@@ -99,17 +102,41 @@ def load(study: Study, out: Path) -> Results:
     categories = [run[i].categories for run in evaluations.values() for i in iterations]
     if any(names != categories[0] for names in categories):
         raise ConfigError(f"out: the runs of {out} were scored on different prompts")
+    rewards = np.stack([run[i].values[METRIC] for run in evaluations.values() for i in iterations])
+    kept = np.isfinite(rewards).all(0)
+    if not kept.any():
+        raise ConfigError(f"out: no held-out prompt of {out} has a reward in every scoring of every run")
     shared = set.intersection(*(set(run[i].values) for run in evaluations.values() for i in iterations))
     metrics = [name for name in next(iter(evaluations.values()))[iterations[0]].values if name in shared]
     scores: dict[str, dict[str, dict[int, np.ndarray]]] = {metric: {} for metric in metrics}
     for metric in metrics:
         for (arm, seed), run in evaluations.items():
-            scores[metric].setdefault(arm, {})[seed] = np.stack([run[i].values[metric] for i in iterations])
+            scores[metric].setdefault(arm, {})[seed] = np.stack([run[i].values[metric][kept] for i in iterations])
     means = {arm: _means([line for lines in by_seed for line in lines]) for arm, by_seed in logged.items()}
     texts = [prompt.text for prompt in HeldOut.of_run(configured_task(config), config).prompts]
+    if len(texts) != len(kept):
+        raise ConfigError(f"out: the runs of {out} were scored on {len(kept)} prompts, the study has {len(texts)}")
     return Results(
-        np.array(iterations), np.array(categories[0]), np.array(texts), scores, means, images, tuple(missing)
+        np.array(iterations),
+        np.array(categories[0])[kept],
+        np.array(texts)[kept],
+        scores,
+        means,
+        images,
+        tuple(missing),
+        int((~kept).sum()),
     )
+
+
+def _scorings(run: Path) -> dict[int, Evaluation]:
+    """A run's scorings by iteration, without those in which every reward failed: they would leave no prompt."""
+    found = {}
+    for one in read_evaluations(run):
+        if one.iteration is not None and one.mean(METRIC).prompts:
+            found[one.iteration] = one
+        elif one.iteration is not None:
+            log.warning("results: every reward of %s failed after %s iterations; left out", run, one.iteration)
+    return found
 
 
 def images_per_iteration(config: Config) -> int:
@@ -123,9 +150,9 @@ def images_per_iteration(config: Config) -> int:
 def _means(lines: list[dict[str, float]]) -> dict[str, float]:
     """Means over the iterations in which a metric is there, and the seconds of an iteration."""
     columns = {name: [line[name] for line in lines if name in line] for name in LOGGED}
-    means = {name: float(np.nanmean(values)) for name, values in columns.items() if values}
-    seconds = [sum(value for name, value in line.items() if name.startswith("seconds/")) for line in lines]
-    return means | {"seconds": float(np.mean(seconds))}
+    columns["seconds"] = [sum(value for name, value in line.items() if name.startswith("seconds/")) for line in lines]
+    finite = {name: [value for value in values if math.isfinite(value)] for name, values in columns.items()}
+    return {name: float(np.mean(values)) for name, values in finite.items() if values}
 
 
 def write(results: Results, path: Path) -> None:
@@ -141,5 +168,5 @@ def write(results: Results, path: Path) -> None:
                     }
                     for category in results.category_names()
                 }
-                lines.append(json.dumps({"arm": arm, "seed": seed, "iteration": iteration, "scores": scores}) + "\n")
+                lines.append(files.json_line({"arm": arm, "seed": seed, "iteration": iteration, "scores": scores}))
     files.replace_text(path, "".join(lines))
