@@ -19,7 +19,7 @@ from star.config import ConfigError
 from star.files import FolderLock
 from star.objective import STRATEGIES, allocation_weights, blend_weights
 from star.presets import preset
-from star.reports import figures
+from star.reports import figures, shown
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.reports.metrics import meaning
 from star.rewards import RewardError, Scores
@@ -29,7 +29,9 @@ from star.training import checkpoint, credit
 from star.training.distributed import Termination
 from star.training.pipeline import load_pipeline as load_from
 from star.training.pipeline import reason
-from star.training.task import draw_prompts
+from star.training.prompts import _read_once
+from star.training.scoring import HeldOut
+from star.training.task import configured_task, draw_prompts
 
 
 def losses(trainer, iterations):
@@ -437,6 +439,31 @@ def test_scores_before_are_never_measured_after(tmp_path):
     write_evaluation(tmp_path, Evaluation(0, (None,) * 5, {"reward": np.zeros(5)}, 5, 0))
     with pytest.raises(ConfigError, match=r"scoring.count: got 4, the run was started with 5"):
         training.train(small_run(tmp_path, scoring={"count": 4}, run={"resume": True}))
+
+
+@pytest.mark.parametrize("text", ["a red ring\ntwo green rings\n", "two green rings\na red circle\n"])
+def test_held_out_prompts_that_changed_under_their_name_are_refused(tmp_path, text):
+    """The file's name is the same, and so is the number of its prompts."""
+    path = tmp_path / "held_out.txt"
+    path.write_text("a red circle\ntwo green rings\n")
+    changes = {"scoring": {"count": 2, "prompts": str(path)}, "optimization": {"iterations": 1}}
+    run = tmp_path / "run"
+    write_evaluation_of(run, small_run(run, **changes))
+    held_out = HeldOut.of_run(configured_task(small_run(run, **changes)), small_run(run, **changes))
+    held_out.check_resumed()
+    path.write_text(text)
+    _read_once.cache_clear()
+    held_out = HeldOut.of_run(configured_task(small_run(run, **changes)), small_run(run, **changes))
+    with pytest.raises(ConfigError, match=r"scoring.prompts: they are other prompts than the run was scored on"):
+        held_out.check_resumed()
+
+
+def write_evaluation_of(run, config):
+    """What a run keeps of its scoring before training."""
+    prompts = HeldOut.of_run(configured_task(config), config).prompts
+    shown.write_prompts(run, [prompt.text for prompt in prompts])
+    categories = tuple(prompt.category for prompt in prompts)
+    write_evaluation(run, Evaluation(0, categories, {"reward": np.zeros(len(prompts))}, len(prompts), 0))
 
 
 def test_overwrite_deletes_runs_only(tmp_path):

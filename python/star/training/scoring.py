@@ -166,7 +166,7 @@ def _rows(jobs: Sequence[tuple[int, int]], scores: Scores) -> list[Row]:
 def summarize(prompts: Sequence[Prompt], rows: Sequence[Row], iteration: int | None = None) -> Evaluation:
     """The means over each prompt's images. Columns that speak of one category alone, and counts of retries, are left to
     results.jsonl."""
-    categories = tuple(None if p.category is None else str(p.category) for p in prompts)
+    categories = _categories(prompts)
     special = (*(f"correct_{name}" for name in dict.fromkeys(categories) if name), "retries")
     names = [name for name in dict.fromkeys(n for row in rows for n in row.scores) if not name.endswith(special)]
     values = {name: np.full(len(prompts), math.nan) for name in names}
@@ -180,6 +180,10 @@ def summarize(prompts: Sequence[Prompt], rows: Sequence[Row], iteration: int | N
             values[name][index] = np.mean(numbers)
     failed = sum(not math.isfinite(row.scores["reward"]) for row in rows)
     return Evaluation(iteration, categories, values, len(rows), failed)
+
+
+def _categories(prompts: Sequence[Prompt]) -> tuple[str | None, ...]:
+    return tuple(None if p.category is None else str(p.category) for p in prompts)
 
 
 class FirstImages:
@@ -273,6 +277,13 @@ class HeldOut:
         if len(found[0].categories) != len(self.prompts):
             raise ConfigError(
                 f"scoring.count: got {len(self.prompts)}, the run was started with {len(found[0].categories)}"
+            )
+        kept = shown.read_prompts(self.run)  # none in a run of version 0.1
+        same = not kept or kept == [prompt.text for prompt in self.prompts[:SHOWN]]
+        if not same or found[0].categories != _categories(self.prompts):
+            raise ConfigError(
+                "scoring.prompts: they are other prompts than the run was scored on before training, so its scores "
+                "would not compare; give it the same file, or use another --out"
             )
 
 
