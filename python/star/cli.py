@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from star.config import Config
+    from star.options import Eval
     from star.training.task import Task
 
 log = logging.getLogger("star")
@@ -305,11 +307,22 @@ def check(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> None:
+    from star import files
+    from star.options import Eval
+
+    options = read_options(Eval, arguments, "star eval")
+    if options.save_images and options.out is None:
+        raise ValueError("save_images: needs a folder, --out")
+    with nullcontext() if options.out is None else files.new_folder(options.out, "out"):
+        score(options)
+
+
+def score(options: Eval) -> None:
+    """`star eval`, once its folder is its own."""
     import torch
     from rich.console import Console
 
-    from star import files
-    from star.options import HELD_OUT, Eval
+    from star.options import HELD_OUT
     from star.reports import evaluations
     from star.reports.tables import evaluation_table
     from star.rewards import check_models
@@ -321,11 +334,6 @@ def evaluate(arguments: list[str]) -> None:
     from star.training.rollout import check_steps
     from star.training.task import load_task_reward
 
-    options = read_options(Eval, arguments, "star eval")
-    if options.save_images and options.out is None:
-        raise ValueError("save_images: needs a folder, --out")
-    if options.out is not None and not files.is_empty(options.out):
-        raise ValueError(f"out: {options.out} is not empty; choose a new folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = chosen_task(options.task, options.model)
     if options.prompts is not None:
