@@ -1,5 +1,7 @@
 """The command line as a user meets it."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -7,8 +9,11 @@ import pytest
 
 import star_kernels
 from builders import TINY_RUN
-from star import cli
+from star import cli, files
+from star.check import Verdict
 from star.cli import main
+from star.reports import figures
+from star.study.probe import Found
 from star_kernels.ops import OPERATORS
 
 
@@ -77,6 +82,53 @@ def test_eval_and_maps(tmp_path, capsys):
     assert run(capsys, "maps", "--prompt", "of and")[2].strip() == "star: prompt: no concept found in 'of and'"
     expected = "star: adapter: '/nowhere' is no adapter (there is no such folder)"
     assert run(capsys, "eval", "--lora", "/nowhere")[2].strip() == expected
+
+
+def test_two_evaluations_into_one_folder_are_refused(tmp_path, capsys):
+    """Their lines and images would be mixed."""
+    out = tmp_path / "out"
+    with files.new_folder(out, "out"):
+        code, _, error = run(capsys, "eval", "--out", str(out))
+    assert code == 1 and error == f"star: out: another process writes into {out}; choose a new folder\n"
+    assert not out.exists()  # nothing was written
+    with files.new_folder(out, "out"):
+        (out / "results.jsonl").write_text("")
+    code, _, error = run(capsys, "eval", "--out", str(out))
+    assert code == 1 and error == f"star: out: {out} is not empty; choose a new folder\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["maps", "--out"], ["check", "--json"], ["probe", "--preset", "shapes", "--json"]],
+    ids=lambda one: one[0],
+)
+def test_a_file_of_somebody_elses_is_never_overwritten(tmp_path, capsys, command):
+    strangers = {
+        "notes.md": b"# mine",
+        "empty": b"",
+        "package.json": b'{"name": "mine", "recommended": 1}',
+        "list.json": b'[{"name": "mine"}]',
+        "photo.png": b"\x89PNG\r\n\x1a\nwhatever",
+    }
+    for name, data in strangers.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        code, _, error = run(capsys, *command, str(path))
+        assert code == 1 and path.read_bytes() == data
+        assert error.startswith(f"star: {command[-1][2:]}: {path} is no ") and "so it stays as it is" in error
+    code, _, error = run(capsys, *command, str(tmp_path))
+    assert code == 1 and error == f"star: {command[-1][2:]}: {tmp_path} is a folder; name a file in it\n"
+
+
+def test_their_own_files_are_overwritten(tmp_path):
+    figure = tmp_path / "maps.png"
+    figures.save(figures.make_grid(1, 1, (1.0, 1.0))[0], figure)
+    files.claim(figure, "out", "figure of star maps", figures.is_figure)
+    own = tmp_path / "verdicts.json"
+    own.write_text(json.dumps([dataclasses.asdict(Verdict("bits", "ok", "equal"))]))
+    files.claim(own, "json", "JSON of star check", files.is_json_of("level", "name", "words"))
+    own.write_text(json.dumps({field.name: None for field in dataclasses.fields(Found)}))
+    files.claim(own, "json", "JSON of star probe", files.is_json_of("gradients", "recommended"))
 
 
 def test_info_tells_what_each_operator_uses(capsys):

@@ -236,7 +236,8 @@ def probe(arguments: list[str]) -> None:
     chosen = probing.Probe(known.batches, known.prompts, known.images)
     check_ranges(chosen, "")
     if known.json is not None:  # before hours of measuring
-        known.json.parent.mkdir(parents=True, exist_ok=True)
+        known.json = known.json.expanduser()
+        files.claim(known.json, "json", "JSON of star probe", files.is_json_of("gradients", "recommended"))
     found = probing.probe(config, chosen)
     if known.json is not None:
         files.replace_text(known.json, json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False) + "\n")
@@ -260,7 +261,7 @@ def check(arguments: list[str]) -> int:
 
     options = read_options(Check, arguments, "star check")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+        files.claim(options.json, "json", "JSON of star check", files.is_json_of("level", "name", "words"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
     if options.model is None:
@@ -401,6 +402,7 @@ def compare(arguments: list[str]) -> None:
 def maps(arguments: list[str]) -> None:
     import torch
 
+    from star import files
     from star.concepts import parse, unbracket
     from star.objective import Allocation
     from star.options import Maps
@@ -417,7 +419,7 @@ def maps(arguments: list[str]) -> None:
         raise ValueError(f"prompt: no concept found in {prompt!r}")
     if options.layers == ():
         raise ValueError("layers: got none, expected at least one block")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    files.claim(options.out, "out", "figure of star maps", figures.is_figure)
     task = chosen_task(options.task, options.model)
     images = given(task.images, options, "height", "width", "max_sequence_length")
     pipeline = task.pipeline("cpu", torch.float32)

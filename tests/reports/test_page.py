@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -717,8 +718,20 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys, monkeypatch):
 def test_only_its_own_pages_are_overwritten(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
-    for path in (one / "config.yaml", tmp_path / "mine.html", tmp_path / "empty"):
-        path.touch()
+    head = "<!doctype html>\n<html>\n<head>\n"
+    ours = '<meta name="generator" content="star report">'
+    strangers = {
+        "mine.html": f'{head}</head>\n<div class="curves">\n',
+        "quotes.html": f"{head}<title>how star report marks its page</title>\n</head>\n<body>{ours}</body>",
+        "script.html": f"{head}<script>page = '{ours}'</script></head>",
+        "comment.html": f"{head}<!-- {ours} --></head>",
+        "other.html": f"{head}{ours.replace('report', 'reporter')}</head>",
+        "text": ours,
+        "empty": "",
+    }
+    for name, text in strangers.items():
+        (tmp_path / name).write_text(text)
+    for path in (one / "config.yaml", *(tmp_path / name for name in strangers)):
         before = path.read_bytes()
         assert main(["report", str(one), "--out", str(path)]) == 1
         assert "stays as it is; choose another --out" in capsys.readouterr().err and path.read_bytes() == before
@@ -727,8 +740,11 @@ def test_only_its_own_pages_are_overwritten(tmp_path, capsys, monkeypatch):
     before = {path: path.read_bytes() for path in one.iterdir()}
     assert main(["report", str(one)]) == 0 and main(["report", str(one)]) == 0  # over its own
     assert {path: path.read_bytes() for path in one.iterdir() if path.name != "report.html"} == before
-    (one / "report.html").write_text('<!doctype html>\n<h2>Curves</h2>\n<div class="curves">\n')  # of version 0.1
-    assert main(["report", str(one)]) == 0
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    (tmp_path / "link.html").symlink_to(tmp_path / "gone")
+    for name in ("pipe", "link.html"):
+        assert main(["report", str(one), "--out", name]) == 1
+        assert f"star: out: {name} is no file, so it stays as it is" in capsys.readouterr().err
     assert main(["report", str(one), str(other), f"{one}/"]) == 0
     assert "2 runs" in capsys.readouterr().out.splitlines()[-1]
     assert read_page(Path("report.html")).all("h1")[0]["text"] == "one, other"

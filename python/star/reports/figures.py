@@ -53,8 +53,16 @@ def make_grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figur
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+SOFTWARE = {"Software": "star-kernels"}
+
+
 def save(figure: Figure, path: Path) -> None:
-    files.replace(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+    files.replace(path, lambda file: figure.savefig(file, dpi=130, format="png", metadata=SOFTWARE))
+
+
+def is_figure(beginning: bytes) -> bool:
+    """Whether a file that begins with these bytes is a figure that `save` wrote."""
+    return beginning.startswith(files.PNG) and b"tEXtSoftware\0star-kernels" in beginning
 
 
 def set_text(axes: Axes, *, title: str | None = None, below: str | None = None, left: str | None = None) -> None:

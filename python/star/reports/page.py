@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 import jinja2
@@ -19,8 +20,6 @@ from star.reports.runs import Run
 
 HERE = Path(__file__).parent
 GENERATOR = "star report"
-# What tells a page of this command, of this version and of version 0.1.
-SIGNATURES = (f'<meta name="generator" content="{GENERATOR}">', '<div class="curves">')
 DRAWN = 24  # categories that have a chart of their own
 
 
@@ -109,20 +108,36 @@ def distinct(paths: Sequence[Path]) -> list[Path]:
     return list(first.values())
 
 
-def check_out(out: Path) -> None:
-    """Raise ValueError if something else than a page of this command is there."""
-    if out.is_dir():
-        raise ValueError(f"out: {out} is a folder; name a file in it")
-    if out.exists():
-        beginning = out.read_bytes()[:100_000].decode(errors="replace")
-        if not any(sign in beginning for sign in SIGNATURES):
-            raise ValueError(f"out: {out} is no page of star report, so it stays as it is; choose another --out")
+class _Generator(HTMLParser):
+    """What a page says in its head that it was made by; None: nothing. The words of its body do not count."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.name: str | None = None
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "meta" and self._open == ["html", "head"] and values.get("name") == "generator":
+            self.name = values.get("content")
+        elif tag != "meta":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            del self._open[self._open.index(tag) :]
+
+
+def is_page(beginning: bytes) -> bool:
+    """Whether a file that begins with these bytes is a page of this command."""
+    return _Generator(beginning.decode(errors="replace")).name == GENERATOR
 
 
 def write(paths: Sequence[Path], out: Path) -> None:
     """Write the page of the runs in `paths`, over nothing but an earlier page. Raises ValueError for a folder that is
     no run, and for an `out` that is something else."""
-    check_out(out)
+    files.claim(out, "out", "page of star report", is_page)
     paths = distinct(paths)
     found = [runs.read(path, name, i) for i, (path, name) in enumerate(zip(paths, runs.names(paths), strict=True))]
     columns = list(dict.fromkeys(column for run in found for one in run.evaluations for column in one.values))
@@ -151,7 +166,6 @@ def write(paths: Sequence[Path], out: Path) -> None:
         "provenance": [(run, runs.provenance(run)) for run in found],
     }
     text = render(HERE, "page.html", values)
-    out.parent.mkdir(parents=True, exist_ok=True)
     files.replace_text(out, text)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from star import config as configuration
+from star import files
 from star.config import flatten, modernize
 from star.reports import commands, shown, tracking
 from star.reports.chart import format_number
@@ -20,7 +21,6 @@ from star.reports.evaluations import Evaluation, compare, format_error, format_l
 from star.reports.shown import Maps, Stage
 
 STAGES: tuple[Stage, ...] = ("before", "after")
-PNG = b"\x89PNG\r\n\x1a\n"
 BEFORE_AFTER = "the same prompts and noise before and after"
 FIGURES = {"before_after.png": BEFORE_AFTER, "allocation.png": "weights that attention allocates, step by step"}
 # What is read of a run beside its images.
@@ -137,7 +137,7 @@ def read_image(run: Path, file: Path) -> bytes | None:
     if not file.is_file() or is_link(run, file):
         return None
     data = file.read_bytes()
-    return data if data.startswith(PNG) else None
+    return data if data.startswith(files.PNG) else None
 
 
 def read_shown(run: Path, evaluations: Sequence[Evaluation]) -> Shown:
