@@ -25,7 +25,7 @@ from star.reports.metrics import meaning
 from star.rewards import RewardError, Scores
 from star.shapes.model import load_pipeline
 from star.train import Trainer
-from star.training import checkpoint, credit
+from star.training import checkpoint, credit, folder
 from star.training.distributed import Termination
 from star.training.pipeline import load_pipeline as load_from
 from star.training.pipeline import reason
@@ -472,6 +472,23 @@ def test_overwrite_deletes_runs_only(tmp_path):
     with pytest.raises(ConfigError, match=r"run.overwrite: .* is no run of star"):
         Trainer(small_run(tmp_path, run={"overwrite": True}))
     assert precious.read_text() == "mine"
+    (tmp_path / "config.yaml").write_text("site_name: mine\n")  # as of many programs
+    with pytest.raises(
+        ConfigError, match=r"run.overwrite: .*config.yaml is of no run of star \(site_name: unknown key"
+    ):
+        Trainer(small_run(tmp_path, run={"overwrite": True}))
+    configuration.save(small_run(tmp_path), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"run.overwrite: .*precious.txt was written by no run; move it away"):
+        Trainer(small_run(tmp_path, run={"overwrite": True}))
+    assert precious.read_text() == "mine"
+
+
+def test_all_that_a_run_writes_may_be_overwritten(tmp_path):
+    changes = {"optimization": {"iterations": 1}, "scoring": {"count": 2}}
+    config = small_run(tmp_path, **changes, run={"figures": True, "grid_every": 1})
+    training.train(config, ["star", "train"])
+    assert not {path.name for path in tmp_path.iterdir()} - set(folder.WRITTEN)
+    folder.check_deletable(tmp_path)
 
 
 def test_a_prompt_file_without_enough_distinct_prompts_is_one_clear_line(tmp_path):

@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from star import config as configuration
 from star import files
 from star.config import Config, ConfigError
+from star.messages import one_line
 
 log = logging.getLogger("star")
 
@@ -45,6 +47,14 @@ UNNAMED = (
     "run.reward_strict",
     "run.reward_models",
     "optimization.iterations",
+)
+
+
+# Everything that a run writes into its folder, in this version and earlier ones, and what reports of it add.
+WRITTEN = (
+    *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "commands.jsonl", "drift.jsonl", "summary.json", "run_id"),
+    *("checkpoints", "held_out", "grids", "lora", "model", "tensorboard", "wandb", "report.html", files.LOCK),
+    *("reward_curve.png", "before_after.png", "allocation.png", "held_out_before.npz", "held_out_after.npz"),
 )
 
 
@@ -94,9 +104,7 @@ def prepare_folder(config: Config) -> None:
     """Make the run's folder, with its configuration; never touch what is in it unless told to."""
     out = config.run.out
     if config.run.overwrite and not files.is_empty(out):
-        # A slip in --out must not cost anyone a folder that is no run.
-        if not (out / "config.yaml").is_file():
-            raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
+        check_deletable(out)
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -111,3 +119,20 @@ def prepare_folder(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.yaml").is_file():
         configuration.save(config, out / "config.yaml")
+
+
+def check_deletable(out: Path) -> None:
+    """Raise ConfigError for a folder that is no run, or holds what no run writes: a slip in --out must not cost anyone
+    a file."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run.overwrite: {out} is no run of star (it has no config.yaml); delete it yourself")
+    try:
+        configuration.update(Config(), configuration.read(path))
+    except ConfigError as error:
+        raise ConfigError(
+            f"run.overwrite: {path} is of no run of star ({one_line(error)}); delete {out} yourself"
+        ) from error
+    for path in sorted(out.iterdir()):
+        if path.name not in WRITTEN and not files.is_unfinished(path.name):
+            raise ConfigError(f"run.overwrite: {path} was written by no run; move it away, or delete {out} yourself")
