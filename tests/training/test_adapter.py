@@ -1,11 +1,13 @@
 """Adapters from files: applied whole or refused, and what training starts from."""
 
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from builders import plain_images, small_run
@@ -14,6 +16,7 @@ from star.config import ConfigError
 from star.reports.evaluations import read_evaluations
 from star.shapes.model import load_pipeline
 from star.train import Trainer, train
+from star.training import checkpoint
 from star.training.adapter import load_adapter
 
 TEXTS = ["a red circle", "two blue rings"]
@@ -165,3 +168,20 @@ def test_a_run_from_an_adapter_goes_on_bit_for_bit_and_exports_what_it_trained(a
 def test_settings_that_the_adapter_has_not_are_refused(adapters, tmp_path, model, words):
     with pytest.raises(ConfigError, match=words):
         Trainer(small_run(tmp_path, model={**FEW, "adapter": str(adapters[0] / "peft"), **model}))
+
+
+def test_an_export_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    """The error of safetensors for a full disk is neither an OSError nor a RuntimeError."""
+
+    def full(*args, **options):
+        raise SafetensorError("Error while serializing: I/O error:\nNo space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint.StableDiffusion3Pipeline, "save_lora_weights", full)
+    monkeypatch.setattr(checkpoint, "adapter_names", lambda transformer: ["trained"])
+    monkeypatch.setattr(checkpoint, "get_peft_model_state_dict", lambda transformer: {})
+    pipeline = SimpleNamespace(transformer=SimpleNamespace(peft_config={checkpoint.TRAINED: LoraConfig()}))
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"export: .*lora cannot be written \(.*No space left"
+    ) as error:
+        checkpoint.export(pipeline, tmp_path, main=True)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +141,20 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
     """Write the adapter to `out/lora`, so that StableDiffusion3Pipeline.load_lora_weights gives the trained policy, or
-    without an adapter the whole pipeline to `out/model`. All processes take part; only the main one writes."""
+    without an adapter the whole pipeline to `out/model`. All processes take part; only the main one writes. Raises
+    CheckpointError if it cannot be written."""
     transformer = pipeline.transformer
     if adapter_names(transformer):
         layers = {name: full_tensor(x, main) for name, x in get_peft_model_state_dict(transformer).items()}
         if main:
-            StableDiffusion3Pipeline.save_lora_weights(
+            _write(
                 out / "lora",
-                transformer_lora_layers={name: x.contiguous() for name, x in layers.items() if x is not None},
-                # Without it the loader takes alpha = rank and applies the adapter with another strength.
-                transformer_lora_adapter_metadata=transformer.peft_config[TRAINED].to_dict(),
+                lambda folder: StableDiffusion3Pipeline.save_lora_weights(
+                    folder,
+                    transformer_lora_layers={name: x.contiguous() for name, x in layers.items() if x is not None},
+                    # Without it the loader takes alpha = rank and applies the adapter with another strength.
+                    transformer_lora_adapter_metadata=transformer.peft_config[TRAINED].to_dict(),
+                ),
             )
         return
     weights = {name: full_tensor(x, main) for name, x in transformer.state_dict().items()}
@@ -157,4 +162,13 @@ def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
         with torch.device("meta"):
             whole = SD3Transformer2DModel.from_config(transformer.config)
         whole.load_state_dict(weights, assign=True)
-        StableDiffusion3Pipeline(**{**pipeline.components, "transformer": whole}).save_pretrained(out / "model")
+        _write(out / "model", StableDiffusion3Pipeline(**{**pipeline.components, "transformer": whole}).save_pretrained)
+
+
+def _write(folder: Path, save: Callable[[Path], object]) -> None:
+    try:
+        save(folder)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise CheckpointError(
+            f"export: {folder} cannot be written ({one_line(error)}); the checkpoints are whole, --resume writes it"
+        ) from error

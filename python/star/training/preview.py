@@ -177,7 +177,8 @@ def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequen
 
     out = config.run.out
     metrics = tracking.read(out)
-    iterations, rewards = [int(line["iteration"]) + 1 for line in metrics], [line["reward"] for line in metrics]
+    iterations = [int(line["iteration"]) + 1 for line in metrics]
+    rewards = [line.get("reward", np.nan) for line in metrics]
     _attempt(out / "reward_curve.png", lambda: figures.reward_curve(iterations, rewards, out / "reward_curve.png"))
     evaluations = read_evaluations(out)
     if len(evaluations) > 1:
