@@ -638,9 +638,26 @@ def read(path: str | Path) -> dict:
         raise ConfigError(f"config: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ConfigError(f"config: {path} is not YAML ({one_line(error)})") from error
+    if _is_endless(values):
+        raise ConfigError(f"config: {path} has more than {MOST_VALUES:,} values, aliases followed")
     if not isinstance(values or {}, dict):
         raise ConfigError(f"config: {path} has {values!r}, expected keys and values")
     return values or {}
+
+
+MOST_VALUES = 100_000
+
+
+def _is_endless(values: Any) -> bool:
+    """Whether a YAML value, whose aliases make a short file a tree without end, is too large to be shown."""
+    left, count = [values], 0
+    while left and count <= MOST_VALUES:
+        value, count = left.pop(), count + 1
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return count > MOST_VALUES
 
 
 def load(path: str | Path, base: Config | None = None) -> Config:

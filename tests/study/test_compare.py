@@ -29,7 +29,7 @@ from star.shapes import diagnosis, scenes
 from star.shapes import reward as study_rewards
 from star.shapes.reward import shapes_reward
 from star.shapes.verifier import verify
-from star.study import diagnose, gradient_signal, intervals, page, runs, spec
+from star.study import command, diagnose, gradient_signal, intervals, page, runs, spec
 from star.study.diagnose import gradient
 from star.study.results import Results
 from star.train import Trainer
@@ -464,6 +464,15 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"document: .* has no marks '<!-- results of shapes -->'"):
         document.insert(path, "results of shapes", "text")
     assert path.read_text() == "# Evidence\n"
+
+
+def test_a_document_that_cannot_be_written_is_told_before_the_runs(tmp_path, monkeypatch):
+    path = tmp_path / "evidence.md"
+    path.write_text("<!-- results of study -->\n<!-- end of results of study -->\n")
+    monkeypatch.setattr(command.os, "access", lambda folder, mode: folder != tmp_path)
+    monkeypatch.setattr(runs, "execute", None)
+    with pytest.raises(ConfigError, match=f"document: {tmp_path} takes no file \\(no permission\\)"):
+        command.compare(command.Compare(out=tmp_path / "study", document=path))
 
 
 def test_the_documentation_has_marks_for_the_results_of_every_preset():

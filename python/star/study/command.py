@@ -101,6 +101,8 @@ def compare(options: Compare) -> str:
     if options.document is not None:
         for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
             document.surroundings(options.document, f"{kind} of {out.name}")
+        if not os.access(options.document.parent, os.W_OK):
+            raise ConfigError(f"document: {options.document.parent} takes no file (no permission)")
     if options.train:
         seeds = study.seeds
         prepare(study, out)
