@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import io
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from rich.console import Console
 
 from builders import small_run, small_sd35
 from star import config as configuration
@@ -257,6 +259,16 @@ def test_images_without_a_reward_are_counted_and_none_at_all_is_an_error(tmp_pat
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["reward"] is None
     with RewardWorker(failing) as worker, pytest.raises(RewardError, match=r"no color.*for every image"):
         evaluate(pipeline, prompts, worker, options)
+
+
+def test_names_of_a_prompt_file_neither_steer_the_terminal_nor_are_markup():
+    values = {"reward": np.array([1.0]), "\x1b[31mdetail": np.array([1.0])}
+    found = Evaluation(None, ("\x1b[2J[red]tag\r[/red]",), values, 1, 0)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(evaluation_table(found, "prompts of \x1b]0;title\x07.jsonl"))
+    text = console.file.getvalue()
+    assert "[red]tag [/red]" in text and "[31mdetail" in text
+    assert all(character.isprintable() for character in text.replace("\n", ""))
 
 
 @pytest.mark.parametrize("in_order", [True, False])
