@@ -537,7 +537,8 @@ OLD_REWARDS = {f"star.study.rewards:{name}": f"star.shapes.reward:{name}" for na
 
 
 def modernize(values: dict) -> tuple[dict, dict[str, str]]:
-    """The values of a configuration file of any version as those of this one, and what was renamed: {old: new}."""
+    """The values of a configuration file of any version as those of this one, and what was renamed: {old: new}. Raises
+    ConfigError for a section that is none, where keys belong into it."""
     new: dict[str, Any] = {}
     renamed: dict[str, str] = {}
     for section, entries in values.items():
@@ -563,7 +564,10 @@ def modernize(values: dict) -> tuple[dict, dict[str, str]]:
                 renamed[value] = OLD_REWARDS[value]
                 value = OLD_REWARDS[value]
             place, _, key = name.partition(".")
-            new.setdefault(place, {})[key] = value
+            keys = new.setdefault(place, {})
+            if not isinstance(keys, dict):
+                raise ConfigError(f"{place}: got {keys!r}, expected keys and values")
+            keys[key] = value
     return new, renamed
 
 
@@ -660,10 +664,22 @@ def _is_endless(values: Any) -> bool:
     return count > MOST_VALUES
 
 
+def read_flat(path: str | Path) -> dict[str, Any]:
+    """The plain values of a configuration file of any version, by dotted name; see `flatten`. Raises ConfigError."""
+    return flatten(_modernized(read(path), path)[0])
+
+
+def _modernized(values: dict, path: str | Path) -> tuple[dict, dict[str, str]]:
+    try:
+        return modernize(values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from error
+
+
 def load(path: str | Path, base: Config | None = None) -> Config:
     """Read a YAML file over a base (default: plain defaults). One line tells which of its keys have new names."""
     values = read(path)
-    _, renamed = modernize(values)
+    _, renamed = _modernized(values, path)
     if renamed:
         log.warning("config: %s: %s", path, ", ".join(f"{old} is now {new}" for old, new in renamed.items()))
     return update_from(base or Config(), values, path)

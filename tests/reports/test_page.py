@@ -507,6 +507,37 @@ def test_a_line_with_something_else_than_its_numbers_is_named_with_its_number(tm
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optimisation: 5\noptimization: {iterations: 3}\n", "optimization: got 5, expected keys and values"),
+        ("run: &run\n  self: *run\n", "has more than 100,000 values"),
+        ("? [1, 2]\n: 5\n", "is not YAML"),
+    ],
+)
+def test_a_configuration_that_no_report_can_show_is_one_line(tmp_path, text, words):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        reading.read(run, "run", 0)
+    assert "\n" not in str(caught.value) and str(run / "config.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run: {3: 4, null: [5]}\n2001-01-01: 2\n",
+        "optimization: {iterations: .nan}\nscoring: 5\n",
+        "optimization: {iterations: %s}\nrun: !!binary aGVsbG8=\n" % ("9" * 40),
+        "x: !!set {a, b}\nrun: {reward: {a: b}, held_out: 3}\n",
+    ],
+)
+def test_whatever_else_a_configuration_holds_is_shown(tmp_path, text):
+    run, other = make_run(tmp_path / "run", [scored(0, [1.0])]), make_run(tmp_path / "other", [scored(0, [1.0])])
+    (run / "config.yaml").write_text(text)
+    assert write_page(run, other, out=tmp_path / "page.html").all("h1")
+
+
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
     """JSON has no NaN, and other programs stop at Python's."""
     run = make_run(tmp_path / "run", [scored(0, [np.nan, 1.0], failed=1)])

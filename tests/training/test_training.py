@@ -416,6 +416,10 @@ def test_what_cannot_run_is_one_clear_line(tmp_path, changes, words):
         ("allocation: {strategy: best}", "allocation.strategy: got 'best', expected one of"),
         ("sampling: 3", "sampling: got 3, expected keys and values"),
         ("a: [", "is not YAML"),
+        (
+            "optimisation: 5\noptimization: {iterations: 3}",
+            "optimization: got 5, expected keys and values .in .*config.yaml",
+        ),
         # Short files that are trees without end, which a report would show.
         ("a: &a [*a]", "has more than 100,000 values, aliases followed"),
         ("a0: &a0 1\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)), "aliases"),

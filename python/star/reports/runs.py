@@ -13,7 +13,6 @@ import numpy as np
 
 from star import config as configuration
 from star import files
-from star.config import flatten, modernize
 from star.reports import commands, shown, tracking
 from star.reports.chart import format_number
 from star.reports.commands import Command
@@ -109,7 +108,7 @@ def read(path: Path, name: str, number: int) -> Run:
         path=path,
         name=name,
         number=number,
-        config=flatten(modernize(configuration.read(path / "config.yaml"))[0]),
+        config=configuration.read_flat(path / "config.yaml"),
         metrics=tracking.read(path),
         evaluations=evaluations,
         summary=tracking.read_summary(path),

@@ -31,7 +31,7 @@ def check_unchanged(config: Config) -> None:
     path = config.run.out / "config.yaml"
     if not path.exists():
         return
-    earlier = configuration.update(Config(), configuration.read(path))
+    earlier = configuration.update_from(Config(), configuration.read(path), path)
     if earlier.optimization.iterations > config.optimization.iterations:
         raise ConfigError(
             f"iterations: got {config.optimization.iterations}, {config.run.out} was started with "

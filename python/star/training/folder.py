@@ -65,7 +65,8 @@ def compare_with_saved(config: Config) -> None:
         ConfigError: a setting that the run cannot take any more, or fewer iterations than it has had.
     """
     path = config.run.out / "config.yaml"
-    saved = configuration.flatten(configuration.to_dict(configuration.update(Config(), configuration.read(path))))
+    earlier = configuration.update_from(Config(), configuration.read(path), path)
+    saved = configuration.flatten(configuration.to_dict(earlier))
     now = configuration.flatten(configuration.to_dict(config))
     changes = {name: (saved[name], now[name]) for name in now if saved[name] != now[name]}
     unscored = config.scoring.count == 0
