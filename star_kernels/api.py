@@ -1,4 +1,4 @@
-"""One door per operator: checks the arguments, picks an implementation, calls it."""
+"""The public function of each operator: it checks the arguments, picks an implementation and calls it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ TRANSITION_FIELDS = tuple(f"transition.{name}" for name in Transition._fields)
 class NamedValues:
     """What a loss saw, each a () float32 tensor.
 
-    values: (number of fields,) float32, all of them in the order of `_fields`. The fields are views of it that are made
-    when they are asked for; it unpacks and has `_fields` and `_asdict()` like a named tuple.
+    values: (number of fields,) float32, all of them in the order of `_fields`. A field is a view of it, made when the
+    field is read. The object unpacks and has `_fields` and `_asdict()` like a named tuple.
     """
 
     _fields: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ class NFTLoss(NamedTuple):
 
 
 def implementations(operator: str, device: str | torch.device = "cpu") -> dict[str, str | None]:
-    """For each implementation of an operator None if it can run on the device, else why not, best first."""
+    """{implementation: None if it can run on the device, else the reason why not}, best first."""
     if operator not in OPERATORS:
         raise ValueError(f"operator: got {operator!r}, expected one of {sorted(OPERATORS)}")
     entry, device = OPERATORS[operator], torch.device(device)
@@ -315,8 +315,9 @@ def attention_maps(
         query: (B, H, N, D) queries of the image tokens, any strides, any floating type.
         key: (B, H', S, D) all keys that the queries attend to, any strides. H' divides H; as in grouped-query attention
             H / H' neighboring heads share a key head.
-        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot. Any other number outside [0, S)
-            raises on the CPU; on a GPU, where looking would wait, and in a compiled graph its concept's map is NaN.
+        concept_index: (B, G, K) int64, columns of `key`; -1 marks an unused slot. Any other index outside [0, S)
+            raises on the CPU. On a GPU, where the check would wait for the device, and in a compiled graph it makes the
+            map of its concept NaN.
         concept_weight: (B, G, K), default 1 for every used slot.
         lse: (B, H, N) natural log-sum-exp over all S keys, scale and bias included, as attention kernels return it;
             also with N padded at the end or a trailing axis of 1. Without it the operator makes its own pass over the
@@ -577,12 +578,12 @@ def gaussian_step(
         sample, velocity: (B, ...) of one shape, any floating types.
         noise: the same shape, any floating type. None: prev_sample is the mean, unless there are seeds.
         transition: fields (B,).
-        unconditional_velocity: the model's output without the prompt, like velocity; either may be a half of the
-            model's output for both, whichever comes first there.
+        unconditional_velocity: like velocity, the model's output without the prompt. Both may be halves of one output,
+            in either order.
         guidance_scale: of classifier-free guidance, finite; needs unconditional_velocity.
-        seeds: (B,) int64. Instead of noise: standard normals are drawn in the operator. A sample's follow from its own
-            seed and the elements' numbers alone, with the same float32 bits in every implementation, on every device,
-            in any batch.
+        seeds: (B,) int64, instead of noise: the operator draws standard normals. Those of a sample depend only on its
+            seed and the elements' indices, with the same float32 bits in every implementation, on every device, in any
+            batch.
         impl: "auto" or one of `implementations("gaussian_step")`.
 
     Returns:
@@ -607,11 +608,11 @@ def gaussian_step(
         check_tensor("unconditional_velocity", unconditional_velocity, tuple(sample.shape), sample.device)
         unconditional_velocity = unconditional_velocity.detach()
     elif guidance_scale != 1:
-        raise ValueError(f"unconditional_velocity: needed for guidance_scale={guidance_scale}")
+        raise ValueError(f"unconditional_velocity: got None, expected a tensor for guidance_scale={guidance_scale}")
     if seeds is not None:
         check_index("seeds", seeds, (sample.shape[0],), sample.device)
         if noise is not None:
-            raise ValueError("noise, seeds: expected at most one of them")
+            raise ValueError("noise, seeds: got both, expected at most one of them")
     run = GAUSSIAN_STEP.run(resolve("gaussian_step", impl, sample.device))
     arguments = (sample.detach(), velocity.detach(), noise, transition.a, transition.b, transition.s,
                  unconditional_velocity, guidance_scale, seeds)  # fmt: skip
@@ -686,7 +687,9 @@ def policy_loss(
     if weights is not None:
         check_tensor("weights", weights, places, device)
     if (old_mean is None) == (old_log_prob is None):
-        raise ValueError("old_mean, old_log_prob: expected exactly one of them")
+        raise ValueError(
+            f"old_mean, old_log_prob: got {'neither' if old_mean is None else 'both'}, expected exactly one of them"
+        )
     if old_mean is not None:
         check_tensor("old_mean", old_mean, shape, device)
     elif old_log_prob is not None:
@@ -694,14 +697,14 @@ def policy_loss(
         if tuple(old_log_prob.shape) not in ((batch,), places):
             raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {places}")
         if old_log_prob.ndim == 1 and (ratio == "location" or (ratio == "sample" and weights is not None)):
-            raise ValueError(f"old_log_prob: ratio={ratio!r} needs one per location, {places}, or old_mean")
+            raise ValueError(f"old_log_prob: got one per sample, expected {places} for ratio={ratio!r}, or old_mean")
         if guard is True:
             raise ValueError("guard: needs old_mean, got old_log_prob")
     kl_coef = checked_number("kl_coef", kl_coef)
     if reference_velocity is not None:
         check_tensor("reference_velocity", reference_velocity, shape, device)
     elif kl_coef != 0:
-        raise ValueError(f"reference_velocity: needed for kl_coef={kl_coef}")
+        raise ValueError(f"reference_velocity: got None, expected a tensor for kl_coef={kl_coef}")
     if step_weights is not None:
         check_tensor("step_weights", step_weights, (batch,), device)
     low, high = checked_clip_range(clip_range)
@@ -736,7 +739,7 @@ def nft_loss(
     """DiffusionNFT's loss of the forward process, with a weight and a reward for each latent location.
 
     With e = sample - sigma old_velocity - clean, the old policy's error of the clean latents, and
-    m = sigma beta (velocity - old_velocity), what the policy has moved:
+    m = sigma beta (velocity - old_velocity), how far the policy has moved:
     loss = adv_clip / beta * mean of w (r (e - m)^2 / n+ + (1 - r) (e + m)^2 / n-), r the reward_prob.
     n+ and n-, the mean of |e - m| and of |e + m| over the sample, are constants of the objective and not weighted.
 
@@ -763,8 +766,8 @@ def nft_loss(
         `statistics.nonfinite`.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, range or device. Values outside of 0..1 are seen on the
-            CPU alone.
+        TypeError, ValueError: an argument of wrong type, shape, range or device. Values outside 0..1 are found on the
+            CPU only.
         RuntimeError: `impl` cannot run here; in the backward pass of a gradient, that there is no second derivative.
 
     Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py; weights and rewards per location are this
@@ -784,7 +787,7 @@ def nft_loss(
     if reference_velocity is not None:
         check_tensor("reference_velocity", reference_velocity, shape, device)
     elif kl_coef != 0:
-        raise ValueError(f"reference_velocity: needed for kl_coef={kl_coef}")
+        raise ValueError(f"reference_velocity: got None, expected a tensor for kl_coef={kl_coef}")
     beta = checked_number("beta", beta, LEAST_POSITIVE, expected="a number > 0")
     adv_clip = checked_number("adv_clip", adv_clip, LEAST_POSITIVE, expected="a finite number > 0")
     if not isinstance(adaptive, bool):

@@ -1,4 +1,4 @@
-"""What the doors ask of their arguments: each question in one place, each refusal one line, whatever implementation."""
+"""Checks of the operators' arguments: each in one place, each error one line, the same for every implementation."""
 
 from __future__ import annotations
 

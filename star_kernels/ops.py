@@ -107,9 +107,9 @@ def triton_launcher(operator: str, name: str = "launch") -> Callable:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator, as torch.library and the door in api.py know it.
+    """One operator, as torch.library and api.py know it.
 
-    name: of the door, and of star::NAME_IMPLEMENTATION.
+    name: of the public function, and of star::NAME_IMPLEMENTATION.
     schema: arguments and results, as torch.library writes them; the arguments are those of `reference`.
     fake: shapes and types of the results, from the same arguments.
     reference: plain PyTorch on every device, the specification.

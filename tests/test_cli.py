@@ -79,7 +79,10 @@ def test_eval_and_maps(tmp_path, capsys):
     arguments = ("--prompt", "a red circle and a ring", "--out", str(image), "--steps", "3", "--layers", "2", "3")
     code, output, _ = run(capsys, "maps", *arguments)
     assert code == 0 and "red circle, ring; 2 blocks, 3 steps" in output and image.stat().st_size > 5000
-    assert run(capsys, "maps", "--prompt", "of and")[2].strip() == "star: prompt: no concept found in 'of and'"
+    assert (
+        run(capsys, "maps", "--prompt", "of and")[2].strip()
+        == "star: prompt: got 'of and', which has no concept; mark one with [ ] and --brackets"
+    )
     expected = "star: adapter: '/nowhere' is no adapter (there is no such folder)"
     assert run(capsys, "eval", "--lora", "/nowhere")[2].strip() == expected
 

@@ -31,7 +31,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "star.options": "what star eval, star maps, star check and star app take",
         "star.check": "what holds for a pipeline before a run",
         "star.train": "the loop: rollout, reward, advantage, allocation, update",
-        "star.shapes": "the embedded world, a guest: a model, its prompts and its reward",
+        "star.shapes": "the embedded world: a model, its prompts and its reward",
     },
     {"star.training": "what the loop calls: rollout, scoring, policy, advantage, checkpoints, processes"},
     {
@@ -40,7 +40,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "star.document": "marked parts of a document, which tools fill",
     },
     {
-        "star": "the front door for other trainers, loaded when used",
+        "star": "what other trainers import, loaded when used",
         "star.config": "what a run is made of",
         "star.rewards": "rewards, one file each, and the worker that runs them",
     },

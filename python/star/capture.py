@@ -7,10 +7,10 @@
 `record` does the same around a whole sampler and keeps the maps of every pass; `allocated` makes weights of them at
 once and gives them to the gradient of the pass's output.
 
-The attention of the chosen blocks runs as it would (`star.tap`); the kernel of F.scaled_dot_product_attention is asked
-for its log-sum-exp as well, and from that and the few key columns of the concepts the maps follow. Where image and text
-lie is a row of a table (`star.layouts`). A checkpointed block may be captured, and computed again in a backward pass
-outside the context by diffusers' own processor, which saves the same tensors in the same order.
+The attention of the chosen blocks runs as it would (`star.tap`); its kernel also returns the log-sum-exp, from which
+the maps follow with the few key columns of the concepts. The table `star.layouts` says where image and text lie. A
+checkpointed block may be captured. A backward pass outside the context recomputes it with diffusers' own processor,
+which saves the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -164,13 +164,13 @@ class Maps:
         self._new_slots(0 if self.grid is None else math.prod(self.grid))
 
     def set_tokens(self, tokens: ConceptTokens) -> None:
-        """Other concepts for the passes that follow.
+        """Set other concepts for the passes that follow.
 
-        They go into the buffers that are there if rows are as many and concepts and tokens not more than before: one
-        long capture serves every prompt, and so does a CUDA graph of its pass.
+        The buffers stay if there are as many rows as before and no more concepts and tokens: one long capture serves
+        every prompt, and so does a CUDA graph of its pass.
 
         The maps are NaN until the next pass. Nothing waits for a device. Tokens beyond a pass's texts raise ValueError
-        in the pass; of tokens that are on an accelerator, whose values are not looked at, the concept's map is NaN."""
+        in the pass. Tokens on an accelerator are not checked: such a concept's map is NaN."""
         index, weight = tokens
         # Before they move, so that nobody waits for their values.
         on_cpu = index.device.type == "cpu"
@@ -208,7 +208,7 @@ class Maps:
         texts = shown.text_tokens()
         if self.text_tokens > texts:
             raise ValueError(
-                f"tokens: point at text token {self.text_tokens - 1}, the model runs {texts}; "
+                f"tokens: got text token {self.text_tokens - 1}, expected at most {texts - 1}, the last of the pass; "
                 "find them with the max_sequence_length of the embeddings"
             )
         self._kind = None
@@ -286,16 +286,18 @@ class Maps:
     ) -> None:
         """Check the arguments of a block that stands for those of the same shapes, and choose what makes its map."""
         if self.grid is None or self._shown is None:
-            raise RuntimeError("transformer: its forward was called; call the module itself, so that its hooks run")
+            raise RuntimeError("transformer: got a call of its forward; call the module itself, so that its hooks run")
         if self.slots.device != query.device:
             self.move(query.device)
         tokens, rows = self.slots.shape[-1], slice(None) if self.rows is None else self.rows
         if self.image + tokens > query.shape[2]:
-            raise ValueError(f"grid: {self.grid} has {tokens} tokens, the model runs {query.shape[2] - self.image}")
+            raise ValueError(f"grid: got {self.grid} of {tokens} tokens, expected {query.shape[2] - self.image} tokens")
         neighbors = range(len(query))[rows] if isinstance(rows, slice) else None
         images = len(rows) if neighbors is None else len(neighbors)  # type: ignore[arg-type]  # no slice here
         if images != len(self.columns):
-            raise ValueError(f"tokens: have {len(self.columns)} rows, the model runs {images} of those asked for")
+            raise ValueError(
+                f"tokens: got {len(self.columns)} rows, expected {images}, the rows of the pass that are read"
+            )
         first = 0
         if neighbors is not None and neighbors.step == 1:  # which are read where they are
             first, self._gathered = neighbors.start, None
@@ -319,8 +321,8 @@ class Maps:
     def layers(self) -> Tensor:
         """(L, B, G, N) float32: mean over the heads of each captured block, normalized; NaN for one that did not run.
 
-        Later passes leave the copy alone. Raises ValueError for what was asked for in vain, as `capture` does, where
-        only the values on an accelerator show it."""
+        Later passes do not change the copy. Raises the ValueErrors of `capture` that only values on an accelerator
+        show."""
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()  # the graph does not know that its blocks write the slots
         while self._doubts:
@@ -342,9 +344,13 @@ class Maps:
         layers = self.layers()
         missing = [block for block, done in zip(self.blocks, self.written, strict=True) if not done]
         if len(missing) == len(self.blocks):
-            raise RuntimeError(f"maps: no pass has run the captured blocks {missing}")
+            raise RuntimeError(
+                f"maps: no pass has run the captured blocks {missing}; call the model inside the capture first"
+            )
         if missing:
-            raise RuntimeError(f"layers: the last pass skipped blocks {missing}; capture others with layers=")
+            raise RuntimeError(
+                f"layers: the last pass skipped blocks {missing}, which have no maps; leave them out with layers="
+            )
         assert self.layer_weights is not None  # since __post_init__
         return (layers * self.layer_weights[:, None, None, None]).sum(0)
 
@@ -455,15 +461,17 @@ def _with_content_concept(tokens: ConceptTokens) -> ConceptTokens:
 
 
 def _grid(asked: tuple[int, ...] | None, shown: Pass) -> tuple[int, ...]:
-    """The grid of a pass: what it shows, or what was asked for, which must agree."""
+    """The grid of a pass: that which it shows, or the given one; the two must agree."""
     if asked is not None and shown.grid is not None and tuple(asked) != shown.grid:
         axes = ("frames", "rows", "columns")[-len(shown.grid) :]
-        raise ValueError(f"grid: got {tuple(asked)}, the pass has ({', '.join(axes)}) = {shown.grid}")
+        raise ValueError(f"grid: got {tuple(asked)}, expected ({', '.join(axes)}) = {shown.grid}, that of the pass")
     grid = asked or shown.grid
     if grid is None:
-        raise ValueError(f"grid: the pass does not show it, give (rows, columns) of its {shown.tokens} image tokens")
+        raise ValueError(
+            f"grid: got None, which the pass does not show; give (rows, columns) of its {shown.tokens} image tokens"
+        )
     if math.prod(grid) != shown.tokens:
-        raise ValueError(f"grid: {tuple(grid)} has {math.prod(grid)} tokens, the model runs {shown.tokens}")
+        raise ValueError(f"grid: got {tuple(grid)} of {math.prod(grid)} tokens, expected {shown.tokens} tokens")
     return tuple(grid)
 
 
@@ -488,8 +496,8 @@ def _inferred_rows(images: int, shown: Pass, conditional: int, require: Callable
     batch = len(shown.latents)
     if batch not in (images, 2 * images):
         raise ValueError(
-            f"tokens: got {images} rows, the pass has {batch}; give one row for each image, {batch} of them or "
-            f"{batch / 2:g} with guidance, or rows="
+            f"tokens: got {images} rows, expected {batch}, one for each row of the pass, or {batch / 2:g} with "
+            "guidance; for another order give rows="
         )
     if batch > images:
         message = (
@@ -504,7 +512,7 @@ def _inferred_rows(images: int, shown: Pass, conditional: int, require: Callable
 def _given_rows(
     rows: Rows, images: int, shown: Pass, conditional: int, require: Callable[[Tensor, str], None]
 ) -> slice | Tensor:
-    """The rows that were asked for, as a slice where they are neighbors: those are read where they are."""
+    """The given rows, as a slice where they are neighbors: those are read where they are."""
     batch = len(shown.latents)
     if isinstance(rows, slice):
         chosen = list(range(batch))[rows]
@@ -676,12 +684,16 @@ def _tokens(
     """Tokens that are ready, or those of the prompts."""
     if isinstance(prompts, ConceptTokens):
         if pipeline is not None:
-            raise ValueError("pipeline: got one beside ready tokens; leave it out, or give prompts")
+            raise ValueError(
+                "pipeline: got one together with ConceptTokens, which need none; leave it out, or give prompts"
+            )
         if concepts is not None or brackets:
-            raise ValueError("concepts, brackets: got them beside ready tokens; give them to star.concept_tokens")
+            raise ValueError(
+                "concepts, brackets: got them together with ConceptTokens; give them to star.concept_tokens"
+            )
         return prompts
     if pipeline is None:
-        raise ValueError("pipeline: got None, but it is needed to find the tokens of prompts")
+        raise ValueError("pipeline: got None, expected the pipeline that encodes the prompts")
     return concept_tokens(pipeline, prompts, concepts=concepts, brackets=brackets)
 
 
@@ -717,7 +729,7 @@ def _velocity_weights(allocation: Allocation, maps: Tensor, grid: tuple[int, ...
 
 @dataclass(eq=False)
 class Record:
-    """What `record` kept of the passes inside it, in their order."""
+    """The maps of the passes inside `record`, in their order."""
 
     maps: list[Tensor] = field(default_factory=list)
     """(B, G, N) float32 of each pass."""
@@ -729,7 +741,7 @@ class Record:
     def add(self, maps: Tensor, grid: tuple[int, ...], velocity_shape: tuple[int, ...]) -> None:
         """Keep a pass. Raises ValueError if its grid is not that of the others."""
         if self.grid is not None and self.grid != grid:
-            raise ValueError(f"grid: got a pass with {grid} after one with {self.grid} in one `record`")
+            raise ValueError(f"grid: got a pass with {grid} after one with {self.grid}; use one `record` for each size")
         self.maps.append(maps)
         self.grid, self.velocity_shape = grid, velocity_shape
 
@@ -749,7 +761,7 @@ class Record:
         """
         allocation = _own_maps_allocation(allocation)
         if self.grid is None:
-            raise RuntimeError("weights: no pass was made inside `record` yet")
+            raise RuntimeError("weights: no pass was made inside `record` yet; call the sampler first")
         chosen = range(len(self.maps)) if steps is None else [int(step) for step in steps]
         if not chosen or not all(0 <= step < len(self.maps) for step in chosen):
             raise ValueError(f"steps: got {list(chosen)}, expected numbers of passes in 0..{len(self.maps) - 1}")
@@ -812,7 +824,7 @@ def _repeat_for_rows(weights: Tensor, rows: slice | Tensor, batch: int) -> Tenso
     images = len(weights)
     if not isinstance(rows, slice) or rows.start % images or batch % images:
         shown = [rows.start, rows.stop - 1] if isinstance(rows, slice) else rows.tolist()
-        raise ValueError(f"rows: got {shown} of {batch}; weights need all of the conditional rows, one after the other")
+        raise ValueError(f"rows: got {shown} of {batch}, expected all conditional rows as one slice")
     return weights.repeat(batch // images, *(1,) * (weights.ndim - 1))
 
 
@@ -840,17 +852,17 @@ def allocated(
 
     Args:
         transformer: the very module that is called, in whatever wrapper.
-        prompts: one for each image of the batch. Or their tokens, from `star.concept_tokens` or
-            `star.concepts.locate`: needed where the embeddings were made otherwise than by the pipeline's call with its
-            defaults, as with another max_sequence_length or an image; then without pipeline.
+        prompts: one for each image of the batch. Or, without pipeline, their tokens from `star.concept_tokens` or
+            `star.concepts.locate`: needed if the embeddings were not made by the pipeline's call with its defaults, as
+            with another max_sequence_length or an image.
         pipeline: of diffusers, whose call would encode the prompts; its text encoders are not needed.
         concepts, brackets: of `star.concept_tokens`. With brackets the embeddings must be of the prompts without them.
         grid, layers, normalize: of `capture`.
-        rows: of `capture`; all of the conditional rows, one after the other. With guidance in one batch the
-            unconditional rows get their weights too: guidance is linear, so that weights the guided velocity.
-        allocation: strategy "attention" (the default) or "random", and options.
-        first_pass: every pass inside the context gets the weights of the first, and no later one is read, whose texts
-            may be shorter: for guidance in two passes, the conditional one before the unconditional one.
+        rows: of `capture`; all conditional rows, as one slice. With guidance in one batch the unconditional rows get
+            the same weights: guidance is linear, so the guided velocity is weighted.
+        allocation: strategy "attention" (the default), "topk" or "random", and options.
+        first_pass: every pass inside the context gets the weights of the first. Later passes are not read, and their
+            texts may be shorter. For guidance in two passes, the conditional one first.
 
     Yields:
         The Maps of the last pass; with first_pass of the first.

@@ -30,19 +30,25 @@ DRAWN = ("a red circle left of a blue square", "two green rings")  # by the embe
 FAULT = "a fault of star itself"
 Values = TypeVar("Values", bound="DataclassInstance")
 
+TRAINING = "Post-train a text-to-image model with spatiotemporal reward allocation."
+LAYERS = (
+    "--preset NAME begins with a preset, --config FILE.yaml changes it, and options change both. --out is --run.out. "
+    "Defaults in this list are those of the preset and the file."
+)
+
 # Images of `star probe`: batches, prompts of each, images of each prompt.
 PROBED = {"batches": 16, "prompts": 4, "images": 6}
 
 USAGE = """usage: star COMMAND [--help]
 
   train    post-train a model: --preset NAME, --config FILE.yaml, and any option
-  plan     predict what a run will take, before anything is loaded: --gpus N and the options of train
-  probe    say beforehand whether knowing the locations will help: --batches N and the options of train
-  check    before a run, on a pipeline: bits, maps, words, noise of the log-ratio, what falls back: star check MODEL
+  plan     predict a run's FLOPs and memory without loading the model: --gpus N and the options of train
+  probe    predict from some batches whether knowing the locations will help: --batches N and the options of train
+  check    check a pipeline before a run: bits, maps, words, noise of the log-ratio, implementations: star check MODEL
   eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
   compare  train arms with several seeds side by side, and report which differ
   maps     draw a prompt's concept maps by layer and step
-  app      serve a page that shows an image as it forms, its maps and weights: star app [MODEL...]
+  app      serve a page that shows an image as it forms, with its maps and weights: star app [MODEL...]
   report   write one HTML page of runs: curves, images, settings that differ: star report RUN [RUN...] [--out FILE]
   info     print versions, what was built, and which implementation each operator uses
 """
@@ -82,8 +88,8 @@ def show_warnings_once() -> None:
     warnings.showwarning = show_new
 
 
-def read_config(arguments: list[str], prog: str) -> Config:
-    """A preset, then a file, then options; each over what came before."""
+def read_config(arguments: list[str], prog: str, about: str = TRAINING) -> Config:
+    """A preset, then a file, then options; each over what came before. about: what the command does, for its help."""
     import tyro
 
     from star import config as configuration
@@ -103,7 +109,7 @@ def read_config(arguments: list[str], prog: str) -> Config:
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
-    return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog))
+    return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog, description=f"{about}\n\n{LAYERS}"))
 
 
 def read_options(kind: type[Values], arguments: list[str], prog: str) -> Values:
@@ -189,7 +195,11 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true")
     known, rest = parser.parse_known_args(arguments)
-    config = read_config(rest, "star plan [--gpus N] [--fsdp]")
+    about = (
+        "Predict an iteration's FLOPs and memory without loading the model. --gpus N: number of GPUs (default 1). "
+        "--fsdp: weights, gradients and optimizer are sharded over them. All other options are those of star train."
+    )
+    config = read_config(rest, "star plan [--gpus N] [--fsdp]", about)
 
     from rich.console import Console
     from rich.table import Table
@@ -224,7 +234,13 @@ def probe(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path)
     known, rest = parser.parse_known_args(arguments)
     options = " ".join(f"[--{name} N]" for name in PROBED)
-    config = read_config(rest, f"star probe {options} [--json FILE]")
+    about = (
+        "Predict from some batches of images whether knowing the locations will help; nothing is trained. "
+        f"--batches N: number of batches (default {PROBED['batches']}). --prompts N: prompts of a batch (default "
+        f"{PROBED['prompts']}). --images N: images of a prompt (default {PROBED['images']}). --json FILE: also write "
+        "the numbers there. All other options are those of star train."
+    )
+    config = read_config(rest, f"star probe {options} [--json FILE]", about)
 
     from rich.console import Console
     from rich.markdown import Markdown
@@ -272,7 +288,7 @@ def check(arguments: list[str]) -> int:
     if options.prompts is not None:
         prompts = [prompt.text for prompt in read_prompts(options.prompts)[: options.n]]
         if not prompts:
-            raise ValueError(f"prompts: {options.prompts} has none")
+            raise ValueError(f"prompts: {options.prompts} has no prompts, expected at least one")
     takes = inspect.signature(type(pipeline).__call__).parameters
     sizes = {"height": options.height, "width": options.width}
     call: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
@@ -313,7 +329,7 @@ def evaluate(arguments: list[str]) -> None:
 
     options = read_options(Eval, arguments, "star eval")
     if options.save_images and options.out is None:
-        raise ValueError("save_images: needs a folder, --out")
+        raise ValueError("save_images: got no folder for the images; set --out")
     with nullcontext() if options.out is None else files.new_folder(options.out, "out"):
         score(options)
 
@@ -342,7 +358,7 @@ def score(options: Eval) -> None:
     else:
         prompts = task.prompts("held_out", HELD_OUT if options.n is None else options.n, str(options.seed))
     if not prompts:
-        raise ValueError(f"prompts: {options.prompts or options.task} has none")
+        raise ValueError(f"prompts: {options.prompts or options.task} has no prompts, expected at least one")
     if options.brackets:
         prompts = without_brackets(prompts)
     if options.reward:
@@ -416,7 +432,7 @@ def maps(arguments: list[str]) -> None:
     concepts = parse(prompt, options.concepts) if marked is None else marked
     names = [concept.text for concept in concepts]
     if not names:
-        raise ValueError(f"prompt: no concept found in {prompt!r}")
+        raise ValueError(f"prompt: got {prompt!r}, which has no concept; mark one with [ ] and --brackets")
     if options.layers == ():
         raise ValueError("layers: got none, expected at least one block")
     files.claim(options.out, "out", "figure of star maps", figures.is_figure)

@@ -70,7 +70,7 @@ class Model:
     lora_rank: Count = 32
     """Rank of the adapters. 0: all weights of the transformer are trained."""
     lora_alpha: Positive = 64
-    """Scale of the adapters; their product is multiplied by lora_alpha / lora_rank."""
+    """Scale of the adapters: their product is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
@@ -81,7 +81,7 @@ class Model:
         "attn.add_v_proj",
         "attn.to_add_out",
     )
-    """Matrices of the transformer that get an adapter, by the end of their names."""
+    """Matrices of the transformer that get an adapter, given by the end of their names."""
     adapter: str | None = None
     """Folder or hub id of the adapter that training starts from, with the rank, alpha and targets above. The KL term
     compares with it. None: a new adapter."""
@@ -133,16 +133,17 @@ class Sampling:
     concepts: str = "rules"
     """How concepts are found: rules (English), spacy (a model of the prompt's language) or spacy:MODEL."""
     brackets: bool = False
-    """Prompts mark their concepts, "a [red bench] left of [two cats]"; model and reward see them without brackets."""
+    """Prompts mark their concepts: "a [red bench] left of [two cats]". Model and reward see them without brackets."""
     text_cache: Count = 0
     """Number of prompts whose embeddings stay on the CPU between iterations. Each is then encoded alone. 0: none."""
     rollout_device: Literal["model", "cpu"] = "model"
     """Where the latents of a rollout wait for the update; cpu bounds the memory of the device."""
     noise_device: Literal["model", "cpu"] = "cpu"
-    """Where noise is drawn. cpu: by torch's generator, that of all images in every process; model: in the step's
-    kernel, from a seed for each image and step. Either way the noise of a run's seed is the same on every device."""
+    """Where noise is drawn. cpu: torch's generator draws the noise of all images in every process. model: the step's
+    kernel draws it from a seed for each image and step. Either way the noise of a run's seed is the same on every
+    device."""
     merge_adapter: bool = False
-    """Run steps that are not trained with the adapter merged into a copy of its weights: faster, the same to rounding.
+    """Run the steps that are not trained with the adapter merged into a copy of its weights: faster, equal to rounding.
     Needs model.frozen_dtype float32: in half precision an update is smaller than the weights resolve."""
 
 
@@ -155,8 +156,8 @@ class Loss:
     (DiffusionNFT). An old policy, which follows the trained one, then samples the images without noise in the steps.
     awm: the forward process too, with the matching loss as the log-density (Advantage Weighted Matching)."""
     ratio: Literal["token", "location", "sample"] = "token"
-    """What is clipped: the sample's ratio with the gradient of each location, the ratio of each location, or one ratio
-    of the weighted log-ratios."""
+    """What is clipped. token: the sample's ratio, with the gradient of each location. location: the ratio of each
+    location. sample: one ratio of the sample, of the weighted log-ratios."""
     clip_range: NotNegative = 1e-4
     """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
     adv_clip: AboveZero = 5.0
@@ -175,7 +176,7 @@ class Loss:
     """image: one advantage for each image. location: one for each location, from a reward with maps. concept: the
     image's advantage plus, where a concept's map looks, the concept's, from a reward with credits of concepts."""
     location_share: Annotated[float, Range(least=0, most=1)] = 1.0
-    """location: share of the locations' own advantages in what is reinforced. The rest is the image's, which alone says
+    """location: share of the locations' own advantages in the advantage. The rest is the image's, which alone shows
     that something is missing."""
     concept_strength: NotNegative = 1.0
     """Factor of the concepts' advantages. 0: the image's alone."""
@@ -230,7 +231,7 @@ class Optimization:
     learning_rate: NotNegative = 3e-4
     """AdamW's learning rate, the largest one of its schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls to 0 at the last update: linearly, or as half a cosine. constant: it does not."""
+    """Learning rate after the warmup. linear, cosine: it falls to 0 at the last update, on a line or half a cosine."""
     warmup: Count = 0
     """Number of updates over which the learning rate rises from 0."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -265,7 +266,7 @@ class Scoring:
     reward: str | dict[str, float] | None = None
     """A reward like run.reward. None: run.reward."""
     every: Count = 0
-    """Number of iterations between scorings, if `count` is not 0. 0: only before and after training."""
+    """Number of iterations between scorings. 0: only before and after training. Without effect if `count` is 0."""
     images_per_prompt: Positive = 1
     """Images of each held-out prompt."""
     steps: Positive | None = None
@@ -280,7 +281,7 @@ class Scoring:
 
 @dataclass
 class Run:
-    """Where the run lives and what it writes."""
+    """The run's folder, reward and checkpoints."""
 
     out: Path = Path("runs/star")
     """The run's folder."""
@@ -290,7 +291,7 @@ class Run:
     """A reward's name, "module:function", or several with their weights: "ocr:1.0,pickscore:0.5", in YAML also as a
     mapping; see docs/rewards.md. None: the task's reward."""
     reward_models: dict[str, str] = field(default_factory=dict)
-    """Where rewards find their weights, by name: a folder, a file or a hub id; an http:// address asks a server."""
+    """Where rewards find their weights, by name: a folder, a file, a hub id, or the http:// address of a server."""
     reward_timeout: AboveZero = 600.0
     """Seconds after which the reward of a batch of images counts as failed."""
     reward_strict: bool = False
@@ -303,7 +304,7 @@ class Run:
     """Draw the reward's curve, images before and after, and the allocation at the end; keep the maps of the held-out
     images that are kept, before and after training, for `star report`."""
     grid_every: Count = 0
-    """Iterations from one grid of the rollout's images and weights to the next, in grids/. 0: none."""
+    """Number of iterations between grids of the rollout's images and weights, in grids/. 0: none."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go besides metrics.jsonl."""
     timeout_minutes: Positive = 30
@@ -320,8 +321,8 @@ class Config:
 
     task: str | None = None
     """What is trained, in one name: `shapes`, the embedded world, or `module:attribute` of a star.training.task.Task.
-    It gives pipeline, prompts and reward where model.path, sampling.prompts, scoring.prompts and run.reward are not
-    set. None: these are set."""
+    It gives the pipeline, prompts and reward that model.path, sampling.prompts, scoring.prompts and run.reward do not
+    set. None: they must be set."""
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
     allocation: Allocation = field(default_factory=Allocation)
@@ -341,16 +342,18 @@ class Config:
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
         if images % optimization.updates_per_iteration:
             raise ConfigError(
-                f"optimization.updates_per_iteration: {optimization.updates_per_iteration} does not divide "
-                f"{images} images"
+                f"optimization.updates_per_iteration: got {optimization.updates_per_iteration}, expected a divisor of "
+                f"an iteration's {images} images"
             )
         update = images // optimization.updates_per_iteration
         if update % processes:
-            raise ConfigError(f"accelerate: {processes} processes do not divide an update's {update} images")
+            raise ConfigError(
+                f"accelerate: got {processes} processes, expected a divisor of an update's {update} images"
+            )
         if optimization.micro_batch and update // processes % optimization.micro_batch:
             each = f", {update // processes} for each process" if processes > 1 else ""
             raise ConfigError(
-                f"optimization.micro_batch: {optimization.micro_batch} does not divide an update's "
+                f"optimization.micro_batch: got {optimization.micro_batch}, expected a divisor of an update's "
                 f"{update} images{each}"
             )
         # GRPO's last step is nearly deterministic: its log-ratio would drown all others.
@@ -365,30 +368,35 @@ class Config:
                 f"sampling.window: got {sampling.window}, expected 0..{len(sampling.trained_steps)}, the trained steps"
             )
         if self.allocation.temporal == "concentration" and self.allocation.strategy == "uniform":
-            raise ConfigError("allocation.temporal: concentration needs a strategy other than uniform")
+            raise ConfigError(
+                "allocation.temporal: got 'concentration', which needs another allocation.strategy than 'uniform'"
+            )
         if self.model.adapter and not self.model.lora_rank:
-            raise ConfigError("model.adapter: needs model.lora_rank, the adapter's rank")
+            raise ConfigError("model.lora_rank: got 0, expected the rank of model.adapter")
         if self.model.frozen_dtype not in ("float32", optimization.mixed_precision):
             raise ConfigError(
-                f"model.frozen_dtype: {self.model.frozen_dtype} needs the same optimization.mixed_precision, "
-                f"got {optimization.mixed_precision}"
+                f"model.frozen_dtype: got {self.model.frozen_dtype!r}, expected 'float32' or that of "
+                f"optimization.mixed_precision, {optimization.mixed_precision!r}"
             )
         if sampling.merge_adapter and self.model.frozen_dtype != "float32":
             raise ConfigError(
-                f"sampling.merge_adapter: needs model.frozen_dtype float32, got {self.model.frozen_dtype}"
+                f"sampling.merge_adapter: needs model.frozen_dtype 'float32', got {self.model.frozen_dtype!r}"
             )
         self._check_scoring()
         self._check_concepts()
         if self.loss.objective != "grpo":
             self._check_forward_process(optimization.micro_batch or update // processes)
-        if self.loss.normalize_rewards and self.loss.advantage == "location":
-            raise ConfigError("loss.normalize_rewards: not with loss.advantage 'location'; weigh the maps instead")
-        if self.loss.normalize_rewards and self.loss.advantage == "concept":
-            raise ConfigError("loss.normalize_rewards: not with loss.advantage 'concept'; weigh the credits instead")
+        if self.loss.normalize_rewards and self.loss.advantage != "image":
+            raise ConfigError(
+                f"loss.normalize_rewards: got True, expected False with loss.advantage {self.loss.advantage!r}; weight "
+                "the rewards in run.reward"
+            )
         if self.loss.ratio == "sample" and self.loss.advantage != "image":
-            raise ConfigError(f"loss.ratio: 'sample' takes loss.advantage 'image', not {self.loss.advantage!r}")
+            raise ConfigError(
+                f"loss.ratio: got 'sample', which needs loss.advantage 'image', not {self.loss.advantage!r}"
+            )
         if self.run.resume and self.run.overwrite:
-            raise ConfigError("run.resume, run.overwrite: choose one")
+            raise ConfigError("run.resume, run.overwrite: got both, expected one of them")
 
     def _check_forward_process(self, chunk: int) -> None:
         """Raise ConfigError for what the forward process has no use for: it would be left out in silence. chunk: images
@@ -418,7 +426,9 @@ class Config:
         }
         for option, (value, expected) in (refused | own[name]).items():
             if value != expected:
-                raise ConfigError(f"{option}: got {value!r}, loss.objective {name} has none; expected {expected!r}")
+                raise ConfigError(
+                    f"{option}: got {value!r}, expected {expected!r}: loss.objective {name} does not use it"
+                )
         if name == "awm" and updates > 1 and not loss.off_policy:
             raise ConfigError(
                 f"optimization.updates_per_iteration: got {updates}, expected 1: after the first update the policy is "
@@ -426,11 +436,13 @@ class Config:
             )
         if self.allocation.strategy == "shuffled" and chunk < 2:
             raise ConfigError(
-                f"allocation.strategy: shuffled needs 2 images or more in a pass of loss.objective {name}, got "
+                f"allocation.strategy: 'shuffled' needs 2 images or more in a pass of loss.objective {name}, got "
                 f"{chunk}; raise optimization.micro_batch"
             )
         if self.allocation.strategy == "final_step":
-            raise ConfigError(f"allocation.strategy: final_step is not for loss.objective {name}, which has no steps")
+            raise ConfigError(
+                f"allocation.strategy: got 'final_step', but loss.objective {name} has no sampling steps; choose another"
+            )
 
     def _check_concepts(self) -> None:
         if self.sampling.concepts == "rules":
@@ -645,7 +657,7 @@ def read(path: str | Path) -> dict:
     if _is_endless(values):
         raise ConfigError(f"config: {path} has more than {MOST_VALUES:,} values, aliases followed")
     if not isinstance(values or {}, dict):
-        raise ConfigError(f"config: {path} has {values!r}, expected keys and values")
+        raise ConfigError(f"config: {path} holds {values!r}, expected keys and values")
     return values or {}
 
 

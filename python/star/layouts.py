@@ -76,11 +76,11 @@ def layout_of(model: torch.nn.Module) -> Layout:
     for kind in type(model).__mro__:
         if kind.__name__ in REFUSED:
             raise TypeError(
-                f"transformer: maps of {kind.__name__} are not made: {REFUSED[kind.__name__]}; a row of your own in "
-                "star.layouts.LAYOUTS may read it otherwise"
+                f"transformer: {kind.__name__} is not supported: {REFUSED[kind.__name__]}; an entry of your own in "
+                "star.layouts.LAYOUTS may read it"
             )
     raise TypeError(
-        f"transformer: got {type(model).__name__}, expected one of {', '.join(LAYOUTS)}, or a class with a row in "
+        f"transformer: got {type(model).__name__}, expected one of {', '.join(LAYOUTS)}, or a class with an entry in "
         "star.layouts.LAYOUTS"
     )
 
@@ -115,7 +115,7 @@ def _flux(model: Any) -> Reader:
         nonlocal last
         latents, embeds, ids = (argument(name) for name in ("hidden_states", "encoder_hidden_states", "img_ids"))
         if argument("kv_cache_mode") is not None:
-            raise ValueError("kv_cache_mode: reference images that are kept between passes come before the image")
+            raise ValueError("kv_cache_mode: got a mode, expected None: kept reference images stand before the image")
         grid = None
         if ids is not None and not torch.compiler.is_compiling():
             if ids is not last[0]:  # reading them waits for the device, so the steps of a sampler do it once
@@ -170,7 +170,7 @@ def _cross(patches: Callable[[Any], tuple[int, ...]], alone: bool = True) -> Cal
         def read(argument: Arguments) -> Pass:
             latents, embeds = argument("hidden_states"), argument("encoder_hidden_states")
             if not isinstance(embeds, Tensor):
-                raise ValueError("transformer: maps need encoder_hidden_states that are of the text alone")
+                raise ValueError("encoder_hidden_states: got several, expected one tensor of the text alone")
             grid = _tokens_of(latents.shape[2:], patch)
             return Pass(
                 latents, embeds, math.prod(grid), grid, image=0, text=0, keys=embeds.shape[1] if alone else None
@@ -203,7 +203,7 @@ def _z_image(model: Any) -> Reader:
         patch, patch_frames = argument("patch_size") or 2, argument("f_patch_size") or 1
         shapes = {tuple(image.shape) for image in images if isinstance(image, Tensor)}
         if len(shapes) != 1:
-            raise ValueError("transformer: maps of Z-Image need images of one size, and none of reference")
+            raise ValueError("x: got images of several sizes or reference images, expected images of one size")
         _, frames, height, width = shapes.pop()
         rows, columns = height // patch, width // patch
         grid = (rows, columns) if frames == patch_frames else (frames // patch_frames, rows, columns)

@@ -38,9 +38,9 @@ class Eval:
     prompts: Path | None = None
     """A text file with one prompt a line, or GenEval's .jsonl. None: the task's held-out prompts."""
     brackets: bool = False
-    """Leave the brackets out of prompts that mark their concepts with them."""
+    """Prompts mark their concepts with brackets, which model and reward do not see."""
     reward: str | None = None
-    """As for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
+    """A reward as for `star train`: "geneval", "ocr", "ocr:1.0,pickscore:0.5", "module:function". None: the task's."""
     models: dict[str, str] = field(default_factory=dict)
     """Where rewards find their weights, by name: a folder, a file or a hub id."""
     n: Annotated[
@@ -101,14 +101,14 @@ class Maps:
 
 @dataclass
 class Check:
-    """Check a pipeline before a run."""
+    """Check a pipeline before a run: bits, maps, words, noise of the log-ratio, implementations."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A pipeline's folder or hub id. None: the embedded model."""
     prompt: tuple[str, ...] = ()
-    """Prompts to look at. None: two that suit the model."""
+    """Prompts to check. Empty: two that suit the model."""
     prompts: Path | None = None
-    """A prompt file, instead of `prompt`."""
+    """A file of prompts, instead of `prompt`."""
     n: Positive = 4
     """Number of prompts: the first n of the file."""
     image: Path | None = None

@@ -254,7 +254,7 @@ class Trainer:
         masks = masks_or_nothing(self.submit(prompts, rows, latents).result(), self.grid)
         if masks is None:
             names = ", ".join(self.reward.weights)
-            raise ConfigError(f"sampling.explore: 'masks' needs a reward with masks, not {names}")
+            raise ConfigError(f"sampling.explore: got 'masks', which needs a reward with masks, not {names}")
         return masks
 
     def with_matched_credits(self, scores: Scores, prompts: list[Prompt], rollout: Rollout) -> Scores:

@@ -96,7 +96,7 @@ def test_a_public_page_takes_no_file_and_lets_no_crowd_wait():
 def test_a_class_that_cannot_be_captured_is_one_line(blind):
     with pytest.raises(TypeError) as error:
         make(model=blind)
-    assert app.told(error.value).startswith("transformer: maps of DiTTransformer2DModel are not made: it reads class")
+    assert app.told(error.value).startswith("transformer: DiTTransformer2DModel is not supported: it reads class")
     line = app.told(KeyError("x\ny"))  # what a pipeline may raise
     assert line == "model: the pipeline failed (KeyError: 'x\\ny')"
 
@@ -251,7 +251,7 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_and_mistakes_are_told(browser, ad
         [selector == 'body' ? 'backgroundColor' : 'color'].match(/[\\d.]+/g).map(Number); return r + g + b; }"""
     assert phone.page.evaluate(luminance, "body") < 200 < 500 < phone.page.evaluate(luminance, ".star-page figcaption")
     phone.page.get_by_role("button", name="Model and sampling").click()
-    for path, words in (("/nowhere", "model: '/nowhere' is no pipeline"), (blind, "transformer: maps of DiT")):
+    for path, words in (("/nowhere", "model: '/nowhere' is no pipeline"), (blind, "transformer: DiT")):
         field = phone.page.get_by_label("Model", exact=True)
         field.fill(path)
         field.press("Enter")

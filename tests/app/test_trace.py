@@ -196,5 +196,5 @@ def test_what_is_no_pipeline_of_images_is_refused():
         vae=None,
         scheduler=scheduler(),
     )
-    with pytest.raises(TypeError, match="maps of DiTTransformer2DModel are not made: it reads class labels"):
+    with pytest.raises(TypeError, match="DiTTransformer2DModel is not supported: it reads class labels"):
         check_kind(refused)

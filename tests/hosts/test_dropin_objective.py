@@ -149,7 +149,7 @@ def test_step_errors():
     plan, timestep, _, v, x, prev = one_step()
     with pytest.raises(ValueError, match=r"timestep: got \[1\.5\], expected values of scheduler.timesteps"):
         sde_step_with_logprob(plan, v, torch.tensor([1.5]), x)
-    with pytest.raises(ValueError, match="timestep: got 2, expected 1 or 3"):
+    with pytest.raises(ValueError, match="timestep: got 2 values, expected 1 or 3"):
         sde_step_with_logprob(plan, v, timestep[:2], x)
     with pytest.raises(ValueError, match=r"sample: got shape \(3, 4, 6, 7\), expected \(3, 4, 6, 8\)"):
         sde_step_with_logprob(plan, v, timestep, x[..., :7])
@@ -157,7 +157,7 @@ def test_step_errors():
         sde_step_with_logprob(plan, v, timestep, x, prev_sample=prev[:1])
     with pytest.raises(ValueError, match="sde_type: got 'ode', expected one of"):
         sde_step_with_logprob(plan, v, timestep, x, sde_type="ode")
-    with pytest.raises(ValueError, match="weights: not with per_location=True"):
+    with pytest.raises(ValueError, match="weights: got them with per_location=True"):
         sde_step_with_logprob(plan, v, timestep, x, weights=torch.ones(3, 6, 8), per_location=True)
     with pytest.raises(ValueError, match="generator: got 2, expected one for each of 3 samples"):
         sde_step_with_logprob(plan, v, timestep, x, generator=[torch.Generator(), torch.Generator()])

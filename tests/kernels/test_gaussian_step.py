@@ -261,7 +261,11 @@ STEP = transition(2)
         (dict(velocity=torch.randn(2, 4, 3)), ValueError, r"velocity: got shape \(2, 4, 3\), expected \(2, 3, 4\)"),
         (dict(noise=torch.ones(2, 3, 4, dtype=torch.int32)), TypeError, "noise: got torch.int32"),
         (dict(transition=STEP.rows(slice(0, 1))), ValueError, r"transition.a: got shape \(1,\), expected \(2\)"),
-        (dict(guidance_scale=3.0), ValueError, "unconditional_velocity: needed for guidance_scale=3.0"),
+        (
+            dict(guidance_scale=3.0),
+            ValueError,
+            "unconditional_velocity: got None, expected a tensor for guidance_scale=3.0",
+        ),
         (dict(guidance_scale=float("nan")), ValueError, "guidance_scale: got nan, expected a finite number"),
         (dict(guidance_scale="x"), TypeError, "guidance_scale: got str, expected a finite number"),
         (
@@ -270,7 +274,7 @@ STEP = transition(2)
             r"unconditional_velocity: got shape \(2, 3\), exp",
         ),
         (dict(unconditional_velocity=3), TypeError, "unconditional_velocity: got int, expected a torch.Tensor"),
-        (dict(seeds=torch.arange(2)), ValueError, "noise, seeds: expected at most one of them"),
+        (dict(seeds=torch.arange(2)), ValueError, "noise, seeds: got both, expected at most one of them"),
         (dict(noise=None, seeds=torch.arange(3)), ValueError, r"seeds: got shape \(3,\), expected \(2\)"),
         (dict(noise=None, seeds=torch.ones(2)), TypeError, "seeds: got torch.float32, expected an int64 tensor"),
         (dict(noise=None, seeds=7), TypeError, "seeds: got int, expected an int64 tensor"),

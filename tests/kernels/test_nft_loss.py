@@ -538,7 +538,7 @@ def test_statistics_unpack_like_a_named_tuple():
         (dict(reward_prob=torch.rand(2, 4)), ValueError, r"reward_prob: got shape .*expected \(2,\) or \(2, 4, 5\)"),
         (dict(weights=torch.ones(2, 5, 4)), ValueError, r"weights: got shape \(2, 5, 4\), expected \(2, 4, 5\)"),
         (dict(reference_velocity=torch.ones(2)), ValueError, r"reference_velocity: got shape \(2,\), expected"),
-        (dict(kl_coef=0.1), ValueError, "reference_velocity: needed for kl_coef=0.1"),
+        (dict(kl_coef=0.1), ValueError, "reference_velocity: got None, expected a tensor for kl_coef=0.1"),
         (dict(kl_coef=math.nan), ValueError, "kl_coef: got nan, expected a finite number"),
         (dict(beta=0), ValueError, "beta: got 0, expected a number > 0"),
         (dict(beta="x"), TypeError, "beta: got str, expected a number > 0"),

@@ -310,7 +310,7 @@ def test_record_of_a_module_that_is_not_called_says_so():
     model = small_transformer()
     with pytest.raises(RuntimeError, match="transformer: made no pass inside `record`"), record(model, TOKENS):
         pass
-    with pytest.raises(RuntimeError, match="transformer: its forward was called"), record(model, TOKENS) as recorded:
+    with pytest.raises(RuntimeError, match="transformer: got a call of its forward"), record(model, TOKENS) as recorded:
         model.forward(**small_inputs())
     with pytest.raises(RuntimeError, match="weights: no pass was made"):
         recorded.weights()
@@ -414,7 +414,10 @@ def test_prompts_and_a_pipeline_are_their_tokens(build):
     for context in (record, allocated):
         with pytest.raises(ValueError, match="pipeline: got None"), context(model, prompts):
             pass
-        with pytest.raises(ValueError, match="pipeline: got one beside ready tokens"), context(model, tokens, pipeline):
+        with (
+            pytest.raises(ValueError, match="pipeline: got one together with Concept"),
+            context(model, tokens, pipeline),
+        ):
             pass
 
 
@@ -579,7 +582,7 @@ def test_flux_takes_double_stream_blocks_by_default():
     with (
         torch.no_grad(),
         capture(model, concepts([TEXT]), grid=GRID),
-        pytest.raises(ValueError, match=f"tokens: point at text token {TEXT}, the model runs {TEXT}"),
+        pytest.raises(ValueError, match=f"tokens: got text token {TEXT}, expected at most {TEXT - 1}"),
     ):
         model(**inputs)
 
@@ -649,7 +652,7 @@ def test_grid_and_rows_are_what_the_pass_shows(build, make, compiled):
 @pytest.mark.parametrize("grid", [(5, 3), (1, 15), (4, 4)])
 @pytest.mark.parametrize(("build", "make"), [(small_transformer, small_inputs), (small_flux, flux_inputs)])
 def test_a_grid_that_the_pass_does_not_have_is_refused(build, make, grid):
-    words = rf"grid: got \({grid[0]}, {grid[1]}\), the pass has \(rows, columns\) = \(3, 5\)"
+    words = rf"grid: got \({grid[0]}, {grid[1]}\), expected \(rows, columns\) = \(3, 5\)"
     for context in (capture, record, allocated):
         model = build()
         with torch.no_grad(), pytest.raises(ValueError, match=words), context(model, TOKENS, grid=grid):
@@ -668,7 +671,9 @@ def test_the_grid_of_packed_latents_is_that_of_diffusers_ids():
         with (
             torch.no_grad(),
             capture(model, TOKENS) as maps,
-            pytest.raises(ValueError, match=r"grid: the pass does not show it, give \(rows, columns\) of its 15"),
+            pytest.raises(
+                ValueError, match=r"grid: got None, which the pass does not show; give \(rows, columns\) of its 15"
+            ),
         ):
             model(**(inputs | dict(img_ids=other)))
     with torch.no_grad(), capture(model, TOKENS, grid=GRID) as maps:
@@ -682,11 +687,11 @@ def test_a_batch_of_several_images_for_each_row_of_tokens_is_refused():
     # Two images of one prompt, from one noise: the same latents, but not guidance.
     two_of_a_prompt = {name: x[:1].expand(2, *x.shape[1:]) for name, x in small_inputs(2).items()}
     for rows, inputs, words in (
-        (None, four, r"tokens: got 1 rows, the pass has 4; give one row for each image, 4 of them or 2 with guidance"),
+        (None, four, r"tokens: got 1 rows, expected 4, one for each row of the pass, or 2 with guidance"),
         (slice(1, 2), four, r"rows: got \[1\], but the pass guides 2 images and its first 2 rows are unconditional"),
         (None, small_inputs(2), "tokens: got 1 rows, the pass has 2 and no guidance"),
         (None, two_of_a_prompt, "tokens: got 1 rows, the pass has 2 and no guidance"),
-        (None, small_inputs(3), "tokens: got 1 rows, the pass has 3;"),
+        (None, small_inputs(3), "tokens: got 1 rows, expected 3, one for each row of the pass"),
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=words), capture(model, tokens, rows=rows):
             model(**inputs)
@@ -699,7 +704,7 @@ def test_a_batch_of_several_images_for_each_row_of_tokens_is_refused():
 @pytest.mark.parametrize("rows", [[1, 0], [1, 3], slice(1, 3), [0, 3]])
 def test_weights_need_all_conditional_rows_one_after_the_other(rows):
     model, inputs = small_transformer(), small_inputs(4)
-    words = r"rows: got .* of 4; weights need all of the conditional rows"
+    words = r"rows: got .* of 4, expected all conditional rows"
     with pytest.raises(ValueError, match=words), allocated(model, TOKENS, rows=rows):
         model(**inputs)
 
@@ -717,7 +722,7 @@ def test_a_skipped_block_has_no_map(compiled):
         run(**inputs, skip_layers=[1])
         after = maps.layers()
         assert after[0].isnan().all() and torch.equal(after[1], before[1]) and kept.isfinite().all()
-        with pytest.raises(RuntimeError, match=r"layers: the last pass skipped blocks \[1\]; capture others"):
+        with pytest.raises(RuntimeError, match=r"layers: the last pass skipped blocks \[1\], which have no maps"):
             maps.read()
         model(**inputs, skip_layers=[0, 1])  # torch.compile takes this list for the shorter one, captured or not
         with pytest.raises(RuntimeError, match="maps: no pass has run"):
@@ -798,7 +803,7 @@ def test_refusals_name_the_reason():
     with (
         torch.no_grad(),
         capture(model, TOKENS, grid=(4, 4)),
-        pytest.raises(ValueError, match=r"grid: got \(4, 4\), the pass has \(rows, columns\) = \(3, 5\)"),
+        pytest.raises(ValueError, match=r"grid: got \(4, 4\), expected \(rows, columns\) = \(3, 5\)"),
     ):
         model(**small_inputs())
 

@@ -258,7 +258,7 @@ def test_of_two_transformers_the_first_is_looked_at():
 def test_operators_that_fall_back_are_a_warning(monkeypatch):
     monkeypatch.setattr(star.check, "implementations", lambda *_: {"native": "not built", "reference": None})
     found = verdicts(flux())["native"]
-    assert found.level == "warning" and "run as plain PyTorch on cpu; star info tells why" in found.words
+    assert found.level == "warning" and "run as plain PyTorch on cpu; star info says why" in found.words
 
 
 def test_blocks_that_are_compiled_are_counted():

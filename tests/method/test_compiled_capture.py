@@ -191,10 +191,10 @@ def test_set_tokens_checks_what_capture_checks():
     with torch.no_grad(), capture(model, prompt(1)) as maps:
         model(**small_inputs())
         maps.set_tokens(ConceptTokens(torch.tensor([[[TEXT]]] * 2), torch.ones(2, 1, 1)))
-        with pytest.raises(ValueError, match=f"tokens: point at text token {TEXT}, the model runs {TEXT}"):
+        with pytest.raises(ValueError, match=f"tokens: got text token {TEXT}, expected at most {TEXT - 1}"):
             model(**small_inputs())
         maps.set_tokens(prompt(1, batch=3))
-        with pytest.raises(ValueError, match="tokens: got 3 rows, the pass has 2"):
+        with pytest.raises(ValueError, match="tokens: got 3 rows, expected 2, one for each row of the pass"):
             model(**small_inputs())
 
 

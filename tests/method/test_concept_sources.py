@@ -50,7 +50,7 @@ def test_another_source_is_refused(source):
 
 def test_a_source_beside_concepts_is_refused():
     tokenizer = clip_tokenizer(CORPUS, length=40)
-    with pytest.raises(ValueError, match="source: got 'spacy' beside concepts"):
+    with pytest.raises(ValueError, match="source: got 'spacy' together with concepts"):
         locate(["a dog"], tokenizer, concepts=[["dog"]], source="spacy")
 
 
@@ -61,7 +61,9 @@ def test_the_rules_need_no_spacy_and_do_not_import_it(without_spacy):
 
 @needs_spacy
 def test_a_model_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ImportError, match="model 'en_no_such_model' is not installed; python -m spacy download en_no_"):
+    with pytest.raises(
+        ImportError, match="model 'en_no_such_model' is not installed; run python -m spacy download en_no_"
+    ):
         parse("a dog", "spacy:en_no_such_model")
     with pytest.raises(ImportError, match="'en_no_such_model' is not installed"):
         check_source("spacy:en_no_such_model")

@@ -101,14 +101,14 @@ def test_what_cleaning_makes_ambiguous_is_not_said():
     """The entity becomes the word's own letters: there is then one more of them than in the prompt."""
     pipeline = wan()
     assert rows(pipeline, "a red b&#101;nch, a red bench", "red bench") == []
-    with pytest.warns(UserWarning, match=r"concepts: no text token of WanPipeline says some of them"):
+    with pytest.warns(UserWarning, match=r"concepts: some have no text token of WanPipeline"):
         concept_tokens(pipeline, ["a red b&#101;nch, a red bench"], concepts=[["red bench"]])
 
 
 def test_a_prompt_that_is_cut_is_told():
     pipeline = flux()
     long = "a red bench, " * 12 + "a blue door"
-    with pytest.warns(UserWarning, match=r"no text token of FluxPipeline says some.*are cut\. `star check` and star"):
+    with pytest.warns(UserWarning, match=r"some have no text token of FluxPipeline .*is cut\. `star check` and star"):
         tokens = concept_tokens(pipeline, [long, "a red bench"], max_sequence_length=32)
     assert tokens.weight[0].sum(-1).tolist()[-1] == 0 and tokens.weight[1, 0].sum() == 1
     first, *_, last = said(pipeline, [long], max_sequence_length=32)[0]
@@ -268,7 +268,7 @@ def test_tokens_of_bracketed_prompts():
     expected = concept_tokens(pipeline, plain, concepts=[["bench left"], ["blue door"]])
     found = concept_tokens(pipeline, bracketed, brackets=True)
     assert torch.equal(found.index, expected.index) and torch.equal(found.weight, expected.weight)
-    with pytest.raises(ValueError, match="brackets: got True beside concepts; leave one of them out"):
+    with pytest.raises(ValueError, match="brackets: got True together with concepts; leave one of them out"):
         concept_tokens(pipeline, bracketed, concepts=[["red"], ["blue"]], brackets=True)
 
 
@@ -291,7 +291,7 @@ def test_concepts_and_brackets_of_allocated_and_record():
     for kept, read in found:
         assert torch.equal(kept, found[0][0]) and torch.equal(read, found[0][0])
     with (
-        pytest.raises(ValueError, match="concepts, brackets: got them beside ready tokens"),
+        pytest.raises(ValueError, match="concepts, brackets: got them together with ConceptTokens"),
         allocated(pipeline.transformer, tokens, brackets=True),
     ):
         pass

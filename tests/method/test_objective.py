@@ -323,9 +323,9 @@ def test_rows_without_information_are_counted():
 def test_errors():
     with pytest.raises(ValueError, match="strategy: got 'best'"):
         allocation_weights(Allocation(strategy="best"), MAPS, GRID)
-    with pytest.raises(ValueError, match="masks: needed by strategy 'oracle'"):
+    with pytest.raises(ValueError, match="masks: got None, expected the reward's masks for strategy 'oracle'"):
         allocation_weights(Allocation(strategy="oracle"), MAPS, GRID)
-    with pytest.raises(ValueError, match="maps: needed by strategy 'attention'"):
+    with pytest.raises(ValueError, match="maps: got None, expected maps for strategy 'attention'"):
         allocation_weights(Allocation(), None, GRID)
     for name, value in (
         ("share", 0.0),
@@ -368,5 +368,5 @@ def test_temporal_weights_have_mean_one_over_the_steps(temporal, steps, batch, s
 def test_temporal_errors():
     with pytest.raises(ValueError, match="temporal: got 'late', expected one of"):
         temporal_weights("late", torch.ones(2, 1), None)
-    with pytest.raises(ValueError, match="weights: needed by temporal 'concentration'"):
+    with pytest.raises(ValueError, match="weights: got None, expected weights for temporal 'concentration'"):
         temporal_weights("concentration", torch.ones(2, 1), None)

@@ -118,7 +118,7 @@ def test_routing_errors():
     with pytest.raises(ValueError, match=r"maps: got \(4, 3, 6\), expected \(4, G, 8\) for the grid \(2, 4\)"):
         route_advantages(advantages, own, maps, (2, 4))
     for wrong in (-1.0, math.nan, torch.ones(3)):
-        with pytest.raises(ValueError, match=r"strength: got .*, expected one number at least 0, or one for each"):
+        with pytest.raises(ValueError, match=r"strength: got .*, expected a number of at least 0, or one for each"):
             route_advantages(advantages, own, maps, GRID, strength=wrong)
 
 

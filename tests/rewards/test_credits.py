@@ -201,7 +201,7 @@ def test_a_phrase_is_of_the_concept_that_has_it():
     ],
 )
 def test_a_phrase_that_is_of_no_concept_of_its_own_is_refused(prompt, phrases):
-    with pytest.raises(ConfigError, match=rf"loss.advantage: the reward's credit of .* in the prompt {prompt!r}"):
+    with pytest.raises(ConfigError, match=rf"loss.advantage: the reward's phrase .* in the prompt {prompt!r}"):
         match(prompt, phrases)
 
 
@@ -210,7 +210,7 @@ def test_credits_without_names_are_in_the_order_of_the_prompts_concepts():
     found = [parse(text) for text in texts]
     matched = matched_credits(said([[1.0, 2.0], [3.0, NAN]]), texts, found, 3)
     torch.testing.assert_close(matched.credits, torch.tensor([[1, 2, NAN], [3, NAN, NAN]]), equal_nan=True)
-    with pytest.raises(ConfigError, match=r"the reward has credits \[3.0, 4.0\] for the prompt 'a bird', in which .*"):
+    with pytest.raises(ConfigError, match=r"got the credits \[3.0, 4.0\] for the prompt 'a bird', expected no more .*"):
         matched_credits(said([[1.0, 2.0], [3.0, 4.0]]), texts, found, 3)
 
 

@@ -155,5 +155,7 @@ def test_runs_with_advantages_of_places_and_with_normalized_rewards(tmp_path):
     blind = {"reward": "test_location_rewards:bright"}
     with pytest.raises(ConfigError, match=r"loss.advantage: 'location' needs a reward that localizes, not"):
         Trainer(small_run(tmp_path / "c", loss={"advantage": "location"}, run=blind)).step()
-    with pytest.raises(ConfigError, match=r"loss.normalize_rewards: not with loss.advantage 'location'"):
+    with pytest.raises(
+        ConfigError, match=r"loss.normalize_rewards: got True, expected False with loss.advantage 'location'"
+    ):
         Trainer(small_run(tmp_path / "d", loss={"advantage": "location", "normalize_rewards": True}))

@@ -162,7 +162,7 @@ def test_a_run_from_an_adapter_goes_on_bit_for_bit_and_exports_what_it_trained(a
         ({"lora_rank": 8}, "model.lora_rank: got 8, .* has 4; use that"),
         ({"lora_alpha": 4}, "model.lora_alpha: got 4, .* has 8; use that"),
         ({"lora_targets": ["attn.to_q"]}, "model.lora_targets: .* has .*to_v, which no target matches"),
-        ({"lora_rank": 0}, "model.adapter: needs model.lora_rank"),
+        ({"lora_rank": 0}, "model.lora_rank: got 0, expected the rank of model.adapter"),
     ],
 )
 def test_settings_that_the_adapter_has_not_are_refused(adapters, tmp_path, model, words):

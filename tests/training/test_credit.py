@@ -156,10 +156,16 @@ def test_the_steps_whose_maps_are_read(tmp_path):
         ({"loss": {"advantage": "concept"}, "run": {"reward": "test_credit:words"}}, "credit of 'unicorn' is of no"),
         (
             {"loss": {"advantage": "concept", "normalize_rewards": True}},
-            "normalize_rewards: not with loss.advantage 'c",
+            "normalize_rewards: got True, expected False with loss.advantage 'c",
         ),
-        ({"loss": {"advantage": "concept", "ratio": "sample"}}, "loss.ratio: 'sample' takes loss.advantage 'image'"),
-        ({"loss": {"advantage": "location", "ratio": "sample"}}, "loss.ratio: 'sample' takes loss.advantage 'image'"),
+        (
+            {"loss": {"advantage": "concept", "ratio": "sample"}},
+            "loss.ratio: got 'sample', which needs loss.advantage 'image'",
+        ),
+        (
+            {"loss": {"advantage": "location", "ratio": "sample"}},
+            "loss.ratio: got 'sample', which needs loss.advantage 'image'",
+        ),
         (
             {"loss": NFT, "sampling": {**NO_NOISE, "explore": "maps"}},
             "sampling.explore: got 'maps', loss.objective nft",

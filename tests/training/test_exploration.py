@@ -270,5 +270,5 @@ def test_the_first_images_have_the_starts_of_the_others_and_cost_them_nothing(tm
 def test_masks_need_a_reward_that_has_some(tmp_path):
     run = {"reward": "test_exploration:blind"}
     trainer = Trainer(small_run(tmp_path, run=run, sampling={"explore": "masks"}))
-    with pytest.raises(ConfigError, match=r"sampling.explore: 'masks' needs a reward with masks, not"):
+    with pytest.raises(ConfigError, match=r"sampling.explore: got 'masks', which needs a reward with masks, not"):
         trainer.step()

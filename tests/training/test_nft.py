@@ -237,8 +237,11 @@ def test_a_run_is_written_scored_and_exported(tmp_path):
         ({"loss": {"ratio": "location"}}, "loss.ratio: got 'location'"),
         ({"loss": {"guard": True}}, "loss.guard: got True"),
         ({"allocation": {"temporal": "noise_level"}}, "allocation.temporal: got 'noise_level'"),
-        ({"allocation": {"strategy": "final_step"}}, "allocation.strategy: final_step"),
-        ({"allocation": {"strategy": "shuffled"}, "optimization": {"micro_batch": 1}}, "allocation.strategy: shuffled"),
+        ({"allocation": {"strategy": "final_step"}}, "allocation.strategy: got 'final_step'"),
+        (
+            {"allocation": {"strategy": "shuffled"}, "optimization": {"micro_batch": 1}},
+            "allocation.strategy: 'shuffled' needs",
+        ),
     ],
 )
 def test_what_it_has_no_use_for_is_refused(tmp_path, changes, words):

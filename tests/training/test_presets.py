@@ -249,7 +249,7 @@ def test_a_plan_of_a_known_model_needs_no_network():
     assert 1e12 < plan.forward_flops < 4e12 and plan.backward_flops > plan.forward_flops
     sharded = planning.plan(config, gpus=32, fsdp=True)
     assert sharded.memory["transformer"] == plan.memory["transformer"] // 32 and sharded.peak < plan.peak
-    with pytest.raises(ConfigError, match=r"model.path: 'nobody/nothing' is no pipeline's folder, and of public"):
+    with pytest.raises(ConfigError, match=r"model.path: got 'nobody/nothing', expected a pipeline's folder or one of"):
         planning.plan(configuration.update(config, {"model": {"path": "nobody/nothing"}}))
 
 
@@ -266,7 +266,9 @@ def test_help_and_plan_from_the_command_line(folder):
     code, output, _ = star("plan", "--preset", "ocr-sd35m", "--gpus", "2", *small)
     assert code == 0 and "1,152 (576 per GPU)" in output and "peak per GPU" in output
     code, _, error = star("plan", "--preset", "ocr-sd35m", "--gpus", "5", *small)
-    assert code == 1 and error.strip() == "star: accelerate: 5 processes do not divide an update's 576 images"
+    assert (
+        code == 1 and error.strip() == "star: accelerate: got 5 processes, expected a divisor of an update's 576 images"
+    )
 
 
 def test_a_pipeline_that_lacks_weights_is_refused(folder, tmp_path):

@@ -232,7 +232,7 @@ def test_the_real_reader_scores_a_prompt_file(tmp_path, capsys):
         (["--task", "json:dumps"], "star: task: 'json:dumps' is a function, expected a star.training.task.Task"),
         (["--prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
         (["--prompts", __file__, "--reward", "beauty"], "star: reward: unknown 'beauty'"),
-        (["--prompts", __file__, "--save-images"], "star: save_images: needs a folder, --out"),
+        (["--prompts", __file__, "--save-images"], "star: save_images: got no folder for the images; set --out"),
         (["--prompts", __file__, "--lora", "/nowhere"], "star: adapter: ./nowhere. is no adapter"),
         (["--prompts", __file__, "--n", "0"], "star: n: got 0, expected a number at least 1"),
     ],

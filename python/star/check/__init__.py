@@ -294,7 +294,7 @@ def native(passes: Passes) -> Verdict:
         f"compiled: {compiled} of {len(blocks)} blocks",
     )
     if slow:
-        words = f"{', '.join(slow)} run as plain PyTorch on {device.type}; star info tells why"
+        words = f"{', '.join(slow)} run as plain PyTorch on {device.type}; star info says why"
         return Verdict("native", "warning", words, lines)
     return Verdict("native", "ok", f"every operator runs in a kernel on {device.type}", lines)
 

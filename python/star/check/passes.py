@@ -125,7 +125,7 @@ def record(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Pa
     each, rest = divmod(len(kept), count)
     if not each or rest:
         raise ValueError(
-            f"pipeline: made {len(kept)} passes of its transformer in {count} steps, expected as many in each"
+            f"pipeline: made {len(kept)} passes of its transformer in {count} steps, expected as many in each step"
         )
     every = [kept[step * each : step * each + min(each, 2)] for step in range(count)]
     # Wan 2.2 leaves the later steps to a second transformer.

@@ -1,7 +1,7 @@
-"""From a prompt to what the user cares about, and to the text tokens that say it.
+"""From a prompt to its concepts, and to their text tokens.
 
 Concepts are quoted texts and noun spans with their attributes, found by rules, which need no model and no download, or
-by spaCy where it is asked for.
+on request by spaCy.
 """
 
 from star.concepts.brackets import unbracket

@@ -64,7 +64,7 @@ def load(model: str) -> Language:
     except ModuleNotFoundError as error:
         raise ImportError(_missing()) from error
     if not spacy.util.is_package(model) and not Path(model).exists():
-        raise ImportError(f"source: spaCy's model {model!r} is not installed; python -m spacy download {model}")
+        raise ImportError(f"source: spaCy's model {model!r} is not installed; run python -m spacy download {model}")
     try:
         return spacy.load(model)
     except (OSError, ValueError) as error:

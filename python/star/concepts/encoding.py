@@ -223,7 +223,7 @@ def _parts(pipeline: Any, prompts: Sequence[str], options: Mapping[str, Any]) ->
     embeds = _embeddings(pipeline, found, copy)
     if encoded != list(prompts) or len(embeds) != len(prompts):
         raise ValueError(
-            f"pipeline: {kind} encodes {len(embeds)} texts of {len(prompts)} prompts, expected one of each"
+            f"pipeline: {kind} encodes {len(embeds)} texts of {len(prompts)} prompts, expected one text per prompt"
         )
     result = []
     for rows in embeds:
@@ -235,7 +235,9 @@ def _parts(pipeline: Any, prompts: Sequence[str], options: Mapping[str, Any]) ->
                 which, token = divmod(int(number) - 1, STRIDE)
                 text = read[which] if number == int(number) and 0 <= which < len(read) else None
                 if text is None or token >= len(text.ids):
-                    raise ValueError(f"pipeline: {kind} encodes a text that its tokenizers did not make")
+                    raise ValueError(
+                        f"pipeline: {kind} encodes a text that its tokenizers did not make; use star.concepts.locate"
+                    )
                 parts.setdefault(which, [-1] * len(text.ids))[token] = row
         result.append([(read[which], where) for which, where in parts.items()])
     return result  # type: ignore[return-value]  # none of the texts is None
@@ -269,7 +271,9 @@ def read_prompts(
     result = []
     for prompt, parts, probes in zip(prompts, real, probed, strict=True):
         if len(parts) != len(probes):
-            raise ValueError(f"prompts: {kind} reads {prompt!r} in {len(parts)} texts, others in {len(probes)}")
+            raise ValueError(
+                f"prompts: {kind} reads {prompt!r} in {len(parts)} texts, expected {len(probes)} as of others"
+            )
         result.append([_part(kind, *part, probe.text) for part, (probe, _) in zip(parts, probes, strict=True)])
     return result
 
@@ -281,7 +285,9 @@ def _part(kind: str, read: _Text, rows: list[int], probe: str) -> Part:
     before, found, after = probe.partition(PROBE)
     text = read.text
     if not found or PROBE in after or not (text.startswith(before) and text.endswith(after)):
-        raise ValueError(f"prompts: {kind} reads {one_line(text)!r}, where the prompt cannot be told from the rest")
+        raise ValueError(
+            f"prompts: {kind} reads {one_line(text)!r}, where the prompt cannot be separated from the rest"
+        )
     special = read.encoding.special_tokens_mask
     offsets = tuple(
         Span(0, 0) if special[i] else Span(start, end) for i, (start, end) in enumerate(read.encoding.offsets)

@@ -1,4 +1,4 @@
-"""Which text tokens of a pipeline's embeddings say a concept."""
+"""The text tokens of a concept in a pipeline's embeddings."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Call = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class ConceptTokens(NamedTuple):
-    """Which text tokens say which concept.
+    """The text tokens of each concept.
 
     Attributes:
         index: (B, G, K) int64 rows of the text embeddings that the transformer gets, -1 for none.
-        weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept that no token says).
+        weight: (B, G, K) float32, each concept's weights sum to 1 (0 for a concept without a token).
     """
 
     index: Tensor  # type: ignore[assignment]  # hides the method of tuples
@@ -42,11 +42,11 @@ class ConceptTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Said:
-    """A concept of a prompt and the tokens that say it.
+    """A concept of a prompt and its tokens.
 
     Attributes:
         concept: which.
-        tokens: (row of the text embeddings, characters that the token stands for), for each encoder that says it.
+        tokens: (row of the text embeddings, characters of the token), for each encoder that has tokens of it.
         cut: whether an encoder left out the end of the prompt, so that the concept may be beyond it.
     """
 
@@ -65,9 +65,9 @@ def said(
     max_sequence_length: int | None = None,
     call: Call | None = None,
 ) -> list[list[Said]]:
-    """For each prompt its concepts and the tokens that say them: what `concept_tokens` makes its tensors of.
+    """For each prompt its concepts and their tokens, from which `concept_tokens` makes its tensors.
 
-    Takes and raises what `concept_tokens` does, and warns of nothing."""
+    Arguments and errors are those of `concept_tokens`; there are no warnings."""
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, expected a list of them")
     texts, spans = _concepts(prompts, concepts, source, brackets)
@@ -91,36 +91,36 @@ def concept_tokens(
     max_sequence_length: int | None = None,
     call: Call | None = None,
 ) -> ConceptTokens:
-    """Which text tokens of a pipeline's embeddings say what its prompts ask for.
+    """The text tokens of each prompt's concepts, as rows of a pipeline's text embeddings.
 
-    The pipeline's own call tells what its encoders read and what becomes of their tokens, so templates, dropped tokens,
-    padding and masks need no table. Encoders do not run, and may be offloaded or None; one that is None counts as there
-    if its tokenizer is.
+    The pipeline's own call shows what its encoders read and where their tokens go, so templates, dropped tokens,
+    padding and masks need no table. Encoders do not run, and may be offloaded or None; one that is None counts as
+    present if its tokenizer is.
 
     Args:
         pipeline: one of diffusers' with `encode_prompt` and fast tokenizers.
         prompts: B prompts, one for each image of a batch, as they are encoded together: padding may depend on the
             others.
-        concepts: for each prompt a list of what it asks for: a text that it has, characters (start, end), or a Concept;
-            or None for what `star.concepts.parse` finds, noun spans and quoted texts.
-        source: of `star.concepts.parse`, "rules", "spacy" or "spacy:MODEL"; none where all concepts are given.
+        concepts: for each prompt a list of its concepts, each a text in it, characters (start, end), or a Concept; or
+            None for those that `star.concepts.parse` finds, noun spans and quoted texts.
+        source: of `star.concepts.parse`, "rules", "spacy" or "spacy:MODEL"; not used if all concepts are given.
         brackets: the prompts mark their concepts with `[...]`. The model must have read them without; see `unbracket`.
         max_sequence_length: as it was given to the pipeline. None: the pipeline's own default.
-        call: what else the pipeline was called with, by name: the image of an edit, complex_human_instruction. Or a
-            sequence of these, one for each prompt, which was then encoded alone.
+        call: the other arguments of the pipeline's call by name, such as the image of an edit. Or a sequence of these,
+            one for each prompt, which was then encoded alone.
 
     Returns:
-        ConceptTokens with B rows and G the largest number of concepts (at least 1). A concept said to several encoders
-        gives each an equal part of its weight.
+        ConceptTokens with B rows and G the largest number of concepts (at least 1). A concept with tokens of several
+        encoders gives each encoder an equal part of its weight.
 
     Warns:
-        UserWarning: no token says a concept, mostly because its prompt is longer than the pipeline reads; it has no map
-            then. `star.concepts.said` and `star check` show which. And what `parse` warns of.
+        UserWarning: a concept has no token and so no map, mostly because its prompt is longer than the pipeline reads.
+            `star.concepts.said` and `star check` show which. And what `parse` warns of.
 
     Raises:
         TypeError: another pipeline, a slow tokenizer, prompts that are one str.
-        ValueError: concepts that the prompts do not have, concepts beside a source or brackets, brackets that do not
-            pair, embeddings of other texts than the prompts, or what the pipeline says of its call.
+        ValueError: concepts that the prompts do not have, concepts together with a source or brackets, brackets that do
+            not pair, embeddings of other texts than the prompts, or an error of the pipeline's call.
     """
     found = said(
         pipeline,
@@ -134,8 +134,8 @@ def concept_tokens(
     if any(not one.tokens for row in found for one in row):
         # The same words each time: Python then says them once.
         warnings.warn(
-            f"concepts: no text token of {type(pipeline).__name__} says some of them, which have no map; prompts that "
-            "are longer than it reads are cut. `star check` and star.concepts.said show which",
+            f"concepts: some have no text token of {type(pipeline).__name__} and so no map, as in a prompt that is "
+            "cut. `star check` and star.concepts.said show which",
             stacklevel=2,
         )
     return _tensors([[[[row for row, _ in part] for part in one.tokens] for one in row] for row in found])
@@ -149,9 +149,9 @@ def _concepts(
     given: Sequence[Marks | None] = [None] * len(texts)
     if concepts is not None:
         if source != "rules" and None not in concepts:
-            raise ValueError(f"source: got {source!r} beside concepts; leave one of them out")
+            raise ValueError(f"source: got {source!r} together with concepts; leave one of them out")
         if brackets:
-            raise ValueError("brackets: got True beside concepts; leave one of them out")
+            raise ValueError("brackets: got True together with concepts; leave one of them out")
         if len(concepts) != len(texts):
             raise ValueError(f"concepts: got {len(concepts)} lists, expected one for each of {len(texts)} prompts")
         given = concepts
@@ -274,16 +274,17 @@ def locate(
         t5_tokenizer: the pipeline's `tokenizer_3` (FLUX: `tokenizer_2`), or None.
         concepts, source, brackets: as for `concept_tokens`.
         max_sequence_length: of the T5 part, as given to the pipeline.
-        tokens: which parts to use. A concept said in both gives each part half of its weight.
+        tokens: which parts to use. A concept with tokens in both gives each part half of its weight.
 
     Returns:
-        ConceptTokens with G the largest number of concepts (at least 1). Begin, end and padding tokens are never in it,
-        and neither is what the tokenizers cut off.
+        ConceptTokens with G the largest number of concepts (at least 1). It has no begin, end and padding tokens,
+        and none that the tokenizers cut off.
 
     Raises:
         TypeError, ValueError, ImportError: as `parse`.
         TypeError: a slow tokenizer, or prompts that are one str.
-        ValueError: concepts that the prompts do not have, concepts beside a source, or parts without their tokenizer.
+        ValueError: concepts that the prompts do not have, concepts together with a source, or parts without their
+            tokenizer.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, expected a list of them")

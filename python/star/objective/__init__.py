@@ -1,8 +1,8 @@
-"""Which latent locations receive the update, and the losses that let them: for star's loop and for other trainers.
+"""Weights of the latent locations, and losses that take them, for star's loop and for other trainers.
 
 Needs torch and star_kernels only. Reading order: allocation (maps to weights), weighting (weights to gradients),
-routing (credit per concept),
-grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, AWM, Diffusion-DPO).
+routing (credit per concept), grpo (what Flow-GRPO and its relatives hold), forward_process (DiffusionNFT, AWM,
+Diffusion-DPO).
 """
 
 from star.objective.allocation import (

@@ -25,16 +25,16 @@ TEMPORAL = ("none", "noise_level", "concentration")
 
 @dataclass
 class Allocation:
-    """How maps become weights. Which of these STAR uses beyond `attention` is not published: the defaults are ours."""
+    """How maps become weights. STAR's abstract fixes only `attention`; the other defaults are ours."""
 
     strategy: Literal["attention", "topk", "uniform", "shuffled", "random", "inverted", "final_step", "oracle"] = (
         "attention"
     )
-    """attention: the model's own maps. topk: `factor` where the map is among its largest, 1 elsewhere, whatever its
-    values are. uniform: weight 1 everywhere, scalar GRPO. shuffled: another sample's weights. random: a random field
-    with the values and the smoothness of the sample's own weights. inverted: its weights in reverse order, low where
-    attention is high. final_step: the maps of the last sampling step at every trained step. oracle: the reward's masks.
-    Of the options topk reads combine, smooth, share and factor alone."""
+    """attention: the model's own maps. topk: `factor` on the `share` of tokens with the largest map, 1 elsewhere; mix,
+    cap and sharpen do not act. uniform: weight 1 everywhere, scalar GRPO. shuffled: another sample's weights. random: a
+    random field with the values and the smoothness of the sample's own weights. inverted: its weights in reverse order,
+    low where attention is high. final_step: the maps of the last sampling step at every trained step. oracle: the
+    reward's masks."""
     mix: float = 0.5
     """0: uniform. 1: the map alone."""
     cap: float = 4.0
@@ -49,7 +49,7 @@ class Allocation:
     """Weight of each trained step, mean 1 over them. noise_level: proportional to the step's noise (TempFlow-GRPO).
     concentration: proportional to the mean square of the sample's weights."""
     share: float = 0.4
-    """Share of the image tokens, those with the largest map, that strategy topk raises. Default: OmniNFT's."""
+    """Share of the image tokens that strategy topk raises. Default: OmniNFT's."""
     factor: float = 1.5
     """Factor by which strategy topk raises them. Default: OmniNFT's."""
     noise_window: tuple[float, float] = (0.0, 1.0)
@@ -69,7 +69,7 @@ class Allocation:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"noise_window: got {self.noise_window}, expected lowest <= highest, both in 0..1")
         if not self.warmup >= 0:
-            raise ValueError(f"warmup: got {self.warmup}, expected iterations, at least 0")
+            raise ValueError(f"warmup: got {self.warmup}, expected a number of iterations, at least 0")
 
     def is_limited(self) -> bool:
         """Whether there are noise levels or iterations at which maps do not count in full."""
@@ -88,12 +88,12 @@ class Allocation:
 
 
 def uniform_rows(weights: Tensor) -> int:
-    """Number of samples (of dimension 0) whose weights are exactly 1 everywhere: their map said nothing."""
+    """Number of samples (of dimension 0) whose weights are exactly 1 everywhere: they had no usable map."""
     return int((weights == 1).flatten(1).all(1).sum())
 
 
 def captured_steps(strategy: str, trained: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Which of `steps` sampling steps a strategy wants the maps of.
+    """The sampling steps, of `steps`, whose maps a strategy needs.
 
     The trained ones, the last one for all of them, or none."""
     if strategy in ("uniform", "oracle"):
@@ -121,8 +121,8 @@ def allocation_weights(
         patch: latent locations per token and side of a frame; 1 for packed latents.
         groups: (B,) int64 prompt of each sample; "shuffled" avoids the sample's own group where it can.
         masks: (B, N) for "oracle": share of each image token that is to be reinforced.
-        generator: for "shuffled" and "random". Each of several steps has a copy of it, so that who gets whose weights
-            does not change from step to step. None: torch's own, which goes on.
+        generator: for "shuffled" and "random". Each of several steps uses a copy of it, so that a sample gets the
+            same other sample's weights at every step. None: torch's own, which advances.
 
     Returns:
         (B, rows * patch, columns * patch) float32 of mean 1, of a video (B, frames, rows * patch, columns * patch) with
@@ -140,10 +140,10 @@ def allocation_weights(
         return None
     if strategy == "oracle":
         if masks is None:
-            raise ValueError("masks: needed by strategy 'oracle'; the reward gives none")
+            raise ValueError("masks: got None, expected the reward's masks for strategy 'oracle'")
         maps = masks[:, None]
     if maps is None:
-        raise ValueError(f"maps: needed by strategy {strategy!r}")
+        raise ValueError(f"maps: got None, expected maps for strategy {strategy!r}")
     if strategy == "topk":
         raised = torch.where(top_locations(allocation, maps, grid), allocation.factor, 1.0)
         return repeat_tokens(raised / raised.mean(tuple(range(-len(grid), 0)), keepdim=True), patch)
@@ -181,10 +181,10 @@ def repeat_tokens(x: Tensor, patch: int) -> Tensor:
 
 
 def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], share: float | None = None) -> Tensor:
-    """Where the map of a sample is largest.
+    """The tokens with the largest map of a sample.
 
-    Never more than the share: tokens that are level with the first one beyond it are not among them, so that no order
-    of the tokens decides, and a map that says nothing (flat, empty or not finite) has none.
+    Never more than the share: tokens that tie with the first one beyond it are left out, so that the order of the
+    tokens does not decide. A map that is flat, empty or not finite has none.
 
     Args:
         allocation: how the concepts are combined and smoothed.
@@ -207,7 +207,7 @@ def top_locations(allocation: Allocation, maps: Tensor, grid: tuple[int, ...], s
 
 
 def blend_weights(weights: Tensor, strength: Tensor) -> Tensor:
-    """Weights between 1 everywhere and what they are.
+    """Blend weights w with 1: 1 + strength (w - 1).
 
     Args:
         weights: (B, [T,] H, W) of mean 1 over each sample, or (S, B, [T,] H, W) of several steps.
@@ -245,7 +245,9 @@ def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Te
     if temporal == "noise_level":
         share = noise.double()
     elif weights is None:
-        raise ValueError("weights: needed by temporal 'concentration'; strategy 'uniform' has none")
+        raise ValueError(
+            "weights: got None, expected weights for temporal 'concentration'; strategy 'uniform' has none"
+        )
     else:
         share = weights.double().square().mean(tuple(range(2, weights.ndim)))
     return (share / share.mean(0)).float()
@@ -276,8 +278,9 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     """Random fields with exactly the values of `weights` (B, *grid), as smooth as they are, in other locations.
 
     Gaussian-filtered white noise gets the values by rank. Each field's filter is found by bisection, so that neighbors
-    correlate as in its weights; of all that was tried the nearest one is kept. Samples with the very same weights, like
-    a group's that part after the step, get the same field: else these would even out over the group and those not.
+    correlate as in its weights; the nearest filter that was tried is kept. Samples with equal weights, as in a group
+    whose images differ only after the step, get the same field: otherwise the fields, unlike the weights, would average
+    out over the group.
     """
     if weights.ndim == 4 and weights.shape[1] == 1:  # a frame alone is an image
         return random_like(weights[:, 0], generator, draws, halvings)[:, None]

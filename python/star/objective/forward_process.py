@@ -42,7 +42,7 @@ def nft_loss(
     adv_clip_max: float = 5.0,
     adaptive_weight_min: float | None = 1e-5,
 ) -> Tensor:
-    """`star_kernels.nft_loss` in the words of DiffusionNFT's script, without its KL term.
+    """`star_kernels.nft_loss` with the argument names of DiffusionNFT's script, without its KL term.
 
     Args:
         forward_prediction, old_prediction: velocities of the policy and of the old one (a constant).

@@ -83,16 +83,16 @@ def sde_step_with_logprob(
 ) -> tuple[Tensor, ...]:
     """Flow-GRPO's function of this name: same arguments, same returns, same bits, and weights.
 
-    With weights, log_prob keeps its value to the bit and its gradient is allocated: everything that the trainer makes
-    of it (ratio, clipping, statistics) stays as it is, and the stored log_probs too. prev_sample_mean is never
-    weighted, so a KL term made of it is not either.
+    With weights, log_prob keeps its bits and its gradient is weighted: everything that the trainer computes from it
+    (ratio, clipping, statistics) stays as it is, and so do the stored log_probs. prev_sample_mean is never weighted,
+    and neither is a KL term computed from it.
 
     Args:
         scheduler: a flow-matching scheduler after `set_timesteps`.
         model_output, sample, prev_sample: (B, C, H, W), (B, C, T, H, W) or packed (B, L, C). Computed in float32, or in
             float64 if the model output is. Without prev_sample one is drawn.
         timestep: (B,) or (1,) or a number, out of scheduler.timesteps.
-        noise_level: of the sampler. 0 makes a deterministic step, whose log_prob means nothing.
+        noise_level: of the sampler. 0 makes a deterministic step, whose log_prob is meaningless.
         generator: one, or one for each sample.
         sde_type: "sde" (Flow-GRPO) or "cps" (Flow-CPS, whose log_prob is -(x' - mu)^2).
         return_sqrt_dt: return sqrt(-dt) too, for GRPO-Guard.
@@ -100,7 +100,7 @@ def sde_step_with_logprob(
         per_location: log_prob of each location, averaged over the channels only; for `grpo_loss`.
 
     Returns:
-        prev_sample, log_prob (B,) or like weights, prev_sample_mean, std_dev_t (B, 1, ...) and, if asked for,
+        prev_sample, log_prob (B,) or like weights, prev_sample_mean, std_dev_t (B, 1, ...) and, with return_sqrt_dt,
         sqrt_dt (B, 1, ...). std_dev_t is the standard deviation per sqrt of time ("cps": of the step).
 
     Raises:
@@ -116,14 +116,14 @@ def sde_step_with_logprob(
         check_tensor("prev_sample", prev_sample, tuple(model_output.shape), model_output.device)
     noise_level = _noise_level(noise_level)
     if weights is not None and per_location:
-        raise ValueError("weights: not with per_location=True, whose log_prob `grpo_loss` weights")
+        raise ValueError("weights: got them with per_location=True; give them to `grpo_loss` instead")
     dtype = torch.promote_types(model_output.dtype, torch.float32)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
     prev_sample = None if prev_sample is None else prev_sample.to(dtype)
     shape = (-1, *(1,) * (sample.ndim - 1))
     sigma, sigma_next = (s.to(sample.device, dtype).view(shape) for s in _sigmas(scheduler, timestep))
     if len(sigma) not in (1, len(sample)):
-        raise ValueError(f"timestep: got {len(sigma)}, expected 1 or {len(sample)}")
+        raise ValueError(f"timestep: got {len(sigma)} values, expected 1 or {len(sample)}")
     dt = sigma_next - sigma
 
     if sde_type == "sde":
@@ -315,7 +315,7 @@ def fused_grpo_loss(
     guard: bool = False,
     impl: Implementation = "auto",
 ) -> PolicyLoss:
-    """`star_kernels.policy_loss` in the words of Flow-GRPO's loop: step, log_prob, ratio, clip, KL in one kernel.
+    """`star_kernels.policy_loss` with the names of Flow-GRPO's loop: step, log_prob, ratio, clip, KL in one kernel.
 
     Args:
         scheduler, model_output, timestep, sample, prev_sample, noise_level, sde_type: as in `sde_step_with_logprob`.

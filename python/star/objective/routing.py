@@ -1,4 +1,4 @@
-"""Credit per concept, sent to where the model's own attention looks for that concept. Needs torch alone."""
+"""Credit per concept, placed by the map of that concept. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def route_advantages(
 
     A_p = A + strength * sum_g (s_gp - 1/G) A_g, where s_gp is the share of concept g among the G concepts at location
     p: its map over its own mean, divided by the sum of that over the concepts. The factors of A_g sum to zero at every
-    location. So concepts that did equally well change nothing, nor does a prompt of one concept, and an image is judged
-    as a whole by A. A concept of which nothing is known (an advantage that is not finite, or a map of zeros, as of one
-    that no token says) is not among the G. A location that no concept looks at keeps A.
+    location. So concepts with equal A_g change nothing, and neither does a single concept. A concept whose advantage is
+    not finite or whose map is all zero, as of one without a token, is not among the G. A location at which all maps are
+    zero keeps A.
 
     Args:
         advantages: (B,) floating, A of each image.
@@ -53,7 +53,7 @@ def route_advantages(
         )
     factor = torch.as_tensor(strength, dtype=torch.float64, device=maps.device)
     if factor.shape not in ((), advantages.shape) or not bool(((factor >= 0) & factor.isfinite()).all()):
-        raise ValueError(f"strength: got {strength}, expected one number at least 0, or one for each sample")
+        raise ValueError(f"strength: got {strength}, expected a number of at least 0, or one for each sample")
     known, exact = concept_advantages.to(maps.device).double(), maps.double()
     mean = exact.mean(-1)
     present = known.isfinite() & (mean != 0)  # (B, G)
@@ -74,8 +74,8 @@ def route_advantages(
 def other_concepts(maps: Tensor) -> Tensor:
     """The same maps (B, G, N), each of another concept of its sample.
 
-    The control that tells whether it matters where a concept's map looks. The concepts with a map, one that is not all
-    zeros, trade in a circle."""
+    The control for whether the location of a concept's map matters. The concepts whose map is not all zero exchange
+    their maps in a circle."""
     present = maps.ne(0).any(-1)  # (B, G)
     count = present.sum(1, keepdim=True)
     order = (~present).long().argsort(dim=1, stable=True)  # those with a map first

@@ -1,4 +1,4 @@
-"""The one thing a trainer needs: the same values, with a gradient that goes where the weights say."""
+"""A tensor with its own values and a gradient that is weighted by location: all that a trainer needs."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ def weighted_gradient(x: Tensor, weights: Tensor | None) -> Tensor:
     """x itself, bit for bit; its gradient is multiplied by a weight for each latent location.
 
     Put around the model's velocity, or around a log-density before it is averaged, this allocates the update of any
-    trainer and leaves its loss, ratio, clipping and metrics what they were. For a clipped policy loss of one ratio per
+    trainer and does not change its loss, ratio, clipping and metrics. For a clipped policy loss of one ratio per
     sample it is exactly ratio "token" of `star_kernels.policy_loss`: there the gradient of the velocity is the scalar
     loss's times w, and the value is the scalar loss's, because the weights of a sample have mean 1.
 
-    Everything behind x gets the weighted gradient. A KL term that is to stay unweighted must read the unweighted x.
+    Everything that x was computed from gets the weighted gradient. A KL term that shall not be weighted must read x
+    before this function.
 
     Args:
         x: (B, C, H, W), (B, C, T, H, W) or packed (B, L, C): velocity, mean or elementwise log-density.

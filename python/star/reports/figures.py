@@ -162,7 +162,7 @@ def rollout_grid(shown: Shown, path: Path) -> None:
 def allocation(shown: Shown, path: Path) -> None:
     """Each prompt's image and, step by step, the weights over it."""
     if shown.weights is None:
-        raise ValueError("weights: none, expected those of every step")
+        raise ValueError("weights: got none, expected those of every step")
     count, steps = len(shown.images), len(shown.weights)
     figure, axes = make_grid(count, steps + 1, (1.25 * (steps + 1), 1.5 * count))
     largest = float(shown.weights.max())

@@ -41,17 +41,17 @@ ROUNDING = 1e-3  # by which values in 0..1 may be beyond
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of B images of H x W pixels. NaN stands for what it could not say.
+    """The scores of B images of H x W pixels. NaN: the reward has no value there.
 
     Attributes:
         reward: (B,) float32.
         details: further (B,) values to be logged by name.
-        masks: (B, H, W) in 0..1, where the image shows what was asked for, if the reward knows.
-        reward_map: (B, H, W), what each pixel's location earned, on the scale of `reward`, if the reward localizes.
-        terms: (B,) by name, what a weighted sum is of.
-        credits: (B, G), what each of the prompt's concepts earned, NaN where the reward cannot say.
-        concepts: for each image the phrases of its prompt, as they stand there, that the columns of `credits` are of;
-            empty: they are of the concepts that `star.concepts.parse` finds, in its order.
+        masks: (B, H, W) in 0..1, where the image shows the requested objects, if the reward knows.
+        reward_map: (B, H, W), the reward of each pixel's location, on the scale of `reward`, if the reward localizes.
+        terms: (B,) by name, the terms of a weighted sum.
+        credits: (B, G), the reward of each of the prompt's concepts, NaN where it is unknown.
+        concepts: for each image the phrases of its prompt, as they stand there, one for each column of `credits`.
+            Empty: the columns are the concepts that `star.concepts.parse` finds, in its order.
     """
 
     reward: Tensor
@@ -74,7 +74,7 @@ TERM = "in the reward"  # begins the note of an error that one of several reward
 
 
 class RewardError(RuntimeError):
-    """A reward failed for a whole batch, so that asking again image by image is no use. One line for the user."""
+    """A reward failed for a whole batch, so that a retry image by image is of no use. One line for the user."""
 
 
 def without_nulls(value: Any) -> Any:
@@ -100,7 +100,7 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None, nam
     """What a reward returned as Scores on the CPU. size: (H, W) of the images, if known. name: of the reward, for
     errors.
 
-    Raises RewardError if it does not say one number an image, if its masks and maps have another size, or if its
+    Raises RewardError if it does not give one number per image, if its masks and maps have another size, or if its
     concepts do not fit its credits.
     """
     said = "reward: got" if name is None else f"reward: {name!r}: got"
@@ -177,7 +177,7 @@ def failed(count: int) -> Scores:
 
 
 def concatenate(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches in one. What only some of them say is NaN in the others, their masks empty.
+    """Scores of several batches in one. A field that only some of them have is NaN in the others, with empty masks.
 
     Raises RewardError if only some of them name the concepts of their credits.
     """
@@ -391,7 +391,7 @@ def load(
     Args:
         specification: see `parse`; names of NAMES, or any callable as "module:function".
         models: where a reward finds its weights, under the keys of WEIGHTS: a folder, a file or a hub id. A reward for
-            which there is an http:// or https:// address is asked over the network (see remote.py), whatever its name.
+            which there is an http:// or https:// address is called over the network (see remote.py), whatever its name.
         device: for rewards that run a model.
 
     Raises:

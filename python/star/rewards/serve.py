@@ -464,29 +464,29 @@ class Serve:
     """Serve a reward over HTTP."""
 
     reward: Annotated[str, tyro.conf.Positional]
-    """A name, several with weights, or "module:function", as for `star train --run.reward`."""
+    """A reward as for `star train --run.reward`: a name, several with weights, or "module:function"."""
     models: dict[str, str] = field(default_factory=dict)
-    """Where rewards find their weights, by name."""
+    """Where rewards find their weights, by name: a folder, a file or a hub id."""
     host: str = "127.0.0.1"
-    """The name or address to listen at, IPv4 or IPv6. 0.0.0.0 and :: mean every address of this machine."""
+    """Name or address to listen at, IPv4 or IPv6. 0.0.0.0 and ::: every address of this machine."""
     port: int = 18085
-    """The port to listen at. 0 means any that is free."""
+    """Port to listen at. 0: any free one."""
     token: str | None = None
-    """What clients must know. The environment variable STAR_REWARD_TOKEN says it without showing it to others."""
+    """Token that clients must send. Other users can see this option; the variable STAR_REWARD_TOKEN hides it."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where models of rewards run."""
+    """Device of the rewards' models."""
     limit: int = 256
-    """MiB of a request."""
+    """Largest request, in MiB."""
     memory: int = 1024
-    """MiB of all requests that are received or wait for their turn."""
+    """Largest sum of all requests that are received or wait, in MiB."""
     images: int = 256
-    """Images of a request."""
+    """Largest number of images in a request."""
     megapixels: int = 64
-    """Million pixels of a request (of 2**20)."""
+    """Largest number of pixels in a request, in units of 2**20."""
     connections: int = 512
-    """Connections at the same time."""
+    """Largest number of connections at the same time."""
     timeout: float = 300.0
-    """Seconds for a request, from its last byte to the end of its answer."""
+    """Most seconds from a request's last byte to the end of its answer."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,24 +25,24 @@ class Compare:
     out: Path = Path("runs/study")
     """The study's folder."""
     arms: tuple[str, ...] | None = None
-    """The arms to train now. None: all. The report has every run that is finished."""
+    """The arms to train now. None: all. The report has every finished run."""
     seeds: tuple[Count, ...] | None = None
     """The seeds to train now. None: the study's."""
     iterations: Positive | None = None
     """The length of every run; it may grow from call to call. None: the study's."""
     update_norm: NotNegative | None = None
-    """The norm to which every update of every run is rescaled: the equal-norm control. It needs a folder of its own."""
+    """The norm to which every update of every run is rescaled: the equal-norm control. It needs its own `out`."""
     jobs: Positive | None = None
     """The number of runs at a time, each on one thread. None: the number of cores."""
     train: bool = True
-    """--no-train: write the report of the finished runs, and train nothing."""
+    """Train the runs. --no-train: only write the report of the finished runs."""
     diagnose: bool = False
     """Also measure where the gradient's signal is; see docs/evidence/method.md."""
     drift: bool = False
-    """Also measure what the runs changed that nobody asked for, at every checkpoint that they kept. It takes about as
-    long as a scoring each, and what is measured is kept."""
+    """Also measure, at every kept checkpoint, how much a run changed what its prompts leave open. Each takes about as
+    long as a scoring; results are kept."""
     probe: bool = False
-    """Also ask `star probe` about the arms, and say with the rank correlation whether it foresees what they gained.
+    """Also run `star probe` for each arm, and report the rank correlation of its prediction with the measured gain.
     Takes a few hundred images and their gradients for each arm, once."""
     document: Path | None = None
     """A Markdown file that takes the tables at its mark `<!-- results of NAME -->`; NAME is the last part of `out`."""

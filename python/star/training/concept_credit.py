@@ -43,8 +43,8 @@ def matched_credits(
                 credits[i, column] = row[number]
         elif row[len(found) :].isfinite().any():
             raise ConfigError(
-                f"loss.advantage: the reward has credits {row.tolist()} for the prompt {prompt!r}, in which "
-                f"sampling.concepts finds {[concept.text for concept in found]}"
+                f"loss.advantage: got the credits {row.tolist()} for the prompt {prompt!r}, expected no more than the "
+                f"concepts that sampling.concepts finds: {[concept.text for concept in found]}"
             )
         else:
             width = min(len(found), len(row))
@@ -64,7 +64,7 @@ def match_phrases(prompt: str, phrases: dict[int, str], concepts: Sequence[Conce
                 break
         else:
             raise ConfigError(
-                f"loss.advantage: the reward's credit of {phrases[key]!r} is of no concept of its own in the prompt "
+                f"loss.advantage: the reward's phrase {phrases[key]!r} has no concept of its own in the prompt "
                 f"{prompt!r}, in which sampling.concepts finds {[concept.text for concept in concepts]}"
             )
     return taken

@@ -116,7 +116,9 @@ def prepare_folder(config: Config) -> None:
     # A job that was killed while it wrote its first file left only the beginning of that.
     begun = (out / "config.yaml").is_file() or (files.is_empty(out) and (out / ".config.yaml.writing").is_file())
     if config.run.resume and not begun:
-        raise ConfigError(f"run.resume: {out} has no checkpoint, it is no run of star")
+        raise ConfigError(
+            f"run.resume: {out} is no run of star (it has no config.yaml); name the run's folder with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.yaml").is_file():
         configuration.save(config, out / "config.yaml")

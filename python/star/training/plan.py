@@ -107,9 +107,7 @@ def architecture(path: str) -> Architecture:
             return Architecture(SD3Transformer2DModel(**_SD35, **KNOWN[path]), vae, known)
         folder = Path(path).expanduser()
         if not (folder / "model_index.json").is_file():
-            raise ConfigError(
-                f"model.path: {path!r} is no pipeline's folder, and of public models {sorted(KNOWN)} are known"
-            )
+            raise ConfigError(f"model.path: got {path!r}, expected a pipeline's folder or one of {sorted(KNOWN)}")
         check_files(folder, weights=False)
         try:
             return _folder_architecture(folder)

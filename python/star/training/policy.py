@@ -45,7 +45,9 @@ class Policy:
         self.transformer, self.optimizer = accelerator.prepare(pipeline.transformer, optimizer)
         self.parameters = {n: p for n, p in self.bare.named_parameters() if p.requires_grad}
         if config.sampling.merge_adapter and any(isinstance(p, DTensor) for p in self.parameters.values()):
-            raise ConfigError("sampling.merge_adapter: not with weights that are sharded over processes (FSDP)")
+            raise ConfigError(
+                "sampling.merge_adapter: got True, expected False with weights that are sharded over processes (FSDP)"
+            )
         self.updates = 0
         # How many there were when the average and the old policy began: what grows with the updates grows from there.
         self.ema_begin = self.old_begin = 0

@@ -46,7 +46,7 @@ def pick_from_file(path: str, count: int, seed: str) -> list[Prompt]:
     """`count` prompts of a file in its order: a sample of a longer file; a shorter one is repeated."""
     prompts = list(_read_once(path))
     if not prompts:
-        raise ConfigError(f"prompts: {path} has none")
+        raise ConfigError(f"prompts: {path} has no prompts, expected at least one")
     if count < len(prompts):
         chosen = sorted(random.Random(seed).sample(range(len(prompts)), count))
         return [prompts[i] for i in chosen]
