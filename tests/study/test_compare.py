@@ -115,7 +115,7 @@ def test_global_prompts_name_a_background_and_nothing_else():
         ({"seeds": (1, 1)}, r"seeds: got \(1, 1\), expected different ones"),
         ({"arms": {"uniform": {"alocation": {}}}}, "arms.uniform.alocation: unknown key"),
         ({"arms": {"uniform": {}, "../x": {}}}, r"arms: got the name '../x', expected letters"),
-        ({"changes": {}}, "scoring.every: a study needs it"),
+        ({"changes": {}}, "scoring.every, scoring.count: got"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_one_clear_line(fields, words):

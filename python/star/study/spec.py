@@ -55,7 +55,8 @@ class Study:
                 raise ConfigError(f"arms: got the name {arm!r}, expected letters, digits and '_'")
             config = self.config(arm, self.seeds[0], Path())
             if not config.scoring.every or not config.scoring.count:
-                raise ConfigError("scoring.every: a study needs it, and scoring.count")
+                got = f"{config.scoring.every} and {config.scoring.count}"
+                raise ConfigError(f"scoring.every, scoring.count: got {got}, expected both above 0 in a study")
 
 
 def load_study(path: Path, base: Study | None = None) -> Study:
