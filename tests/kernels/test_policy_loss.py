@@ -839,7 +839,7 @@ BASE = make((2, 3, 4, 5))
         (
             dict(old_mean=None, old_log_prob=torch.ones(2), ratio="location"),
             ValueError,
-            "old_log_prob: ratio='location'",
+            "old_log_prob: got one per sample, expected",
         ),
         (dict(old_mean=None, old_log_prob=torch.ones(2), guard=True), ValueError, "guard: needs old_mean"),
         (dict(ratio="tokens"), ValueError, "ratio: got 'tokens'"),

@@ -153,7 +153,10 @@ def test_the_steps_whose_maps_are_read(tmp_path):
     ("changes", "words"),
     [
         ({"loss": {"advantage": "concept"}, "run": {"reward": "test_credit:blind"}}, "needs a reward with credits"),
-        ({"loss": {"advantage": "concept"}, "run": {"reward": "test_credit:words"}}, "credit of 'unicorn' is of no"),
+        (
+            {"loss": {"advantage": "concept"}, "run": {"reward": "test_credit:words"}},
+            "phrase 'unicorn' has no concept of its own",
+        ),
         (
             {"loss": {"advantage": "concept", "normalize_rewards": True}},
             "normalize_rewards: got True, expected False with loss.advantage 'c",
@@ -168,7 +171,7 @@ def test_the_steps_whose_maps_are_read(tmp_path):
         ),
         (
             {"loss": NFT, "sampling": {**NO_NOISE, "explore": "maps"}},
-            "sampling.explore: got 'maps', loss.objective nft",
+            "sampling.explore: got 'maps', expected 'everywhere'",
         ),
         (
             {"sampling": {"explore_share": 0.0}},
