@@ -161,3 +161,18 @@ def test_info_has_help(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["info", "--help"])
     assert ended.value.code == 0 and "usage: star info" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ("--preset NAME ", "--config FILE.yaml ", "--out FOLDER ")),
+        ("plan", ("--preset NAME ", "--gpus N ", "--fsdp ")),
+        ("probe", ("--preset NAME ", "--batches N ", "--prompts N ", "--images N ", "--json FILE ")),
+    ],
+)
+def test_help_has_a_line_for_each_option_that_the_configuration_does_not_have(capsys, command, options):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"{option} ") for line in lines) for option in options)

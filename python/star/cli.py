@@ -31,10 +31,10 @@ FAULT = "a fault of star itself"
 Values = TypeVar("Values", bound="DataclassInstance")
 
 TRAINING = "Post-train a text-to-image model with spatiotemporal reward allocation."
-LAYERS = (
-    "--preset NAME begins with a preset, --config FILE.yaml changes it, and options change both. --out is --run.out. "
-    "Defaults in this list are those of the preset and the file."
-)
+LAYERS = """
+--preset NAME       begin with a preset; the defaults below are then its values
+--config FILE.yaml  change them by a file; options change both
+--out FOLDER        as --run.out"""
 
 # Images of `star probe`: batches, prompts of each, images of each prompt.
 PROBED = {"batches": 16, "prompts": 4, "images": 6}
@@ -109,7 +109,7 @@ def read_config(arguments: list[str], prog: str, about: str = TRAINING) -> Confi
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
-    return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog, description=f"{about}\n\n{LAYERS}"))
+    return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog, description=f"{about}{LAYERS}"))
 
 
 def read_options(kind: type[Values], arguments: list[str], prog: str) -> Values:
@@ -195,10 +195,9 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true")
     known, rest = parser.parse_known_args(arguments)
-    about = (
-        "Predict an iteration's FLOPs and memory without loading the model. --gpus N: number of GPUs (default 1). "
-        "--fsdp: weights, gradients and optimizer are sharded over them. All other options are those of star train."
-    )
+    about = """Predict an iteration's FLOPs and memory without loading the model, with the options of star train and:
+--gpus N            number of GPUs (default 1)
+--fsdp              shard weights, gradients and optimizer over them"""
     config = read_config(rest, "star plan [--gpus N] [--fsdp]", about)
 
     from rich.console import Console
@@ -234,12 +233,11 @@ def probe(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path)
     known, rest = parser.parse_known_args(arguments)
     options = " ".join(f"[--{name} N]" for name in PROBED)
-    about = (
-        "Predict from some batches of images whether knowing the locations will help; nothing is trained. "
-        f"--batches N: number of batches (default {PROBED['batches']}). --prompts N: prompts of a batch (default "
-        f"{PROBED['prompts']}). --images N: images of a prompt (default {PROBED['images']}). --json FILE: also write "
-        "the numbers there. All other options are those of star train."
-    )
+    about = f"""Predict from some batches whether knowing the locations will help, with the options of star train and:
+--batches N         number of batches (default {PROBED["batches"]})
+--prompts N         prompts of each batch (default {PROBED["prompts"]})
+--images N          images of each prompt (default {PROBED["images"]})
+--json FILE         also write the numbers there"""
     config = read_config(rest, f"star probe {options} [--json FILE]", about)
 
     from rich.console import Console
