@@ -441,7 +441,7 @@ class Config:
             )
         if self.allocation.strategy == "final_step":
             raise ConfigError(
-                f"allocation.strategy: got 'final_step', but loss.objective {name} has no sampling steps; choose another"
+                f"allocation.strategy: got 'final_step', which needs sampling steps; loss.objective {name} has none"
             )
 
     def _check_concepts(self) -> None:

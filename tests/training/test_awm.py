@@ -182,12 +182,12 @@ def test_noise_levels_are_drawn_from_equal_parts_of_the_trained_steps():
     [
         ({"sampling": {"guidance_scale": 2.0}}, "sampling.guidance_scale: got 2, expected 1: loss.objective awm"),
         ({"sampling": {"trained_steps": [4]}}, r"sampling.trained_steps: got \(4,\), expected some of 0..3"),
-        ({"loss": {"beta": 0.5}}, "loss.beta: got 0.5, loss.objective awm has none"),
+        ({"loss": {"beta": 0.5}}, "loss.beta: got 0.5, expected 1.0: loss.objective awm"),
         ({"loss": {"guard": True}}, "loss.guard: got True"),
         ({"loss": {"error_power": 1.5}}, "loss.error_power: got 1.5, expected a number above 0 and at most 1"),
-        ({"loss": {"objective": "nft", "off_policy": True}}, "loss.off_policy: got True, loss.objective nft"),
+        ({"loss": {"objective": "nft", "off_policy": True}}, "loss.off_policy: got True, expected False"),
         ({"optimization": {"updates_per_iteration": 2}}, "optimization.updates_per_iteration: got 2, expected 1"),
-        ({"allocation": {"strategy": "final_step"}}, "allocation.strategy: final_step"),
+        ({"allocation": {"strategy": "final_step"}}, "allocation.strategy: got 'final_step'"),
     ],
 )
 def test_what_it_has_no_use_for_is_refused(tmp_path, changes, words):
