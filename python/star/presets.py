@@ -56,7 +56,7 @@ def shapes() -> Config:
 
 
 def shapes_nft() -> Config:
-    """The embedded world with DiffusionNFT, and an advantage for each location: `make demo`.
+    """The embedded world with DiffusionNFT, and half of the advantage for each location: `make demo`.
 
     All weights are trained, at the noise of the two early steps, where a prompt's objects are placed; the verifier
     knows what each location earned. In longer runs and at later noise levels the velocity's error grows, and the score
@@ -70,16 +70,17 @@ def shapes_nft() -> Config:
             grpo.sampling,
             trained_steps=(0, 1),
             shared_noise=False,
-            prompts_per_iteration=32,
+            prompts_per_iteration=40,
             images_per_prompt=12,
             merge_adapter=False,
         ),
         allocation=Allocation(strategy="uniform"),
-        loss=Loss(objective="nft", noise_levels=2, advantage="location", global_std=True),
+        loss=Loss(objective="nft", noise_levels=2, advantage="location", location_share=0.5, global_std=True),
         optimization=dataclasses.replace(
-            grpo.optimization, iterations=48, learning_rate=1.5e-4, schedule="cosine", warmup=16, ema_decay=0.95
+            grpo.optimization, iterations=32, learning_rate=2e-4, schedule="cosine", warmup=16, ema_decay=0.95
         ),
-        run=dataclasses.replace(grpo.run, out=Path("runs/shapes-nft"), grid_every=16),
+        scoring=dataclasses.replace(grpo.scoring, every=8),
+        run=dataclasses.replace(grpo.run, out=Path("runs/shapes-nft"), grid_every=8),
     )
 
 
