@@ -160,9 +160,9 @@ def check_model(family: Family, transformer: torch.nn.Module, config: Config) ->
     """Raise ConfigError for settings that only some kinds of models have."""
     scale, length = config.sampling.guidance_scale, config.model.max_sequence_length
     family.check_guidance(transformer, scale)
-    if config.loss.objective == "nft" and family.is_guided(scale):
+    if config.loss.objective != "grpo" and family.is_guided(scale):
         raise ConfigError(
-            f"sampling.guidance_scale: got {scale:g}, expected 1: loss.objective nft trains without "
+            f"sampling.guidance_scale: got {scale:g}, expected 1: loss.objective {config.loss.objective} trains without "
             "classifier-free guidance"
         )
     if length not in family.text_lengths:
