@@ -283,14 +283,20 @@ def test_the_plan_is_what_a_small_model_takes(folders, tmp_path, kind):
     assert plan.memory["transformer"] == planning.count_bytes(trainer.pipeline.transformer.parameters())
 
 
-@pytest.mark.parametrize(("path", "billions"), [("black-forest-labs/FLUX.1-dev", 11.90), ("Qwen/Qwen-Image", 20.43)])
-def test_known_models_have_their_size(path, billions):
-    """By the parameters that their pages and weight files say."""
-    kind, parts = KNOWN[path]
+@pytest.mark.parametrize(
+    ("path", "billions", "encoders"),
+    [("black-forest-labs/FLUX.1-dev", 11.901, 4.885), ("Qwen/Qwen-Image", 20.430, 8.292)],
+)
+def test_known_models_have_their_size(path, billions, encoders):
+    """By the parameters of their weight files: CLIP-L and T5-XXL's encoder, Qwen2.5-VL-7B."""
+    kind, build = KNOWN[path]
     with torch.device("meta"):
-        transformer = parts().transformer
-    assert type(transformer).__name__ == FAMILIES[kind].transformer
-    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
+        parts = build()
+    assert type(parts.transformer).__name__ == FAMILIES[kind].transformer
+    counts = [sum(p.numel() for module in group for p in module.parameters())
+              for group in ([parts.transformer], parts.text_encoders)]  # fmt: skip
+    assert counts == [pytest.approx(billions * 1e9, rel=1e-3), pytest.approx(encoders * 1e9, rel=1e-3)]
+    assert FAMILIES[kind].scale_factor(parts.vae) == 8
 
 
 def test_published_settings():

@@ -162,8 +162,8 @@ def check_model(family: Family, transformer: torch.nn.Module, config: Config) ->
     family.check_guidance(transformer, scale)
     if config.loss.objective != "grpo" and family.is_guided(scale):
         raise ConfigError(
-            f"sampling.guidance_scale: got {scale:g}, expected 1: loss.objective {config.loss.objective} trains without "
-            "classifier-free guidance"
+            f"sampling.guidance_scale: got {scale:g}, expected 1: loss.objective {config.loss.objective} trains "
+            "without classifier-free guidance"
         )
     if length not in family.text_lengths:
         lengths = f"{family.text_lengths[0]}..{family.text_lengths[-1]}"

@@ -106,8 +106,17 @@ def _flux(guidance: bool) -> Parts:
 
 
 def _qwen_image() -> Parts:
-    """The libraries' default sizes are Qwen-Image's; its text encoder is Qwen2.5-VL-7B."""
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig())
+    """diffusers' default sizes are Qwen-Image's; its text encoder is Qwen2.5-VL-7B."""
+    words = dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    )
+    images = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=words, vision_config=images))
     return Parts(QwenImageTransformer2DModel(), AutoencoderKLQwenImage(), (encoder,))
 
 
