@@ -344,7 +344,7 @@ def score(options: Eval) -> None:
     from star.rewards.worker import RewardWorker
     from star.training import scoring
     from star.training.adapter import load_adapter
-    from star.training.pipeline import check_size
+    from star.training.pipeline import check_size, latent_size
     from star.training.prompts import read_prompts, without_brackets
     from star.training.rollout import check_steps
     from star.training.task import load_task_reward
@@ -367,7 +367,7 @@ def score(options: Eval) -> None:
                    "max_sequence_length", "seed")  # fmt: skip
     pipeline = task.pipeline(device, getattr(torch, options.dtype))
     check_size(pipeline, images.height, images.width)
-    check_steps(pipeline.scheduler, images.steps)
+    check_steps(pipeline, latent_size(pipeline, images.height, images.width), images.steps)
     if options.lora:
         load_adapter(pipeline, options.lora)
     observe = None if options.out is None else scoring.ResultsWriter(options.out, prompts, options.save_images)
@@ -438,10 +438,11 @@ def maps(arguments: list[str]) -> None:
     images = given(task.images, options, "height", "width", "max_sequence_length")
     pipeline = task.pipeline("cpu", torch.float32)
     check_size(pipeline, images.height, images.width)
-    check_steps(pipeline.scheduler, options.steps)
+    size = latent_size(pipeline, images.height, images.width)
+    check_steps(pipeline, size, options.steps)
     conditions = encode(pipeline, [prompt], images.max_sequence_length, options.guidance_scale, concepts=[concepts])
     layers = range(len(pipeline.transformer.transformer_blocks)) if options.layers is None else options.layers
-    sampler = SamplerOptions(latent_size(pipeline, images.height, images.width), options.guidance_scale)
+    sampler = SamplerOptions(size, options.guidance_scale)
     rollouts = {
         layer: trace(pipeline, conditions, options.steps, dataclasses.replace(sampler, layers=(layer,)), options.seed)
         for layer in layers

@@ -60,9 +60,10 @@ class Model:
     """The model and which of its weights are trained."""
 
     path: str | None = None
-    """Folder or hub id of a StableDiffusion3Pipeline. None: the task's."""
+    """Folder or hub id of a StableDiffusion3Pipeline, a FluxPipeline (FLUX.1) or a QwenImagePipeline. None: the
+    task's."""
     max_sequence_length: Count = 128
-    """Tokens of the T5 part; 0 for a pipeline without T5."""
+    """Tokens of the T5 part, 0 for an SD3 without T5; of Qwen-Image the most tokens of a prompt."""
     height: Positive = 512
     """Height of the images, in pixels."""
     width: Positive = 512
@@ -103,7 +104,8 @@ class Sampling:
     steps: Positive = 10
     """Denoising steps."""
     guidance_scale: Finite = 4.5
-    """Scale of classifier-free guidance. 1 or less: no guidance."""
+    """Scale of classifier-free guidance, 1 or less: no guidance. Of FLUX.1 dev the guidance that it takes as an
+    input, without a second pass."""
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """The stochastic step: Flow-GRPO's, DanceGRPO's, or coefficients-preserving sampling's."""
     noise_level: AboveZero = 0.7
@@ -407,11 +409,6 @@ class Config:
             raise ConfigError(
                 f"loss.noise_levels: got {loss.noise_levels}, expected 0..{len(sampling.trained_steps)}, "
                 "the trained steps"
-            )
-        if sampling.guidance_scale > 1:
-            raise ConfigError(
-                f"sampling.guidance_scale: got {sampling.guidance_scale:g}, expected 1: loss.objective {name} trains "
-                "without guidance"
             )
         refused = {
             "sampling.window": (sampling.window, 0),

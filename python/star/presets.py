@@ -1,4 +1,5 @@
-"""Ready configurations: the embedded world on two CPU cores, and SD3.5 Medium with Flow-GRPO's published settings."""
+"""Ready configurations: the embedded world on two CPU cores, and SD3.5 Medium, FLUX.1 dev and Qwen-Image with
+Flow-GRPO's published settings."""
 
 from __future__ import annotations
 
@@ -206,6 +207,89 @@ def sd35m(task: str, fast: bool = False) -> Config:
     )
 
 
+_ATTENTION = Model().lora_targets
+
+
+def flux1_dev(fast: bool = False) -> Config:
+    """FLUX.1 dev with Flow-GRPO's published settings and STAR's allocation (the defaults).
+
+    Sources: flow_grpo config/grpo.py, `pickscore_flux`; adapters, the 128 tokens of T5 and the average from
+    scripts/train_flux.py. fast: `pickscore_flux_fast`.
+    """
+    published = Config(
+        model=Model(
+            path="black-forest-labs/FLUX.1-dev",
+            frozen_dtype="bfloat16",
+            lora_rank=64,
+            lora_alpha=128,
+            lora_targets=(
+                *_ATTENTION,
+                *(f"{part}.net.{matrix}" for part in ("ff", "ff_context") for matrix in ("0.proj", "2")),
+            ),
+        ),
+        sampling=Sampling(
+            prompts="dataset/pickscore/train.txt",
+            steps=6,
+            guidance_scale=3.5,
+            noise_level=0.9,
+            trained_steps=(0, 1, 2, 3, 4),  # timestep_fraction 0.99 of 6
+            text_cache=1024,  # 128 x 4096 numbers each: 1.1 GB in half precision
+        ),
+        loss=Loss(global_std=True),
+        optimization=Optimization(
+            iterations=5000, micro_batch=3, mixed_precision="bfloat16", ema_decay=0.9, ema_every=8
+        ),
+        scoring=Scoring(prompts="dataset/pickscore/test.txt", every=30, steps=28, batch=16),
+        run=Run(out=Path("runs/pickscore-flux1-dev"), seed=42, reward="pickscore", save_every=30, grid_every=30),
+    )
+    if not fast:
+        return published
+    return dataclasses.replace(
+        published,
+        # sde_window_size 3 in sde_window_range (0, 3): one window.
+        sampling=dataclasses.replace(published.sampling, sampler="cps", noise_level=0.8, trained_steps=(0, 1, 2)),
+        loss=Loss(clip_range=1e-5),
+        run=dataclasses.replace(published.run, out=Path("runs/pickscore-flux1-dev-fast")),
+    )
+
+
+def qwen_image() -> Config:
+    """Qwen-Image with Flow-GRPO's published settings and STAR's allocation (the defaults).
+
+    Sources: flow_grpo config/grpo.py, `pickscore_qwenimage`; adapters from scripts/train_qwenimage.py, the 512 tokens
+    from its pipeline.
+    """
+    return Config(
+        model=Model(
+            path="Qwen/Qwen-Image",
+            max_sequence_length=512,
+            frozen_dtype="bfloat16",
+            lora_rank=64,
+            lora_alpha=128,
+            lora_targets=(
+                *_ATTENTION,
+                *(f"{part}.net.{matrix}" for part in ("img_mlp", "txt_mlp") for matrix in ("0.proj", "2")),
+            ),
+            gradient_checkpointing=True,
+        ),
+        sampling=Sampling(
+            prompts="dataset/pickscore/train.txt",
+            guidance_scale=4.0,
+            noise_level=1.2,
+            # sde_window_size 2 in sde_window_range (0, 5).
+            trained_steps=(0, 1, 2, 3, 4),
+            window=2,
+            prompts_per_iteration=32,
+            images_per_prompt=16,
+            text_cache=1024,
+        ),
+        loss=Loss(global_std=True),
+        optimization=Optimization(iterations=5000, micro_batch=4, mixed_precision="bfloat16"),
+        scoring=Scoring(prompts="dataset/pickscore/test.txt", every=30, steps=50, batch=4),
+        run=Run(out=Path("runs/pickscore-qwen-image"), seed=42, reward="pickscore", save_every=30, grid_every=30),
+    )
+
+
 PRESETS = {
     EMBEDDED: shapes,
     "shapes-nft": shapes_nft,
@@ -221,6 +305,9 @@ PRESETS = {
     "pickscore-sd35m-fast": lambda: sd35m("pickscore", fast=True),
     "pickscore-sd35m-nft": lambda: sd35m_nft("pickscore"),
     "pickscore-sd35m-awm": lambda: sd35m_awm("pickscore"),
+    "pickscore-flux1-dev": flux1_dev,
+    "pickscore-flux1-dev-fast": lambda: flux1_dev(fast=True),
+    "pickscore-qwen-image": qwen_image,
 }
 
 

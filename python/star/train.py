@@ -31,9 +31,10 @@ from star.training.concept_credit import matched_credits
 from star.training.credit import Credit, masks_or_nothing
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.exploration import explore_maps, explore_masks
+from star.training.families import family_of
 from star.training.folder import compare_with_saved, held_folder, prepare_folder
 from star.training.objectives import make_objective
-from star.training.pipeline import check_size, latent_size
+from star.training.pipeline import check_model, check_size, latent_size, model_shape
 from star.training.policy import Policy
 from star.training.prompts import concepts_of
 from star.training.rollout import (
@@ -81,9 +82,11 @@ class Trainer:
             self.judge = RewardWorker(reward, config.run.reward_timeout, config.run.reward_strict)
         self.pipeline = self.task.pipeline(device, getattr(torch, config.model.frozen_dtype))
         check_size(self.pipeline, config.model.height, config.model.width, "model.")
-        check_steps(self.pipeline.scheduler, config.sampling.steps, "sampling.steps")
+        check_model(family_of(self.pipeline), self.pipeline.transformer, config)
+        self.size = latent_size(self.pipeline, config.model.height, config.model.width)
+        check_steps(self.pipeline, self.size, config.sampling.steps, "sampling.steps")
         if self.held_out.prompts:
-            check_steps(self.pipeline.scheduler, self.held_out.options.steps, "scoring.steps")
+            check_steps(self.pipeline, self.size, self.held_out.options.steps, "scoring.steps")
         self.encode = PromptEncoder(
             self.pipeline,
             config.model.max_sequence_length,
@@ -94,12 +97,11 @@ class Trainer:
         on_main(self.accelerator, lambda: prepare_folder(config))
         set_seed(config.run.seed)
         self.policy = Policy(self.pipeline, config, self.accelerator)
-        self.size = latent_size(self.pipeline, config.model.height, config.model.width)
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
         # Neighbors are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration
         self.share = Share(self.accelerator, images, updates)
-        patch = self.pipeline.transformer.config.patch_size
+        patch = model_shape(self.pipeline).patch_size
         self.grid = (self.size[0] // patch, self.size[1] // patch)
         self.objective = make_objective(config, self.policy, self.share, self.groups, patch)
         self.chunk = config.optimization.micro_batch or len(self.share.rows) // updates
@@ -202,7 +204,7 @@ class Trainer:
             stored_on_cpu=sampling.rollout_device == "cpu",
             noise_on_cpu=sampling.noise_device == "cpu",
         )
-        steps = make_steps(self.pipeline.scheduler, sampling.steps, stochastic, sampling.sampler, sampling.noise_level)
+        steps = make_steps(self.pipeline, self.size, sampling.steps, stochastic, sampling.sampler, sampling.noise_level)
         conditions = self.encode(prompts, sampling.guidance_scale, concepts)
         explore: Explore | None = None
         if sampling.explore == "maps":
@@ -242,7 +244,7 @@ class Trainer:
             self.policy.transformer,
             conditions,
             self.groups,
-            make_steps(self.pipeline.scheduler, self.config.sampling.steps, (), "ode", 0.0),
+            make_steps(self.pipeline, self.size, self.config.sampling.steps, (), "ode", 0.0),
             dataclasses.replace(options, captured=()),
             start,
             rows=self.share.rows[rows],
@@ -416,5 +418,7 @@ def run(trainer: Trainer, termination: Termination) -> dict:
     summary["seconds"] = round(trainer.seconds(), 1)
     if main:
         files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        card.write(out / ("lora" if config.model.lora_rank else "model"), config, summary, prompts[0].text)
+        scale, length = config.sampling.guidance_scale, config.model.max_sequence_length
+        call = family_of(trainer.pipeline).settings(trainer.pipeline, scale, length, 1)
+        card.write(out / ("lora" if config.model.lora_rank else "model"), config, summary, prompts[0].text, call)
     return summary

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from builders import small_run
 from star.config import ConfigError
-from star.shapes.model import load_pipeline
+from star.shapes.model import LATENT_SIZE, load_pipeline
 from star.shapes.reward import shapes_reward
 from star.shapes.scenes import Scene, Things, parse_scene, render
 from star.train import Trainer
@@ -100,7 +100,7 @@ def halves(case, tmp_path, local):
     pipeline = load_pipeline()
     parameters = make_trainable(pipeline, small_run(tmp_path, model={"lora_rank": 0}))
     conditions = encode(pipeline, [PROMPT], 0, 1.0).rows(torch.zeros(BATCH, dtype=torch.int64))
-    steps = make_steps(pipeline.scheduler, 8, (STEP,), "flow_sde", 0.7)
+    steps = make_steps(pipeline, (LATENT_SIZE, LATENT_SIZE), 8, (STEP,), "flow_sde", 0.7)
     transition = steps.transitions.rows(slice(STEP, STEP + 1)).expand(BATCH)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *latents.shape, generator=generator)

@@ -192,7 +192,7 @@ def test_noise_levels_are_drawn_from_equal_parts_of_the_trained_steps():
 )
 def test_what_it_has_no_use_for_is_refused(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        awm_run(tmp_path, **changes).check()
+        Trainer(awm_run(tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
 
 

@@ -29,7 +29,7 @@ def rollout(pipeline, explore=None, **options):
         pipeline.transformer,
         encode(pipeline, PROMPTS, 0, 1.0),
         groups,
-        make_steps(pipeline.scheduler, 4, TRAINED, "flow_sde", 0.7),
+        make_steps(pipeline, (LATENT_SIZE, LATENT_SIZE), 4, TRAINED, "flow_sde", 0.7),
         SamplerOptions((LATENT_SIZE, LATENT_SIZE), **options),
         torch.Generator().manual_seed(0),
         explore=explore,
@@ -75,7 +75,7 @@ def test_everywhere_has_the_same_bits_whoever_says_so(pipeline, explore):
 
 
 def test_the_largest_maps_are_read_before_the_noise(pipeline):
-    steps = make_steps(pipeline.scheduler, 4, TRAINED, "flow_sde", 0.7)
+    steps = make_steps(pipeline, (LATENT_SIZE, LATENT_SIZE), 4, TRAINED, "flow_sde", 0.7)
     got = rollout(pipeline, explore_maps(Allocation(), 0.25, steps.sigmas, GRID))
     for k, step in enumerate(TRAINED):
         expected = top_locations(Allocation(), got.maps_at(step), GRID, 0.25)
@@ -255,7 +255,7 @@ def test_the_first_images_have_the_starts_of_the_others_and_cost_them_nothing(tm
 
     trainer.rollout(texts, torch.Generator().manual_seed(7), find=find)
     assert len(found["rows"]) == 3  # one for each prompt
-    steps = make_steps(trainer.pipeline.scheduler, 4, (), "ode", 0.0)
+    steps = make_steps(trainer.pipeline, trainer.size, 4, (), "ode", 0.0)
     expected = sample(
         trainer.policy.transformer,
         trainer.encode(texts, 1.0),

@@ -246,7 +246,7 @@ def test_a_run_is_written_scored_and_exported(tmp_path):
 )
 def test_what_it_has_no_use_for_is_refused(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        nft_run(tmp_path, **changes).check()
+        Trainer(nft_run(tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
 
 

@@ -168,14 +168,16 @@ def test_embeddings_do_not_depend_on_the_cache_which_is_bounded(folder):
     encode.encode_one = lambda prompt: calls.append(prompt) or original(prompt)
     first = encode(PROMPTS[:2], 4.5)
     again = encode(PROMPTS[:2], 4.5)
-    assert calls == [*PROMPTS[:2], ""] and torch.equal(first.embeds, again.embeds)
+    assert calls == [*PROMPTS[:2], ""] and torch.equal(first.text.embeds, again.text.embeds)
     encode(PROMPTS[2:], 1.0)
     assert len(encode.cache) == 3 and PROMPTS[0] not in encode.cache and "" in encode.cache
     fresh = encode(PROMPTS[:2], 4.5)
-    assert torch.equal(fresh.embeds, first.embeds) and torch.equal(fresh.negative_pooled, first.negative_pooled)
+    assert torch.equal(fresh.text.embeds, first.text.embeds)
+    assert torch.equal(fresh.negative.pooled, first.negative.pooled)
     plain = PromptEncoder(pipeline, 32, cached=0, offload=False)(PROMPTS[:2], 4.5)
-    for name in ("embeds", "pooled", "negative_embeds", "negative_pooled"):
-        torch.testing.assert_close(getattr(plain, name), getattr(first, name), rtol=1e-4, atol=1e-5)
+    for own, cached in ((plain.text, first.text), (plain.negative, first.negative)):
+        torch.testing.assert_close(own.embeds, cached.embeds, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own.pooled, cached.pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_scaler_lowers_its_scale_where_an_update_is_skipped(folder, tmp_path, monkeypatch):
@@ -233,7 +235,7 @@ def test_the_plan_is_what_a_small_model_takes(folder, tmp_path, changes):
     assert plan.memory["moving average"] == planning.count_bytes(trainer.policy.ema.shadow_params)
     stored = planning.count_bytes((rollout.samples, rollout.prev_samples, rollout.old_means))
     assert plan.memory["rollout"] == stored
-    assert plan.memory["text"] == planning.count_bytes((conditions.embeds, conditions.negative_embeds))
+    assert plan.memory["text"] == planning.count_bytes((conditions.text.embeds, conditions.negative.embeds))
     pipeline = trainer.pipeline
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     assert plan.memory["text encoders"] == sum(planning.count_bytes(encoder.parameters()) for encoder in encoders)

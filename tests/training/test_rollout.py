@@ -38,7 +38,7 @@ def rollout(
         pipeline.transformer,
         conditions,
         groups,
-        make_steps(pipeline.scheduler, steps, trained, "flow_sde" if trained else "ode", 0.7),
+        make_steps(pipeline, (LATENT_SIZE, LATENT_SIZE), steps, trained, "flow_sde" if trained else "ode", 0.7),
         SamplerOptions((LATENT_SIZE, LATENT_SIZE), guidance_scale, **options),
         torch.Generator().manual_seed(seed),
         rows=rows,
@@ -152,8 +152,8 @@ def test_guidance(pipeline):
 
     with torch.no_grad():
         got = predict_velocity(pipeline.transformer, latents, timestep, conditions, 3.0)
-        yes = plain(conditions.embeds, conditions.pooled)
-        no = plain(conditions.negative_embeds.expand(6, -1, -1), conditions.negative_pooled.expand(6, -1))
+        yes = plain(conditions.text.embeds, conditions.text.pooled)
+        no = plain(conditions.negative.embeds.expand(6, -1, -1), conditions.negative.pooled.expand(6, -1))
     torch.testing.assert_close(got, no + 3 * (yes - no), rtol=1e-4, atol=1e-4)
     # Maps are of the conditional half: the same as without guidance at the same latents.
     unguided = rollout(pipeline, guidance_scale=1.0)

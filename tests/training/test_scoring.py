@@ -377,6 +377,9 @@ def one(images, prompts, metadata):
     return [1.0] * len(prompts)
 
 
+CALL = {"guidance_scale": 4.5, "max_sequence_length": 128}
+
+
 # --- the card -----------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +407,7 @@ def test_a_card_names_the_hubs_base_model_and_every_reward(tmp_path):
             "allocation": {"strategy": "uniform"},
         },
     )
-    text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog").read_text()
+    text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog", CALL).read_text()
     assert ModelCard(text).data.base_model == "stabilityai/stable-diffusion-3.5-medium"
     assert "| Reward | 1 `ocr`, 0.5 `pickscore` |" in text and "Nothing was measured" in text
     assert "STAR" not in text.split("## Scores")[0]  # nothing was allocated
@@ -417,7 +420,7 @@ def test_a_card_names_the_hubs_base_model_and_every_reward(tmp_path):
 @pytest.mark.parametrize(("objective", "other"), [("grpo", "nft"), ("nft", "grpo"), ("awm", "grpo")])
 def test_a_card_names_the_runs_own_objective(tmp_path, objective, other):
     config = configuration.update(configuration.Config(), {"loss": {"objective": objective}})
-    text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog").read_text()
+    text = card.write(tmp_path, config, {"iterations": 3, "held_out": {}}, "a photo of a dog", CALL).read_text()
     said = text.split("## Scores")[0].lower()
     assert objective in said and other not in said
     assert objective in ModelCard(text).data.tags
@@ -427,7 +430,7 @@ def test_a_card_shows_texts_of_others_as_they_are(tmp_path):
     prompt = 'a `sign` that says "```" and | $x$ \u05d7\u05ea\u05d5\u05dc'
     config = configuration.update(configuration.Config(), {"sampling": {"prompts": "a|b.txt"}})
     held_out = {"my|score": {"before": 0.1, "after": 0.2, "difference": 0.1, "standard_error": None, "left_out": 2}}
-    text = card.write(tmp_path, config, {"iterations": 3, "held_out": held_out}, prompt).read_text()
+    text = card.write(tmp_path, config, {"iterations": 3, "held_out": held_out}, prompt, CALL).read_text()
     assert "+0.1000; 2 prompts left out" in text
     code = re.search(r"^(`{4,})python\n(.*?)\n\1$", text, re.S | re.M)[2]
     assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
@@ -441,5 +444,5 @@ def test_a_checkout_that_is_not_installed_writes_its_card_too(tmp_path, monkeypa
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    path = card.write(tmp_path, configuration.Config(), {"iterations": 3, "held_out": {}}, "a photo of a dog")
+    path = card.write(tmp_path, configuration.Config(), {"iterations": 3, "held_out": {}}, "a photo of a dog", CALL)
     assert "learning by star-kernels: " in path.read_text()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,8 +22,9 @@ OBJECTIVES = {
 }
 
 
-def write(folder: Path, config: Config, summary: dict, prompt: str) -> Path:
-    """Write README.md into an exported adapter's or model's folder. summary: as in summary.json. prompt: an example."""
+def write(folder: Path, config: Config, summary: dict, prompt: str, call: Mapping[str, Any]) -> Path:
+    """Write README.md into an exported adapter's or model's folder. summary: as in summary.json. prompt: an example.
+    call: guidance and text length as arguments of the pipeline's call."""
     model, adapter = config.model, config.model.lora_rank > 0
     objective = config.loss.objective
     tags = ["text-to-image", "diffusers", "reinforcement-learning", objective, "star", *(["lora"] if adapter else [])]
@@ -34,11 +37,13 @@ def write(folder: Path, config: Config, summary: dict, prompt: str) -> Path:
         tags=tags,
     )
     path = folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder, config, summary, prompt)}").save(path)
+    ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n{_text(folder, config, summary, _code(folder, config, prompt, call))}"
+    ).save(path)
     return path
 
 
-def _text(folder: Path, config: Config, summary: dict, prompt: str) -> str:
+def _text(folder: Path, config: Config, summary: dict, code: str) -> str:
     model, sampling, adapter = config.model, config.sampling, config.model.lora_rank > 0
     name = model.path or f"task {config.task}"
     kind = f"LoRA adapter of rank {model.lora_rank}" if adapter else "Fine-tuned model"
@@ -79,7 +84,7 @@ Post-trained with reinforcement learning by star-kernels{version}: {method}.
 
 ## Use
 
-{_fenced("python", _code(folder, config, prompt))}
+{_fenced("python", code)}
 
 ## Limits
 
@@ -107,15 +112,15 @@ def _fenced(language: str, text: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _code(folder: Path, config: Config, prompt: str) -> str:
-    model, sampling, adapter = config.model, config.sampling, config.model.lora_rank > 0
+def _code(folder: Path, config: Config, prompt: str, call: Mapping[str, Any]) -> str:
+    model, adapter = config.model, config.model.lora_rank > 0
     if model.path is None and adapter:
         lines = ["import torch", "from star.training.task import find_task", ""]
         lines.append(f'pipeline = find_task({config.task!r}).pipeline("cpu", torch.float32)')
     else:
         source = model.path if adapter else str(folder)
-        lines = ["from diffusers import StableDiffusion3Pipeline", ""]
-        lines.append(f"pipeline = StableDiffusion3Pipeline.from_pretrained({source!r})")
+        lines = ["from diffusers import DiffusionPipeline", ""]
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({source!r})")
     if adapter:
         lines.append(f"pipeline.load_lora_weights({str(folder)!r})")
     return "\n".join(
@@ -123,8 +128,8 @@ def _code(folder: Path, config: Config, prompt: str) -> str:
             *lines,
             "image = pipeline(",
             f"    {prompt!r},",
-            f"    height={model.height}, width={model.width}, num_inference_steps={sampling.steps},",
-            f"    guidance_scale={sampling.guidance_scale:g}, max_sequence_length={model.max_sequence_length},",
+            f"    height={model.height}, width={model.width}, num_inference_steps={config.sampling.steps},",
+            f"    {', '.join(f'{name}={value!r}' for name, value in call.items())},",
             ").images[0]",
         ]
     )

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,11 +76,11 @@ class Comparison:
             found |= self.task.unasked_changes(self.untrained, images, texts)
         return found
 
-    def _pipeline(self) -> StableDiffusion3Pipeline:
+    def _pipeline(self) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return self.task.pipeline(device, getattr(torch, self.config.model.frozen_dtype))
 
-    def _sample(self, pipeline: StableDiffusion3Pipeline) -> Tensor:
+    def _sample(self, pipeline: Any) -> Tensor:
         return torch.cat([images.cpu() for _, images in sample_images(pipeline, self.prompts, self.options)])
 
 

@@ -226,9 +226,7 @@ def _gradient(
 ) -> np.ndarray:
     """The chosen coordinates of the gradient of an arm's first update."""
     parameters = list(trainer.policy.parameters.values())
-    objective = make_objective(
-        config, trainer.policy, trainer.share, trainer.groups, trainer.pipeline.transformer.config.patch_size
-    )
+    objective = make_objective(config, trainer.policy, trainer.share, trainer.groups, trainer.objective.patch)
     loss, weights, device = config.loss, trainer.reward.weights, rollout.latents.device
     advantages = compute_advantages(scores, trainer.groups, loss, weights, trainer.size).to(device)
     concepts = compute_concept_advantages(scores, trainer.groups, loss, weights)

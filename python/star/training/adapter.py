@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -17,7 +17,7 @@ from star.training.pipeline import TRAINED, adapter_names, is_target, reason
 REFERENCE = "reference"  # the name of the copy that stays what it is
 
 
-def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAINED) -> None:
+def load_adapter(pipeline: Any, path: str, name: str = TRAINED) -> None:
     """Add an adapter to a pipeline under a name, and see to it that every weight of the file is in use.
 
     path: a folder or hub id in diffusers' format (pytorch_lora_weights.safetensors) or in PEFT's (adapter_config.json,
@@ -40,7 +40,7 @@ def load_adapter(pipeline: StableDiffusion3Pipeline, path: str, name: str = TRAI
         else:
             # Without it a damaged file is followed by the search for a pickle.
             options = {"use_safetensors": True} if any(folder.glob("*.safetensors")) else {}
-            keys = StableDiffusion3Pipeline.lora_state_dict(str(folder), **options)
+            keys = type(pipeline).lora_state_dict(str(folder), **options)
             given = {key.removeprefix("transformer.") for key in keys if key.startswith("transformer.")}
             pipeline.load_lora_weights(str(folder), adapter_name=name, **options)
     except ConfigError:
@@ -68,7 +68,7 @@ def _local_folder(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns="*/*"))
 
 
-def start_from(pipeline: StableDiffusion3Pipeline, model: Model) -> None:
+def start_from(pipeline: Any, model: Model) -> None:
     """Begin with `model.adapter`: one copy to train, and one that stays what it is, for the KL term.
 
     Raises:

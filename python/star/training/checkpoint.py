@@ -16,14 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 
 from star.files import is_count, parse_object, read_text, sync
 from star.messages import one_line
 from star.training.distributed import full_tensor
+from star.training.families import family_of
 from star.training.pipeline import TRAINED, adapter_names
 
 FORMAT = "star-checkpoint-2"
@@ -139,17 +140,17 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
-    """Write the adapter to `out/lora`, so that StableDiffusion3Pipeline.load_lora_weights gives the trained policy, or
-    without an adapter the whole pipeline to `out/model`. All processes take part; only the main one writes. Raises
-    CheckpointError if it cannot be written."""
+def export(pipeline: Any, out: Path, main: bool) -> None:
+    """Write the adapter to `out/lora`, so that the pipeline's load_lora_weights gives the trained policy, or without an
+    adapter the whole pipeline to `out/model`. All processes take part; only the main one writes. Raises CheckpointError
+    if it cannot be written."""
     transformer = pipeline.transformer
     if adapter_names(transformer):
         layers = {name: full_tensor(x, main) for name, x in get_peft_model_state_dict(transformer).items()}
         if main:
             _write(
                 out / "lora",
-                lambda folder: StableDiffusion3Pipeline.save_lora_weights(
+                lambda folder: pipeline.save_lora_weights(
                     folder,
                     transformer_lora_layers={name: x.contiguous() for name, x in layers.items() if x is not None},
                     # Without it the loader takes alpha = rank and applies the adapter with another strength.
@@ -159,10 +160,12 @@ def export(pipeline: StableDiffusion3Pipeline, out: Path, main: bool) -> None:
         return
     weights = {name: full_tensor(x, main) for name, x in transformer.state_dict().items()}
     if main:
+        family = family_of(pipeline)
         with torch.device("meta"):
-            whole = SD3Transformer2DModel.from_config(transformer.config)
+            whole = getattr(diffusers, family.transformer).from_config(transformer.config)
         whole.load_state_dict(weights, assign=True)
-        _write(out / "model", StableDiffusion3Pipeline(**{**pipeline.components, "transformer": whole}).save_pretrained)
+        parts = {**pipeline.components, "transformer": whole}
+        _write(out / "model", getattr(diffusers, family.pipeline)(**parts).save_pretrained)
 
 
 def _write(folder: Path, save: Callable[[Path], object]) -> None:

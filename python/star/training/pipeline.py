@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
@@ -17,33 +18,32 @@ from safetensors import SafetensorError, safe_open
 from star import files
 from star.config import Config, ConfigError
 from star.messages import WHOLE, one_line
+from star.training.families import family_of, named_family
+from star.training.families.family import Family, ModelShape
+from star.training.families.family import check_size as check_unit
 
 TRAINED = "default"  # the trained adapter's name, PEFT's own
 
 
-def load_pipeline(
-    path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> StableDiffusion3Pipeline:
-    """A pipeline in evaluation mode from a folder or hub id. The autoencoder stays in float32 whatever the dtype: its
-    last layers overflow in float16."""
+def load_pipeline(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline that can be trained, in evaluation mode, from a folder or hub id. The autoencoder stays in float32
+    whatever the dtype: its last layers overflow in float16."""
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     if path.startswith(("/", ".")) and not Path(path).is_dir():
         raise ConfigError(f"model.path: {path!r} is no pipeline (there is no such folder)")
     try:
         if Path(path).is_dir():
             check_files(Path(path))
-        index = StableDiffusion3Pipeline.load_config(path)
-        kind = index.get("_class_name", "StableDiffusion3Pipeline")
-        if kind != "StableDiffusion3Pipeline":
-            raise ConfigError(f"model.path: {path!r} is a {kind}, expected a StableDiffusion3Pipeline (SD3, SD3.5)")
-        # A pipeline that was saved without T5 is loaded only if told so.
-        absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
+        index = DiffusionPipeline.load_config(path)
+        family = named_family([index["_class_name"]], f"model.path: {path!r}")
+        # A pipeline that was saved without a part is loaded only if told so.
+        absent = [name for name in family.optional if index.get(name, [None])[0] is None]
         encoders = {
-            name: load_encoder(path, name, index[name][1], dtype)
-            for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
-            if name not in absent
+            name: load_encoder(path, name, kind[1], dtype)
+            for name, kind in index.items()
+            if name.startswith("text_encoder") and name not in absent
         }
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
+        pipeline = getattr(diffusers, family.pipeline).from_pretrained(
             path, dtype={"default": dtype, "vae": torch.float32}, **dict.fromkeys(absent), **encoders
         )
     except ConfigError:
@@ -95,12 +95,12 @@ def check_files(folder: Path, weights: bool = True) -> None:
             raise ConfigError(f"model.path: {path} is damaged ({one_line(error)}); download it again") from error
 
 
-def check_tokenizers(pipeline: StableDiffusion3Pipeline, path: str) -> None:
+def check_tokenizers(pipeline: Any, path: str) -> None:
     """Raise ConfigError for a tokenizer that does not go with its text encoder: of files that are missing
     transformers makes one without words."""
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        tokenizer, encoder = getattr(pipeline, name), getattr(pipeline, name.replace("tokenizer", "text_encoder"))
-        if tokenizer is None or encoder is None:
+    for name, tokenizer in pipeline.components.items():
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+        if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
             continue
         words, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
         named = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
@@ -146,17 +146,37 @@ def reason(error: BaseException) -> str:
     return text
 
 
-def check_size(pipeline: StableDiffusion3Pipeline, height: int, width: int, section: str = "") -> None:
+def model_shape(pipeline: Any) -> ModelShape:
+    """Channels and patch size of a pipeline's latents."""
+    return family_of(pipeline).shape(pipeline.transformer)
+
+
+def check_size(pipeline: Any, height: int, width: int, section: str = "") -> None:
     """Raise ConfigError for images, of so many pixels, that the model cannot draw. section: of the two settings."""
-    transformer = pipeline.transformer.config
-    unit = pipeline.vae_scale_factor * transformer.patch_size
-    largest = unit * transformer.pos_embed_max_size
-    for name, value in (("height", height), ("width", width)):
-        if value % unit or value > largest:
-            raise ConfigError(f"{section}{name}: got {value}, expected a multiple of {unit}, at most {largest}")
+    check_unit(family_of(pipeline), pipeline.transformer, pipeline.vae_scale_factor, (height, width), section)
 
 
-def latent_size(pipeline: StableDiffusion3Pipeline, height: int, width: int) -> tuple[int, int]:
+def check_model(family: Family, transformer: torch.nn.Module, config: Config) -> None:
+    """Raise ConfigError for settings that only some kinds of models have."""
+    scale, length = config.sampling.guidance_scale, config.model.max_sequence_length
+    family.check_guidance(transformer, scale)
+    if config.loss.objective != "grpo" and family.is_guided(scale):
+        raise ConfigError(
+            f"sampling.guidance_scale: got {scale:g}, expected 1: loss.objective {config.loss.objective} trains "
+            "without classifier-free guidance"
+        )
+    if length not in family.text_lengths:
+        lengths = f"{family.text_lengths[0]}..{family.text_lengths[-1]}"
+        raise ConfigError(f"model.max_sequence_length: got {length}, expected {lengths} of a {family.pipeline}")
+
+
+def text_encoders(pipeline: Any) -> list[torch.nn.Module]:
+    """Those that a pipeline has."""
+    parts = pipeline.components.items()
+    return [part for name, part in parts if name.startswith("text_encoder") and part is not None]
+
+
+def latent_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
     """(h, w) of the latents of an image of `height` and `width` pixels."""
     return height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
 
@@ -179,10 +199,10 @@ def check_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
             raise ConfigError(f"model.lora_targets: {target!r} matches no linear layer of the transformer")
 
 
-def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[torch.nn.Parameter]:
+def make_trainable(pipeline: Any, config: Config) -> list[torch.nn.Parameter]:
     """Freeze everything, then add an adapter (or, with rank 0, free the transformer). Returns what is trained."""
-    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        if module is not None:
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     transformer, model = pipeline.transformer, config.model
     transformer.requires_grad_(model.lora_rank == 0)
@@ -207,6 +227,7 @@ def make_trainable(pipeline: StableDiffusion3Pipeline, config: Config) -> list[t
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if model.compile != "no":
-        for block in transformer.transformer_blocks:
-            block.compile(backend=model.compile)
+        for blocks in transformer.children():
+            for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+                block.compile(backend=model.compile)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]

@@ -13,77 +13,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+import transformers
+from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from star.config import Config, ConfigError
 from star.training.distributed import share_rows
+from star.training.families import FAMILIES, family_of, named_family
+from star.training.families.family import Family, Text, check_size
+from star.training.families.known import KNOWN
 from star.training.forward_process import has_pass_before
-from star.training.pipeline import check_files, make_trainable, reason
+from star.training.pipeline import check_files, check_model, make_trainable, reason, text_encoders
 from star.training.rollout import DECODED_AT_ONCE, group_members
 from star.training.task import Task, configured_task
 
 CONCEPTS = 3  # of a prompt, for the size of the maps; GenEval's have one or two
 
-_MEDIUM: dict[str, Any] = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-}
-_LARGE: dict[str, Any] = dict(
-    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192
-)
-# Public models that need an account to download even their configuration.
-KNOWN = {"stabilityai/stable-diffusion-3.5-medium": _MEDIUM, "stabilityai/stable-diffusion-3.5-large": _LARGE}
-_SD35: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "attention_head_dim": 64,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "qk_norm": "rms_norm",
-}
-
 
 @dataclass(frozen=True)
 class Architecture:
-    """Models without weights, on the meta device."""
+    """Models of a pipeline without weights, on the meta device."""
 
-    transformer: SD3Transformer2DModel
-    vae: AutoencoderKL
+    family: Family
+    transformer: Any
+    vae: Any
     text_encoders: tuple[nn.Module, ...]
     clip_tokens: int = 77
 
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """As a pipeline has them."""
+        return {str(i): part for i, part in enumerate((self.transformer, self.vae, *self.text_encoders))}
 
-def _clip(width: int, layers: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            projection_dim=width,
-        )
-    )
+    def text_tokens(self, max_sequence_length: int) -> int:
+        """The most that a prompt has."""
+        return max_sequence_length + (self.clip_tokens if self.family.begins_with_clip else 0)
 
 
 def task_architecture(task: Task) -> Architecture:
     """Of a task's pipeline, which is loaded for it."""
     pipeline = task.pipeline("cpu", torch.float32)
-    encoders = [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e is not None]
     return Architecture(
+        family_of(pipeline),
         pipeline.transformer.to("meta"),
         pipeline.vae.to("meta"),
-        tuple(encoder.to("meta") for encoder in encoders),
+        tuple(encoder.to("meta") for encoder in text_encoders(pipeline)),
         clip_tokens=pipeline.tokenizer.model_max_length,
     )
 
@@ -92,39 +71,35 @@ def architecture(path: str) -> Architecture:
     """Of a known public model or a pipeline's folder. Raises ConfigError for anything else."""
     with torch.device("meta"):
         if path in KNOWN:
-            vae = AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2,
-                latent_channels=16,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            )
-            t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128,
-                          feed_forward_proj="gated-gelu")  # fmt: skip
-            known = (_clip(768, 12), _clip(1280, 32), T5EncoderModel(t5))
-            return Architecture(SD3Transformer2DModel(**_SD35, **KNOWN[path]), vae, known)
+            kind, parts = KNOWN[path]
+            transformer, vae, encoders = parts()
+            return Architecture(FAMILIES[kind], transformer, vae, encoders)
         folder = Path(path).expanduser()
         if not (folder / "model_index.json").is_file():
             raise ConfigError(f"model.path: got {path!r}, expected a pipeline's folder or one of {sorted(KNOWN)}")
         check_files(folder, weights=False)
         try:
             return _folder_architecture(folder)
+        except ConfigError:
+            raise
         except Exception as error:  # of a damaged file the libraries raise many kinds
             raise ConfigError(f"model.path: {path!r} cannot be loaded ({reason(error)})") from error
 
 
 def _folder_architecture(folder: Path) -> Architecture:
-    transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder, subfolder="transformer"))
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-    encoders: list[nn.Module] = [
-        CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / name))
-        for name in ("text_encoder", "text_encoder_2")
-    ]
-    if (folder / "text_encoder_3").is_dir():
-        encoders.append(T5EncoderModel(T5Config.from_pretrained(folder / "text_encoder_3")))
-    return Architecture(transformer, vae, tuple(encoders))
+    index = DiffusionPipeline.load_config(folder)
+    family = named_family([index["_class_name"]], f"model.path: {str(folder)!r}")
+
+    def part(name: str) -> Any:
+        kind = getattr(diffusers, index[name][1])
+        return kind.from_config(kind.load_config(folder, subfolder=name))
+
+    encoders = []
+    for name in sorted(index):
+        if name.startswith("text_encoder") and index[name][0] is not None:
+            encoder = getattr(transformers, index[name][1])
+            encoders.append(encoder(encoder.config_class.from_pretrained(folder / name)))
+    return Architecture(family, part("transformer"), part("vae"), tuple(encoders))
 
 
 @contextmanager
@@ -138,6 +113,9 @@ def faked(module: nn.Module) -> Iterator[None]:
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            for name, x in vars(part).items():  # complex numbers, which are no buffers
+                if isinstance(x, Tensor):
+                    setattr(part, name, torch.empty(x.shape, dtype=x.dtype))
         yield
 
 
@@ -233,14 +211,17 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     transformer, dtype = models.transformer, getattr(torch, config.model.frozen_dtype)
     for module in (transformer, *models.text_encoders):
         module.to(dtype)
+    factor = models.family.scale_factor(models.vae)
+    check_size(models.family, transformer, factor, (config.model.height, config.model.width), "model.")
+    check_model(models.family, transformer, config)
     # One that training starts from takes what a new one takes, and once more for its frozen copy.
-    trained = make_trainable(_Parts(transformer, models.vae, *models.text_encoders), config)
+    trained = make_trainable(models, config)
     images = sampling.prompts_per_iteration * sampling.images_per_prompt
     own = images // gpus
     # Every process has the like of the first one's.
     groups = share_rows(images, optimization.updates_per_iteration, gpus)[0] % sampling.prompts_per_iteration
     chunks = groups.split(optimization.micro_batch or own // optimization.updates_per_iteration)
-    guided = 2 if sampling.guidance_scale > 1 else 1
+    guided = 2 if models.family.is_guided(sampling.guidance_scale) else 1
     noised = config.loss.objective != "grpo"
     count = (config.loss.noise_levels if noised else sampling.window) or len(sampling.trained_steps)
     steps = () if noised else sampling.trained_steps[:count]
@@ -256,11 +237,10 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     first_rows = first if sampling.explore == "masks" else 0
     update_rows = own * count if noised else guided * sum(rows(step) for step in steps)
     largest = max(len(chunk) for chunk in chunks)
-    factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
     height, width = config.model.height // factor, config.model.width // factor
-    latents = transformer.config.in_channels * height * width
-    patch = transformer.config.patch_size
-    text = models.clip_tokens + config.model.max_sequence_length
+    channels, patch = models.family.shape(transformer)
+    latents = channels * height * width
+    text = models.text_tokens(config.model.max_sequence_length)
     parameters = sum(p.numel() for p in transformer.parameters())
     trained_parameters = sum(p.numel() for p in trained)
     shards = gpus if fsdp else 1
@@ -288,25 +268,25 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         "rollout": 0 if sampling.rollout_device == "cpu" else 3 * len(steps) * own * latents * 4,
         "maps and weights": count * own * (CONCEPTS * tokens + locations) * 4,
         "text": (sampling.prompts_per_iteration + guided - 1) * embedding,
-        "decoding": decoding(models.vae, min(DECODED_AT_ONCE, own), height, width),
+        "decoding": decoding(models, (min(DECODED_AT_ONCE, own), channels, height, width)),
     }
-    size = (transformer.config.in_channels, height, width)
+    size = (channels, height, width)
     with faked(transformer):
         with flop_counter() as flops:
-            out = predict(transformer, 1, size, text, config)
+            out = predict(models, (1, *size), text, config)
             forward = flops.get_total_flops()
             out.sum().backward()  # with what gradient checkpointing computes again
             backward = flops.get_total_flops() - forward
         saved = SavedBytes(transformer)
         with saved:
-            predict(transformer, guided * largest, size, text, config)
+            predict(models, (guided * largest, *size), text, config)
         memory["activations"] = saved.bytes
         reference = 0
         if config.loss.kl_coef:
             if config.model.lora_rank:
                 transformer.disable_adapters()
             with flop_counter() as flops, torch.no_grad():
-                predict(transformer, 1, size, text, config)
+                predict(models, (1, *size), text, config)
             reference = flops.get_total_flops()
     return Plan(
         images=images,
@@ -325,44 +305,32 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What make_trainable takes of a pipeline."""
-
-    transformer: nn.Module
-    vae: nn.Module
-    text_encoder: nn.Module
-    text_encoder_2: nn.Module
-    text_encoder_3: nn.Module | None = None
-
-
-def predict(transformer: nn.Module, rows: int, size: tuple[int, ...], text: int, config: Config) -> Tensor:
-    """One forward pass, in the run's precision."""
+def predict(models: Architecture, shape: tuple[int, ...], tokens: int, config: Config) -> Tensor:
+    """One forward pass for latents of a shape (B, C, H, W), in the run's precision."""
     mixed = config.optimization.mixed_precision
     precision = None if mixed == "no" else getattr(torch, mixed)
-    dtype = getattr(torch, config.model.frozen_dtype)
-    shapes: Any = transformer.config
+    dtype, shapes = getattr(torch, config.model.frozen_dtype), models.transformer.config
+    pooled = shapes.get("pooled_projection_dim")
+    text = Text(
+        torch.empty(shape[0], tokens, shapes.joint_attention_dim, dtype=dtype),
+        None if pooled is None else torch.empty(shape[0], pooled, dtype=dtype),
+    )
+    latents, timesteps = torch.empty(shape, dtype=dtype), torch.empty(shape[0])
     with torch.autocast("cpu", precision) if precision else nullcontext():
-        return transformer(
-            torch.empty(rows, *size, dtype=dtype),
-            torch.empty(rows, text, shapes.joint_attention_dim, dtype=dtype),
-            torch.empty(rows, shapes.pooled_projection_dim, dtype=dtype),
-            torch.empty(rows),
-            return_dict=False,
-        )[0]
+        return models.family.velocity(models.transformer, latents, timesteps, text, config.sampling.guidance_scale)
 
 
-def decoding(vae: AutoencoderKL, images: int, height: int, width: int) -> int:
-    """Bytes of the largest layer's input and output."""
+def decoding(models: Architecture, shape: tuple[int, ...]) -> int:
+    """Bytes of the largest layer's input and output while latents of a shape (B, C, H, W) are decoded."""
     largest = 0
 
     def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal largest
-        largest = max(largest, count_bytes([*inputs, output]))
+        largest = max(largest, count_bytes([*(x for x in inputs if isinstance(x, Tensor)), output]))
 
-    handles = [m.register_forward_hook(see) for m in vae.decoder.modules() if not list(m.children())]
+    handles = [m.register_forward_hook(see) for m in models.vae.decoder.modules() if not list(m.children())]
     with torch.no_grad():
-        vae.decode(torch.empty(images, vae.config.latent_channels, height, width, device="meta"))
+        models.family.decode(models.vae, torch.empty(shape, device="meta"))
     for handle in handles:
         handle.remove()
     return largest

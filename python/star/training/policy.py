@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -30,7 +29,7 @@ class Policy:
     parameters: what is trained, by name. updates: optimizer steps so far, skipped ones included.
     """
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, pipeline: Any, config: Config, accelerator: Accelerator) -> None:
         self.accelerator, self.bare, self.config = accelerator, pipeline.transformer, config.optimization
         if config.model.adapter:
             start_from(pipeline, config.model)
@@ -253,7 +252,7 @@ def _fits(saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> bool
     return {name: x.shape for name, x in saved.items()} == {name: p.shape for name, p in parameters.items()}
 
 
-def load_averaged(pipeline: StableDiffusion3Pipeline, config: Config, path: Path) -> None:
+def load_averaged(pipeline: Any, config: Config, path: Path) -> None:
     """Give a fresh pipeline the weights that a run is scored with at a checkpoint: the moving average, if it keeps one.
 
     config: of the run. Raises CheckpointError for a checkpoint that is damaged or of another model.

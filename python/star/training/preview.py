@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from star.messages import one_line
 from star.objective import Allocation, allocation_weights
 from star.reports import shown, tracking
 from star.reports.evaluations import read_evaluations
-from star.training.pipeline import latent_size
+from star.training.pipeline import latent_size, model_shape
 from star.training.prompts import Prompt, concepts_of
 from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
 from star.training.scoring import SHOWN, HeldOut, first_noise
@@ -40,9 +40,7 @@ class Preview:
     labels: list[str]
 
 
-def of_rollout(
-    pipeline: StableDiffusion3Pipeline, rollout: Rollout, weights: Tensor | None, rewards: Tensor
-) -> Preview:
+def of_rollout(pipeline: Any, rollout: Rollout, weights: Tensor | None, rewards: Tensor) -> Preview:
     """The first images of a rollout. weights: (S, B, H, W) of its trained steps; without any, of each image at noise
     levels of its own, whose mean is shown."""
     count = min(SHOWN, len(rollout.latents))
@@ -59,7 +57,7 @@ def of_rollout(
 
 
 def trace_prompts(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     config: Config,
     prompts: Sequence[str],
     concepts: Sequence[Marks | None] | None = None,
@@ -79,7 +77,7 @@ def trace_prompts(
 
 
 def of_prompts(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     config: Config,
     prompts: Sequence[str],
     concepts: Sequence[Marks | None] | None = None,
@@ -100,10 +98,10 @@ def _labels(sigmas: Tensor) -> list[str]:
     return [f"sigma {sigma:.2f}" for sigma in sigmas.tolist()]
 
 
-def attention_weights(pipeline: StableDiffusion3Pipeline, rollout: Rollout, allocation: Allocation) -> np.ndarray:
+def attention_weights(pipeline: Any, rollout: Rollout, allocation: Allocation) -> np.ndarray:
     """(S, B, h, w): what the strategy "attention" allocates at every step of a trace, whatever the run's own is."""
     attention = dataclasses.replace(allocation, strategy="attention")
-    patch = pipeline.transformer.config.patch_size
+    patch = model_shape(pipeline).patch_size
     weights = allocation_weights(attention, rollout.captured_maps(), rollout.grid, patch=patch)
     assert weights is not None  # only of the strategy "uniform" there are none
     return weights.cpu().numpy()
@@ -118,9 +116,7 @@ def _read(paths: Sequence[Path]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
 
-def held_out_maps(
-    pipeline: StableDiffusion3Pipeline, config: Config, held_out: HeldOut
-) -> dict[int, list[shown.Field]]:
+def held_out_maps(pipeline: Any, config: Config, held_out: HeldOut) -> dict[int, list[shown.Field]]:
     """Where attention looks while the held-out images that are kept are sampled again: by the image's number the mean
     over the steps of each concept's map and of the weights that attention would allocate."""
     kept, options, sampling = held_out.prompts[:SHOWN], held_out.options, config.sampling
@@ -136,7 +132,7 @@ def held_out_maps(
         sampling.concepts,
         [prompt.concepts for prompt in kept],
     )
-    noise = first_noise(len(held_out.prompts), (pipeline.transformer.config.in_channels, *size), options)
+    noise = first_noise(len(held_out.prompts), (model_shape(pipeline).in_channels, *size), options)
     rollout = trace(pipeline, conditions, options.steps, reading, options.seed, noise)
     maps = rollout.captured_maps().float().mean(0).unflatten(-1, rollout.grid).cpu().numpy()  # (B, G, rows, columns)
     weights = attention_weights(pipeline, rollout, config.allocation).mean(0)
@@ -161,7 +157,7 @@ def draw_rollout(preview: Preview, path: Path) -> None:
     _attempt(path, lambda: figures.rollout_grid(preview, path))
 
 
-def draw_run(pipeline: StableDiffusion3Pipeline, config: Config, prompts: Sequence[Prompt], *, write: bool) -> None:
+def draw_run(pipeline: Any, config: Config, prompts: Sequence[Prompt], *, write: bool) -> None:
     """What a run shows at its end: reward_curve.png, before_after.png where it was scored, allocation.png.
 
     With several processes all of them sample; only one may write.

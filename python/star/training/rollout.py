@@ -12,13 +12,15 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
-from star.capture import capture, unwrapped
+from star.capture import capture
 from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.config import ConfigError
 from star.objective.allocation import repeat_tokens
+from star.training.families import family_of
+from star.training.families.family import Family, Text, Velocity
+from star.training.pipeline import model_shape, text_encoders
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
@@ -33,55 +35,58 @@ Explore = Callable[[int, Tensor, Tensor | None], Tensor | None]
 class Conditions:
     """What the model is conditioned on: P distinct prompts.
 
-    embeds: (P, T, D). pooled: (P, D'). negative_embeds, negative_pooled: (1, T, D), (1, D') of the empty prompt, or
-    None without guidance. tokens: the concepts' text tokens, P rows.
+    family: of the pipeline that encoded them, which knows how its transformer takes them. text: P rows. negative: one
+    row, or None without classifier-free guidance. tokens: the concepts' text tokens, P rows.
     """
 
+    family: Family
     prompts: tuple[str, ...]
-    embeds: Tensor
-    pooled: Tensor
-    negative_embeds: Tensor | None
-    negative_pooled: Tensor | None
+    text: Text
+    negative: Text | None
     tokens: ConceptTokens
 
     def rows(self, index: Tensor) -> Conditions:
         """The conditions of some samples; index: (B,) int64 into the prompts."""
-        return Conditions(
-            tuple(self.prompts[i] for i in index.tolist()),
-            self.embeds[index],
-            self.pooled[index],
-            self.negative_embeds,
-            self.negative_pooled,
-            self.tokens.rows(index.to(self.tokens.index.device)),
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in index.tolist()),
+            text=self.text.each(lambda x: x[index]),
+            tokens=self.tokens.rows(index.to(self.tokens.index.device)),
         )
 
 
 @torch.no_grad()
 def encode(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     prompts: Sequence[str],
     max_sequence_length: int,
     guidance_scale: float,
     source: str = "rules",
     concepts: Sequence[Marks | None] | None = None,
 ) -> Conditions:
-    """Encode distinct prompts once. max_sequence_length: of the T5 part; 0 for a pipeline without T5. source: of the
-    concepts, see star.concepts.parse. concepts: of each prompt, or None for one whose concepts are to be found."""
-    guided = guidance_scale > 1
-    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
-        list(prompts),
-        None,
-        None,
-        negative_prompt=[""] * len(prompts),
-        do_classifier_free_guidance=guided,
-        max_sequence_length=max_sequence_length,
-    )
-    tokens = concept_tokens(
-        pipeline, prompts, concepts=concepts, source=source, max_sequence_length=max_sequence_length
-    )
-    # The empty prompt is the same in every row.
-    negative, negative_pooled = (negative[:1], negative_pooled[:1]) if guided else (None, None)
-    return Conditions(tuple(prompts), embeds, pooled, negative, negative_pooled, tokens)
+    """Encode distinct prompts once. max_sequence_length: of the T5 part, 0 for an SD3 without T5, or of the whole text.
+    source: of the concepts, see star.concepts.parse. concepts: of each prompt, or None for one whose concepts are to be
+    found."""
+    family, negative = family_of(pipeline), None
+    text = family.encode(pipeline, prompts, max_sequence_length)
+    if family.is_guided(guidance_scale):
+        # As many as prompts, as the pipeline encodes them: another batch could differ in the last bit.
+        repeated = [str(family.negative_prompt)] * len(prompts)
+        negative = family.encode(pipeline, repeated, max_sequence_length).each(lambda x: x[:1])
+    tokens = read_tokens(pipeline, prompts, max_sequence_length, source, concepts)
+    return Conditions(family, tuple(prompts), text, negative, tokens)
+
+
+def read_tokens(
+    pipeline: Any,
+    prompts: Sequence[str],
+    max_sequence_length: int,
+    source: str,
+    concepts: Sequence[Marks | None] | None,
+) -> ConceptTokens:
+    """The concepts' text tokens; arguments as for `encode`."""
+    call = family_of(pipeline).settings(pipeline, 1.0, max_sequence_length, len(prompts))
+    return concept_tokens(pipeline, prompts, concepts=concepts, source=source, call=call)
 
 
 class PromptEncoder:
@@ -94,16 +99,16 @@ class PromptEncoder:
 
     def __init__(
         self,
-        pipeline: StableDiffusion3Pipeline,
+        pipeline: Any,
         max_sequence_length: int,
         cached: int,
         offload: bool,
         source: str = "rules",
     ):
         self.pipeline, self.length, self.cached, self.offload = pipeline, max_sequence_length, cached, offload
-        self.source = source
-        self.cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        self.encoders = [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e]
+        self.source, self.family = source, family_of(pipeline)
+        self.cache: OrderedDict[str, Text] = OrderedDict()
+        self.encoders = text_encoders(pipeline)
         self.device = pipeline.transformer.device
 
     def __call__(
@@ -112,7 +117,8 @@ class PromptEncoder:
         if not self.cached:
             with self.on_device():
                 return encode(self.pipeline, prompts, self.length, guidance_scale, self.source, concepts)
-        wanted = [*prompts, ""] if guidance_scale > 1 else list(prompts)
+        unwanted = [str(self.family.negative_prompt)] if self.family.is_guided(guidance_scale) else []
+        wanted = [*prompts, *unwanted]
         missing = [prompt for prompt in wanted if prompt not in self.cache]
         found = {prompt: self.cache[prompt] for prompt in wanted if prompt in self.cache}
         if missing:
@@ -123,25 +129,13 @@ class PromptEncoder:
             self.cache.move_to_end(prompt)
         while len(self.cache) > self.cached:
             self.cache.popitem(last=False)
-        embeds, pooled = (torch.cat(x).to(self.device) for x in zip(*(found[p] for p in prompts), strict=True))
-        negative_embeds, negative_pooled = None, None
-        if guidance_scale > 1:
-            negative_embeds, negative_pooled = (x.to(self.device) for x in found[""])
-        tokens = concept_tokens(
-            self.pipeline, prompts, concepts=concepts, source=self.source, max_sequence_length=self.length
-        )
-        return Conditions(tuple(prompts), embeds, pooled, negative_embeds, negative_pooled, tokens)
+        text = Text.joined([found[prompt] for prompt in prompts]).each(lambda x: x.to(self.device))
+        negative = found[unwanted[0]].each(lambda x: x.to(self.device)) if unwanted else None
+        tokens = read_tokens(self.pipeline, prompts, self.length, self.source, concepts)
+        return Conditions(self.family, tuple(prompts), text, negative, tokens)
 
-    def encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            [prompt],
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.length,
-        )
-        return embeds.cpu(), pooled.cpu()
+    def encode_one(self, prompt: str) -> Text:
+        return self.family.encode(self.pipeline, [prompt], self.length).each(lambda x: x.cpu())
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -168,20 +162,22 @@ class Steps:
 
 
 def make_steps(
-    scheduler: FlowMatchEulerDiscreteScheduler, count: int, trained: Sequence[int], sampler: str, noise_level: float
+    pipeline: Any, size: tuple[int, int], count: int, trained: Sequence[int], sampler: str, noise_level: float
 ) -> Steps:
-    """`count` steps of a diffusers flow-matching scheduler, stochastic (and trained on) at `trained`, else ODE."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(count)
+    """`count` steps of a pipeline's flow-matching scheduler, as its own call makes them for latents of a size (height,
+    width); stochastic (and trained on) at `trained`, else ODE."""
+    scheduler, patch = copy.deepcopy(pipeline.scheduler), model_shape(pipeline).patch_size
+    family_of(pipeline).set_timesteps(scheduler, count, (size[0] // patch) * (size[1] // patch))
     sigmas = scheduler.sigmas.double().cpu()
     transitions = schedule(sigmas, sampler, noise_level, trained)
     return Steps(sigmas, scheduler.timesteps.float().cpu(), transitions, tuple(trained))
 
 
-def check_steps(scheduler: FlowMatchEulerDiscreteScheduler, count: int, name: str = "steps") -> None:
-    """Raise ConfigError for a number of steps that a scheduler cannot make; of some, 1. name: of the setting."""
+def check_steps(pipeline: Any, size: tuple[int, int], count: int, name: str = "steps") -> None:
+    """Raise ConfigError for a number of steps that a pipeline's scheduler cannot make; of some, 1. size: of the
+    latents. name: of the setting."""
     try:
-        make_steps(scheduler, count, (), "ode", 0.0)
+        make_steps(pipeline, size, count, (), "ode", 0.0)
     except ValueError as error:
         raise ConfigError(f"{name}: got {count}, which the model's scheduler cannot make; expected more") from error
 
@@ -191,49 +187,6 @@ def draw_window(steps: Sequence[int], size: int, seed: str) -> tuple[int, ...]:
     0: all of them."""
     start = random.Random(f"{seed}/window").randint(0, len(steps) - size) if size else 0
     return tuple(steps[start : start + size] if size else steps)
-
-
-class ModelShape(NamedTuple):
-    """What a rollout must know of its transformer."""
-
-    in_channels: int
-    patch_size: int
-
-
-def shape_of(transformer: torch.nn.Module) -> ModelShape:
-    config: Any = unwrapped(transformer).config
-    return ModelShape(config.in_channels, config.patch_size)
-
-
-class Velocity(NamedTuple):
-    """What a pass gives for B samples, (B, C, H, W) in the model's type. unconditional: of the empty prompt, or None
-    without guidance."""
-
-    conditional: Tensor
-    unconditional: Tensor | None
-    guidance_scale: float
-
-    def guided(self) -> Tensor:
-        """(B, C, H, W) float32."""
-        velocity = self.conditional.float()
-        if self.unconditional is None:
-            return velocity
-        unconditional = self.unconditional.float()
-        return unconditional + self.guidance_scale * (velocity - unconditional)
-
-    def step(
-        self, latents: Tensor, noise: Tensor | None, transition: Transition, seeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`gaussian_step` by the guided velocity, with its bits."""
-        return gaussian_step(
-            latents,
-            self.conditional,
-            noise,
-            transition,
-            unconditional_velocity=self.unconditional,
-            guidance_scale=1.0 if self.unconditional is None else self.guidance_scale,
-            seeds=seeds,
-        )
 
 
 def predict_velocity(
@@ -248,20 +201,18 @@ def predict(
 ) -> Velocity:
     """One pass, of a guided one with the unconditional rows first, as diffusers has them.
 
-    latents: (B, C, H, W). timestep: ().
+    latents: (B, C, H, W). timestep: () or, without guidance, (B,).
     """
-    embeds, pooled, inputs = conditions.embeds, conditions.pooled, latents.to(conditions.embeds.dtype)
-    if conditions.negative_embeds is not None and conditions.negative_pooled is not None:
-        batch = len(latents)
-        embeds = torch.cat([conditions.negative_embeds.expand(batch, -1, -1), embeds])
-        pooled = torch.cat([conditions.negative_pooled.expand(batch, -1), pooled])
+    family, text, inputs = conditions.family, conditions.text, latents.to(conditions.text.embeds.dtype)
+    if conditions.negative is not None:
+        text = Text.joined([conditions.negative.each(lambda x: x.expand(len(latents), *x.shape[1:])), text])
         inputs = torch.cat([inputs, inputs])
     timesteps = timestep.to(inputs.device).expand(len(inputs))
-    velocity = transformer(inputs, embeds, pooled, timesteps, return_dict=False)[0]
-    if conditions.negative_embeds is None:
+    velocity = family.velocity(transformer, inputs, timesteps, text, guidance_scale)
+    if conditions.negative is None:
         return Velocity(velocity, None, guidance_scale)
     unconditional, conditional = velocity.chunk(2)
-    return Velocity(conditional, unconditional, guidance_scale)
+    return family.guide(conditional, unconditional, guidance_scale)
 
 
 def drawn(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -398,7 +349,7 @@ class Batch:
             transformer,
             self.conditions.tokens,
             grid=reading.grid,
-            rows=None if self.conditions.negative_embeds is None else slice(length, 2 * length),
+            rows=None if self.conditions.negative is None else slice(length, 2 * length),
             layers=reading.layers,
             normalize=reading.normalize,
         ) as maps:
@@ -535,7 +486,7 @@ class Sampler:
         timestep, guidance_scale = self.steps.timesteps[step], self.options.guidance_scale
         if step not in self.buffers.captured:
             return batch.predict(self.transformer, latents, timestep, guidance_scale)
-        patch = shape_of(self.transformer).patch_size
+        patch = self.conditions.family.shape(self.transformer).patch_size
         grid = (self.options.size[0] // patch, self.options.size[1] // patch)
         reading = MapOptions(grid, self.options.layers, self.options.normalize)
         velocity, maps = batch.captured_velocity(self.transformer, latents, timestep, guidance_scale, reading)
@@ -575,7 +526,7 @@ def sample(
     """Run the sampler, chunk after chunk.
 
     Args:
-        transformer: the policy, an SD3Transformer2DModel.
+        transformer: the policy, of the pipeline that encoded the conditions.
         conditions: of P distinct prompts.
         groups: (B,) int64, each sample's prompt.
         steps: from `make_steps`.
@@ -591,9 +542,9 @@ def sample(
             None: all of them.
         start: (b, C, H, W), the noise that these samples start from. None: it is drawn.
     """
-    device, rows = conditions.embeds.device, torch.arange(len(groups)) if rows is None else rows
+    device, rows = conditions.text.embeds.device, torch.arange(len(groups)) if rows is None else rows
     total, groups, size = len(groups), groups[rows], options.size
-    model = shape_of(transformer)
+    model = conditions.family.shape(transformer)
     channels, batch = model.in_channels, len(groups)
     captured = steps.trained if options.captured is None else options.captured
     buffers = Buffers((batch, channels, *size), steps, captured, options, device)
@@ -643,7 +594,7 @@ def sample(
 
 
 def trace(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     conditions: Conditions,
     steps: int,
     options: SamplerOptions,
@@ -656,7 +607,7 @@ def trace(
         pipeline.transformer,
         conditions,
         torch.arange(len(conditions.prompts)),
-        make_steps(pipeline.scheduler, steps, (), "ode", 0.0),
+        make_steps(pipeline, options.size, steps, (), "ode", 0.0),
         replace(options, shared_noise=False, captured=range(steps)),
         torch.Generator().manual_seed(seed),
         start=start,
@@ -664,9 +615,8 @@ def trace(
 
 
 @torch.no_grad()
-def decode(pipeline: StableDiffusion3Pipeline, latents: Tensor, slice_size: int = DECODED_AT_ONCE) -> Tensor:
+def decode(pipeline: Any, latents: Tensor, slice_size: int = DECODED_AT_ONCE) -> Tensor:
     """Latents (B, C, H, W) to images (B, 3, H', W') float32 in 0..1, a few at a time to bound the memory."""
-    vae = pipeline.vae
-    scaled = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-    images = [vae.decode(part, return_dict=False)[0].float() for part in scaled.split(slice_size)]
+    family = family_of(pipeline)
+    images = [family.decode(pipeline.vae, part).float() for part in latents.split(slice_size)]
     return (torch.cat(images) / 2 + 0.5).clamp(0, 1)

@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +22,8 @@ from star.reports import shown
 from star.reports.evaluations import Evaluation, read_evaluations, write_evaluation
 from star.rewards import Scores, pixels
 from star.rewards.worker import RewardWorker, Ticket
-from star.training.pipeline import latent_size
+from star.training.families import family_of
+from star.training.pipeline import latent_size, model_shape
 from star.training.prompts import Prompt
 from star.training.rollout import decode
 from star.training.task import ImageOptions, Task
@@ -48,7 +48,7 @@ Observer = Callable[[list[Row], Tensor], None]
 
 @torch.no_grad()
 def sample_images(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     prompts: Sequence[Prompt],
     options: ImageOptions,
     process: int = 0,
@@ -60,22 +60,23 @@ def sample_images(
     images of a pass too many are dropped. Another number of processes changes no image.
     """
     batches = _batches(len(prompts), options)
-    shape = (pipeline.transformer.config.in_channels, *latent_size(pipeline, options.height, options.width))
+    family, size = family_of(pipeline), latent_size(pipeline, options.height, options.width)
+    shape = (model_shape(pipeline).in_channels, *size)
     generator = torch.Generator().manual_seed(options.seed)
     for start in range(0, len(batches), processes):
         drawn = [_noise(batch, shape, options, generator) for batch in batches[start : start + processes]]
         own = min(process, len(drawn) - 1)
+        texts = [prompts[index].text for index, _ in batches[start + own]]
         latents = pipeline(
-            [prompts[index].text for index, _ in batches[start + own]],
+            texts,
             height=options.height,
             width=options.width,
             num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            max_sequence_length=options.max_sequence_length if pipeline.text_encoder_3 is not None else 0,
-            latents=drawn[own].to(pipeline.transformer.dtype),
+            latents=family.pack(drawn[own].to(pipeline.transformer.dtype)),
             output_type="latent",
+            **family.settings(pipeline, options.guidance_scale, options.max_sequence_length, len(texts)),
         ).images
-        images = decode(pipeline, latents)
+        images = decode(pipeline, family.unpack(latents, size))
         if own == process:
             yield batches[start + own], images
 
@@ -108,7 +109,7 @@ def first_noise(prompts: int, shape: tuple[int, int, int], options: ImageOptions
 
 
 def evaluate(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     prompts: Sequence[Prompt],
     worker: RewardWorker,
     options: ImageOptions,
@@ -234,9 +235,7 @@ class HeldOut:
         )
         return cls(config.run.out, prompts, options, scoring.every)
 
-    def score(
-        self, pipeline: StableDiffusion3Pipeline, worker: RewardWorker, iteration: int, accelerator: Accelerator
-    ) -> float:
+    def score(self, pipeline: Any, worker: RewardWorker, iteration: int, accelerator: Accelerator) -> float:
         """Score the policy as it is; the run's evaluations.jsonl gets a line, and held_out/ its first images. Returns
         the mean reward."""
         first = FirstImages()

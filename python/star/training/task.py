@@ -10,10 +10,9 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from star.config import EMBEDDED, Config, ConfigError
@@ -60,14 +59,14 @@ class Task:
     apart they are where the prompts leave it open, for `star compare --drift`; images are (B, 3, H, W) in 0..1.
     """
 
-    pipeline: Callable[[torch.device | str, torch.dtype], StableDiffusion3Pipeline]
+    pipeline: Callable[[torch.device | str, torch.dtype], Any]
     prompts: DrawPrompts
     reward: Reward | str | dict[str, float]
     images: ImageOptions = ImageOptions()
     unasked_changes: Callable[[Tensor, Tensor, Sequence[str]], dict[str, float]] | None = None
 
 
-def _no_pipeline(device: torch.device | str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+def _no_pipeline(device: torch.device | str, dtype: torch.dtype) -> Any:
     raise ConfigError("model.path: not set, and there is no task that has a pipeline")
 
 

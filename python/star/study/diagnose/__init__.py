@@ -11,10 +11,10 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from tqdm import tqdm
 
 from star import files
@@ -111,7 +111,7 @@ def measure_runs(study: Study, config: Config, out: Path) -> dict:
     return {"concentration": concentration, "composition": composition, "trained_seeds": trained_seeds}
 
 
-def trained_pipelines(study: Study, arm: str, config: Config, out: Path) -> Iterator[StableDiffusion3Pipeline]:
+def trained_pipelines(study: Study, arm: str, config: Config, out: Path) -> Iterator[Any]:
     """The pipelines with the adapters of an arm, of every seed whose run has one; the plain one for "untrained"."""
     task = configured_task(config)
     if arm == "untrained":

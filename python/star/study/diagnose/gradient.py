@@ -76,7 +76,7 @@ class Gradients:
 
     def regions(self, rollout: Rollout, inside: Tensor, generator: torch.Generator) -> dict[str, Tensor | None]:
         """The fields of REGIONS: `elsewhere` are the objects of an image of another group."""
-        patch = self.trainer.pipeline.transformer.config.patch_size
+        patch = self.trainer.objective.patch
         objects = inside.float().repeat_interleave(patch, 1).repeat_interleave(patch, 2)
         others = objects[permute_across_groups(rollout.groups, len(objects), generator)]
         steps = len(rollout.steps.trained)
@@ -137,7 +137,7 @@ def arm_weights(trainer: Trainer, config: Config, rollout: Rollout, masks: Tenso
         torch.Generator().manual_seed(seed),
         share=trainer.share,
         groups=trainer.groups,
-        patch=trainer.pipeline.transformer.config.patch_size,
+        patch=trainer.objective.patch,
         iteration=trainer.iteration,
     )
 

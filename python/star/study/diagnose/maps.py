@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from star.config import Config
 from star.study.tables import Table, format_number
@@ -15,9 +15,7 @@ from star_kernels import allocate
 
 
 @torch.no_grad()
-def concentration(
-    pipeline: StableDiffusion3Pipeline, config: Config, prompts: Mapping[str, Sequence[str]]
-) -> dict[str, list[float]]:
+def concentration(pipeline: Any, config: Config, prompts: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
     """By category of prompts the mean square of the relative map at each step; 1 means flat."""
     by_category = {}
     for category, texts in prompts.items():
