@@ -39,7 +39,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.* csr
 setup: $(VENV)/built
 
 demo: setup
-	$(BIN)/star train --preset shapes --out runs/demo --overwrite
+	$(BIN)/star train --preset shapes-nft --out runs/demo --overwrite
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

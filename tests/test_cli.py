@@ -44,7 +44,7 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
     [
         (
             ["--preset", "geneval"],
-            "star: preset: unknown 'geneval', expected one of ['geneval-sd35m', 'geneval-sd35m-fast',",
+            "star: preset: unknown 'geneval', expected one of ['geneval-sd35m', 'geneval-sd35m-awm',",
         ),
         ([*TINY_RUN, "--run.reward", "beauty"], "star: reward: unknown 'beauty', expected one of ['ocr', 'geneval',"),
         ([*TINY_RUN, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),

@@ -10,7 +10,7 @@ from star.config import EMBEDDED, Allocation, Config, ConfigError, Loss, Model, 
 
 
 def shapes() -> Config:
-    """The embedded world on two CPU cores: `make demo`.
+    """The embedded world on two CPU cores, with Flow-GRPO.
 
     One stochastic step, early and with much noise: of what was tried it moves the reward most, and up to it one pass
     per prompt serves the whole group, in the update too. At this size adapters lose what lies outside their rank: they
@@ -57,7 +57,7 @@ def shapes() -> Config:
 
 
 def shapes_nft() -> Config:
-    """The embedded world with DiffusionNFT, and half of the advantage for each location: `make demo`.
+    """The embedded world with DiffusionNFT, three quarters of the advantage for each location: `make demo`.
 
     All weights are trained, at the noise of the two early steps, where a prompt's objects are placed; the verifier
     knows what each location earned. In longer runs and at later noise levels the velocity's error grows, and the score
@@ -71,14 +71,14 @@ def shapes_nft() -> Config:
             grpo.sampling,
             trained_steps=(0, 1),
             shared_noise=False,
-            prompts_per_iteration=40,
+            prompts_per_iteration=32,
             images_per_prompt=12,
             merge_adapter=False,
         ),
         allocation=Allocation(strategy="uniform"),
-        loss=Loss(objective="nft", noise_levels=2, advantage="location", location_share=0.5, global_std=True),
+        loss=Loss(objective="nft", noise_levels=2, advantage="location", location_share=0.75, global_std=True),
         optimization=dataclasses.replace(
-            grpo.optimization, iterations=32, learning_rate=2e-4, schedule="cosine", warmup=16, ema_decay=0.95
+            grpo.optimization, iterations=40, learning_rate=1.5e-4, schedule="cosine", warmup=16, ema_decay=0.95
         ),
         scoring=dataclasses.replace(grpo.scoring, every=8),
         run=dataclasses.replace(grpo.run, out=Path("runs/shapes-nft"), grid_every=8),

@@ -176,10 +176,10 @@ def test_an_export_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     def full(*args, **options):
         raise SafetensorError("Error while serializing: I/O error:\nNo space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint.StableDiffusion3Pipeline, "save_lora_weights", full)
     monkeypatch.setattr(checkpoint, "adapter_names", lambda transformer: ["trained"])
     monkeypatch.setattr(checkpoint, "get_peft_model_state_dict", lambda transformer: {})
-    pipeline = SimpleNamespace(transformer=SimpleNamespace(peft_config={checkpoint.TRAINED: LoraConfig()}))
+    transformer = SimpleNamespace(peft_config={checkpoint.TRAINED: LoraConfig()})
+    pipeline = SimpleNamespace(transformer=transformer, save_lora_weights=full)
     with pytest.raises(
         checkpoint.CheckpointError, match=r"export: .*lora cannot be written \(.*No space left"
     ) as error:

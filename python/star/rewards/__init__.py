@@ -257,7 +257,7 @@ class Weighted:
     Raises:
         ValueError: images that are none, see `check_images`.
         RewardError: a reward returned something else.
-        What a reward raises, of several with a note that names it.
+        Exception: what a reward raises; of several, with a note that names it.
     """
 
     rewards: dict[str, Reward]

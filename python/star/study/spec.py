@@ -185,9 +185,9 @@ def credit() -> Study:
             # Every checkpoint is kept: the drift at equal score is measured on them.
             "scoring": {"every": 8, "count": 512},
             "run": {"save_every": 8, "keep_checkpoints": 3, "figures": False, "grid_every": 0},
-            "sampling": {"prompts_per_iteration": 32, "images_per_prompt": 6},
+            "sampling": {"images_per_prompt": 6},
             "loss": {"advantage": "image", "location_share": 1.0},
-            "optimization": {"iterations": 24, "warmup": 8, "ema_decay": 0.9},
+            "optimization": {"iterations": 24, "learning_rate": 2e-4, "warmup": 8, "ema_decay": 0.9},
         },
         arms={
             "uniform": {},
