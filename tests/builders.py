@@ -150,6 +150,22 @@ def t5_tokenizer(corpus, vocabulary=50) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
+def small_vae(channels, scaling, shift) -> AutoencoderKL:
+    """An autoencoder that is 8 times smaller. scaling, shift: of its latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=channels,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=scaling,
+        shift_factor=shift,
+    ).eval()
+
+
 def small_sd35(corpus) -> StableDiffusion3Pipeline:
     """SD3.5-medium's structure: two CLIP encoders of different widths and T5, dual attention in the first blocks, an
     autoencoder with 16 channels that is 8 times smaller; 77 CLIP tokens."""
@@ -172,18 +188,7 @@ def small_sd35(corpus) -> StableDiffusion3Pipeline:
     tokenizer_3 = t5_tokenizer(corpus, vocabulary=100)
     t5 = T5Config(vocab_size=len(tokenizer_3), d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=2,
                   feed_forward_proj="gated-gelu")  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=16,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    ).eval()
+    vae = small_vae(channels=16, scaling=1.5305, shift=0.0609)
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,

@@ -49,6 +49,16 @@ def on_its_device(request):
         yield
 
 
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate allows a process one precision; here each test has its own."""
+    from accelerate.state import AcceleratorState  # which the tests of the operators can do without
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def cuda_kernels():
     """The CUDA kernels, compiled for the CPU, as implementations that the operators take."""

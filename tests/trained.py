@@ -17,27 +17,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from builders import clip_tokenizer, small_sd35, t5_tokenizer
+from builders import clip_tokenizer, small_sd35, small_vae, t5_tokenizer
 from pipelines import chat_tokenizer
 
 DIM = 24
 # Sigmas that follow the number of image tokens, as FLUX.1's and Qwen-Image's do.
 SHIFTED = dict(use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
-
-
-def small_vae() -> torch.nn.Module:
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    ).eval()
 
 
 def small_flux_pipeline(corpus: Sequence[str], guidance: bool = True) -> Any:
@@ -56,7 +41,7 @@ def small_flux_pipeline(corpus: Sequence[str], guidance: bool = True) -> Any:
     ).eval()  # fmt: skip
     pipeline = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **SHIFTED),
-        vae=small_vae(),
+        vae=small_vae(channels=4, scaling=0.3611, shift=0.1159),
         text_encoder=CLIPTextModel(clip).eval(),
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5).eval(),

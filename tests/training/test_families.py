@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
@@ -25,6 +24,8 @@ from star.training.pipeline import latent_size, load_pipeline, model_shape
 from star.training.rollout import PromptEncoder, SamplerOptions, decode, encode, predict_velocity, trace
 from trained import BUILD, small_flux_pipeline
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 CORPUS = [
     "a photo of a red bench left of two green cats",
     'a sign that says "OPEN" on a blue door',
@@ -33,14 +34,6 @@ CORPUS = [
 PROMPTS = ["a red bench left of two green cats on a blue door", "a dog"]  # of different lengths
 HEIGHT, WIDTH, LENGTH, STEPS = 32, 48, 48, 3  # a grid that is not square shows rows and columns that are mixed up
 PRESETS = {"flux": "pickscore-flux1-dev", "qwen_image": "pickscore-qwen-image"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate allows a process one precision; here each test has its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

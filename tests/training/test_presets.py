@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.optimizer import patch_optimizer_step
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from builders import small_sd35
@@ -24,6 +23,8 @@ from star.training.credit import Credit
 from star.training.pipeline import load_pipeline
 from star.training.rollout import PromptEncoder, draw_window
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 PROMPTS = [
     "a photo of a red bench left of two green cats",
     'a sign that says "Hello World"',
@@ -35,14 +36,6 @@ SD35M = [name for name in PRESETS if "sd35m" in name]
 
 def brightness(images, prompts, metadata):
     return Scores(images.mean((1, 2, 3)))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate allows a process one precision; here each test has its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
