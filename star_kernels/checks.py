@@ -96,8 +96,9 @@ def checked_number(
     name: str, value: Any, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number"
 ) -> float:
     """value as a float in [low, high], infinite where float32 is. expected: words for what it should be."""
-    # torch.compile makes a number that has changed an input of its graph, which it cannot ask for attributes.
-    if not isinstance(value, int | float) and not hasattr(value, "__float__"):
+    # torch.compile makes a number that has changed an input of its graph, which it cannot ask for attributes. Before
+    # torch 2.9 it cannot trace `int | float` either.
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     try:
         number = float(value)

@@ -43,7 +43,7 @@ class Host:
 HOSTS = {
     "oldest": Host(
         "the oldest of each that the tests pass with",
-        # An older packaging: torch 2.6 cannot trace the one of today, which diffusers calls in a checkpointed block.
+        # An older packaging: torch before 2.9 cannot trace today's, which diffusers calls in a checkpointed block.
         ("torch==2.6.0", "diffusers==0.33.0", "transformers==4.40.0", "accelerate==1.4.0", "peft==0.10.0", "numpy<2",
          "packaging<25"),
     ),
@@ -55,7 +55,8 @@ HOSTS = {
     ),
     "Flow-Factory": Host(
         "its docker file's torch, its least diffusers and accelerate",
-        ("torch==2.8.0", "diffusers==0.40.0", "accelerate==1.11.0"),
+        # Triton 3.4 interprets kernels with an older numpy only.
+        ("torch==2.8.0", "diffusers==0.40.0", "accelerate==1.11.0", "numpy<2.4", "packaging<25"),
     ),
     "verl-omni": Host(
         "of vllm-omni 0.30",
@@ -67,7 +68,7 @@ HOSTS = {
 
 # What the tests import beside the host's libraries, and what builds the compiled operators.
 TOOLS = (
-    "pytest hypothesis scipy sentencepiece protobuf rich tyro tqdm pyyaml jinja2 matplotlib pillow "
+    "pytest pytest-xdist hypothesis scipy sentencepiece protobuf rich tyro tqdm pyyaml jinja2 matplotlib pillow "
     "rapidfuzz httpx2 uvicorn starlette setuptools>=77 ninja pybind11"
 ).split()
 TESTS = [
@@ -118,12 +119,14 @@ def run(name: str, folder: Path) -> dict:
     result = {"pins": list(HOSTS[name].pins), "python": "{}.{}.{}".format(*sys.version_info), "versions": {}}
     result["result"] = "not installed"
     try:
-        environment = Environment(folder / name, "\n".join(HOSTS[name].pins) or "# nothing")
+        # Without a space: torch before 2.9 compiles with paths that it does not quote.
+        environment = Environment(folder / name, "\n".join(HOSTS[name].pins) or "# nothing", "environment")
         # Most modules are never imported, and nothing runs on a GPU.
         environment.variables |= {"PIP_NO_COMPILE": "1", "STAR_CUDA": "0"}
         found = install(environment)
         result |= {"versions": {library: found[library] for library in SHOWN}, "result": "not finished"}
-        command = f"timeout {LONGEST} pytest --tb=short -p no:cacheprovider -rs -k '{LEFT_OUT}' {' '.join(TESTS)}"
+        options = "-n auto --dist loadfile --tb=short -p no:cacheprovider -rs"
+        command = f"timeout {LONGEST} pytest {options} -k '{LEFT_OUT}' {' '.join(TESTS)}"
         printed = environment.run(command)
         result["result"] = "ok"
     except subprocess.CalledProcessError as error:

@@ -71,9 +71,10 @@ class Environment:
 
     folder: Path
     constraint: str | None  # of torch
+    name: str = "an environment"
 
     def __post_init__(self) -> None:
-        self.bin = self.folder / "an environment" / "bin"
+        self.bin = self.folder / self.name / "bin"
         self.clone = self.folder / "a clone"
         subprocess.run([sys.executable, "-m", "venv", self.bin.parent], check=True)
         names = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, stdout=-1, check=True)

@@ -356,9 +356,9 @@ class Maps:
 
 
 def _key_bias(mask: Tensor, images: int, key: Tensor, rows: slice | Tensor) -> Tensor:
-    """(B, S) float32 of an attention mask (B or 1, H or 1, 1, S), boolean or added to the scores, for the B images, the
-    rows of the maps. Raises ValueError for one that is not the same for all queries."""
-    if mask.ndim != 4 or mask.shape[2] != 1:
+    """(B, S) float32 of an attention mask (B or 1, H or 1, 1 or expanded to the queries, S), boolean or added to the
+    scores, for the B images, the rows of the maps. Raises ValueError for one that is not the same for all queries."""
+    if mask.ndim != 4 or (mask.shape[2] != 1 and mask.stride(2) != 0):
         raise ValueError(
             f"attention_mask: got shape {tuple(mask.shape)}, expected (B, H or 1, 1, {key.shape[2]}): maps need a mask "
             "that is the same for every query"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +80,8 @@ def attention_with_lse(
     """
     if torch.compiler.is_compiling():
         requires_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        choice = traced_choice(query.device, query.dtype, query.shape[-1], requires_grad, only)
+        width = operator.index(query.shape[-1])  # a constant, where all sizes are symbols too
+        choice = traced_choice(query.device, query.dtype, width, requires_grad, only)
     elif only is None:
         choice = torch._fused_sdp_choice(query, key, value, scale=scale)
     else:

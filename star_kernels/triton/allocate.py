@@ -105,7 +105,8 @@ def allocate_kernel(
             there = healthy & (mean > 0)  # a map without mass is a concept that is not there
             shift = tl.where(mean > 1, 1 / SHIFT, SHIFT).to(kind)
             scale = 1.0 / tl.where(there, mean * shift, 1.0)
-            mass = tl.load(maps + concept * maps_g + i * maps_n, mask=there & (i < tokens), other=0.0).to(kind)
+            count = tl.where(there, tokens, 0)  # a mask of vectors alone: Triton 3.9 interprets no other
+            mass = tl.load(maps + concept * maps_g + i * maps_n, mask=i < count, other=0.0).to(kind)
             relative = mass * shift * scale
             if LARGEST:
                 combined = tl.maximum(combined, relative)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import devices
 import star_kernels as sk
 from star_kernels.api import Part, checked_attention_maps
+from versions import compiled_or_skip
 
 pytest.importorskip("triton")
 import triton_bfloat16  # noqa: F401
@@ -214,6 +215,8 @@ def test_autocast_changes_no_bit(impl):
 
 
 def test_an_error_is_the_same_whatever_torch_makes_of_the_kernels(monkeypatch):
+    compiled_or_skip()
+
     def refuse(*_):
         raise RuntimeError("from C++, with\na stack")
 

@@ -35,7 +35,7 @@ from star.concepts import ConceptTokens, concept_tokens
 from star.objective import Allocation, allocation_weights
 from star.tap import Tapped
 from star_kernels import allocate
-from versions import skip_without
+from versions import numbers, skip_without
 
 N = GRID[0] * GRID[1]
 
@@ -843,4 +843,6 @@ def test_two_processes(kind, tmp_path):
     gradient = model.transformer_blocks[0].attn.to_q.weight.grad
     torch.testing.assert_close(torch.cat([rank_maps for rank_maps, _ in ranks]), maps.read())
     for _, rank_gradient in ranks:
+        if kind == "fsdp" and numbers(torch.__version__) < (2, 9):
+            rank_gradient = rank_gradient / 2  # its fully_shard adds what newer ones average, over gloo
         torch.testing.assert_close(rank_gradient, gradient)

@@ -14,6 +14,7 @@ from models import CASES
 from star.capture import Maps, allocated, capture
 from star.concepts import ConceptTokens
 from star.layouts import Pass
+from versions import built_or_skip, skip_without
 
 N = GRID[0] * GRID[1]
 
@@ -54,7 +55,12 @@ def test_24_of_24_compiled_blocks_run_compiled_in_the_rollout_and_in_the_update(
         for context in (torch.no_grad, nullcontext):
             runs.count = 0
             with context(), capture(model, prompt(number)) if captured else nullcontext() as maps:
-                output = model(**inputs)[0]
+                try:
+                    output = model(**inputs)[0]
+                except RuntimeError:  # RecompileLimitExceeded, in torch 2.6
+                    if captured:
+                        raise
+                    skip_without("torch", "one graph for blocks that are alike")
             assert runs.count == 24
             if captured:
                 assert maps.layers().isfinite().all()
@@ -99,10 +105,15 @@ def test_50_prompts_of_different_shape_compile_nothing_again(build, make, one_ca
                     one.set_tokens(tokens)
                 own = capture(model, tokens, grid=grid) if captured and not one_capture else nullcontext(one)
                 with own as maps:
-                    with torch.no_grad():
-                        model(**inputs)
-                    if number % 10 == 0:
-                        model(**inputs)
+                    try:
+                        with torch.no_grad():
+                            model(**inputs)
+                        if number % 10 == 0:
+                            model(**inputs)
+                    except RuntimeError as error:
+                        if one_capture or "cache_size_limit" not in str(error):
+                            raise
+                        skip_without("torch", "graphs that outlive a block's processor")
                     if number == 0:
                         first = counter.frame_count
                     if captured:
@@ -277,7 +288,7 @@ def test_a_mask_is_made_a_bias_once_a_pass(name, monkeypatch):
     case, made = CASES[name], []
     make = star.capture._key_bias
     monkeypatch.setattr(star.capture, "_key_bias", lambda *arguments: made.append(1) or make(*arguments))
-    model, inputs = case.build(), case.inputs(2, case.grid)
+    model, inputs = built_or_skip(case.build), case.inputs(2, case.grid)
     tokens = ConceptTokens(torch.tensor([[[1, 2]]] * 2), torch.ones(2, 1, 2))
     with torch.no_grad(), capture(model, tokens) as maps:
         model(**inputs)
@@ -298,3 +309,12 @@ def test_blocks_with_masks_of_their_own_have_their_own_bias():
         p = (query.double() @ key.double().mT * 8**-0.5).masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
         expected = p[..., :2].sum(-1)
         torch.testing.assert_close(maps.slots[number, :, 0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_mask_expanded_to_the_queries_is_one_of_the_keys():
+    """PRX of diffusers 0.40 gives one."""
+    mask, key = torch.rand(2, 1, 1, 6) > 0.3, torch.randn(2, 4, 6, 8)
+    expected = star.capture._key_bias(mask, 2, key, slice(None))
+    assert torch.equal(star.capture._key_bias(mask.expand(2, 4, 5, 6), 2, key, slice(None)), expected)
+    with pytest.raises(ValueError, match="the same for every query"):
+        star.capture._key_bias(mask.expand(2, 4, 5, 6).contiguous(), 2, key, slice(None))

@@ -10,6 +10,7 @@ import transformers
 from pipelines import ENCODINGS, flux, flux2, ltx2_connectors, picture, qwen_image, sd3, wan
 from star.capture import allocated, record
 from star.concepts import concept_tokens, said, unbracket
+from versions import built_or_skip
 
 PROMPTS = [
     "a photo of a red bench",
@@ -46,7 +47,7 @@ def squeezed(text):
 @pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
 def test_the_rows_are_those_that_change_with_the_word(encoding):
     """In what the pipeline itself gives its transformer, with encoders that mix no tokens."""
-    pipeline = encoding.build()
+    pipeline = built_or_skip(encoding.build)
     prompts = PROMPTS[:1] if encoding.alone else PROMPTS
     for b, prompt in enumerate(prompts):
         for word in (word for word in WORDS if word in prompt):
@@ -121,7 +122,7 @@ def test_a_prompt_that_is_cut_is_told():
 def test_edits_of_images_of_different_sizes():
     """Each prompt is encoded alone with its own image."""
     encoding = ENCODINGS["qwen_image_edit"]
-    pipeline, prompts = encoding.build(), PROMPTS[:2]
+    pipeline, prompts = built_or_skip(encoding.build), PROMPTS[:2]
     call = [dict(image=picture((64, 64))), dict(image=picture((64, 128)))]
     tokens = concept_tokens(pipeline, prompts, concepts=[["red bench"]] * 2, call=call)
     alone = [
@@ -138,7 +139,7 @@ def test_edits_of_images_of_different_sizes():
 def test_encoders_in_half_precision_or_none_at_all(name):
     """The numbers of tokens are not rounded: beyond 256 bfloat16 would."""
     encoding = ENCODINGS[name]
-    pipeline, half, none = (encoding.build() for _ in range(3))
+    pipeline, half, none = (built_or_skip(encoding.build) for _ in range(3))
     for part in half.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(torch.bfloat16)
@@ -151,7 +152,7 @@ def test_encoders_in_half_precision_or_none_at_all(name):
 
 def test_the_pipeline_is_left_as_it_was():
     encoding = ENCODINGS["sana"]
-    pipeline = encoding.build()
+    pipeline = built_or_skip(encoding.build)
     before, side = dict(vars(pipeline)), pipeline.tokenizer.padding_side
     concept_tokens(pipeline, PROMPTS)
     assert vars(pipeline) == before and pipeline.tokenizer.padding_side == side == "left"
@@ -206,9 +207,9 @@ def test_slow_tokenizers_and_other_pipelines_are_refused():
 
 
 def test_connectors_of_ltx_2_and_2_3_leave_tokens_in_the_same_rows():
-    newer, older = ENCODINGS["ltx2"].build(), ENCODINGS["ltx2"].build()
+    newer, older = built_or_skip(ENCODINGS["ltx2"].build), built_or_skip(ENCODINGS["ltx2"].build)
     older.connectors = ltx2_connectors(per_modality_projections=False)
-    plain = ENCODINGS["ltx2"].build()
+    plain = built_or_skip(ENCODINGS["ltx2"].build)
     plain.connectors = ltx2_connectors(video_connector_num_learnable_registers=None)
     expected = concept_tokens(newer, PROMPTS)
     assert torch.equal(concept_tokens(older, PROMPTS).index, expected.index)

@@ -54,8 +54,8 @@ def test_counts_are_those_of_the_last_line():
 class Recorded:
     """An environment that installs nothing. after: what star-kernels brings along."""
 
-    def __init__(self, folder, constraint, printed=PRINTED, code=0, after=()):
-        self.folder, self.constraint, self.variables = folder, constraint, {}
+    def __init__(self, folder, constraint, name, printed=PRINTED, code=0, after=()):
+        self.folder, self.constraint, self.name, self.variables = folder, constraint, name, {}
         folder.mkdir()
         self.printed, self.code, self.after, self.lines = printed, code, dict(after), []
 
@@ -66,9 +66,9 @@ class Recorded:
             installed |= {"star-kernels": "0.2.0", **self.after}
         if line == "python versions.py":
             return f"a warning\n{json.dumps(installed)}\n"
-        if "pytest --tb" in line and self.code:
+        if "pytest -n" in line and self.code:
             raise subprocess.CalledProcessError(self.code, line, self.printed)
-        return self.printed if "pytest --tb" in line else ""
+        return self.printed if "pytest -n" in line else ""
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def test_a_result_says_how_far_it_came(options, expected, tmp_path, monkeypatch)
     assert result["result"] == expected
     first, *_ = environments[0].lines
     assert "'torch==2.13.0'" in first and "'accelerate'" in first  # which UniRL does not pin
+    assert " " not in environments[0].name
     assert environments[0].constraint.splitlines() == list(compat.HOSTS["UniRL"].pins)
     assert (tmp_path / "logs" / "UniRL.log").exists()
 

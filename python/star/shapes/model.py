@@ -124,7 +124,7 @@ def load_pipeline(path: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32
     if not (Path(path) / "model_index.json").is_file():
         raise FileNotFoundError(f"path: {path} holds no pipeline (no model_index.json)")
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        path, text_encoder_3=None, tokenizer_3=None, dtype=dtype, local_files_only=True
+        path, text_encoder_3=None, tokenizer_3=None, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(dtype)  # what loads it in a type is named differently from version to version
