@@ -10,7 +10,7 @@ from star.config import ConfigError
 
 
 def surroundings(document: Path, name: str) -> tuple[str, str]:
-    """What is before and after the place between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a document.
+    """A document up to its mark `<!-- NAME -->` and from its mark `<!-- end of NAME -->` on, both with the mark.
 
     Raises ConfigError if it has no such marks.
     """

@@ -191,7 +191,7 @@ def is_json_of(*keys: str) -> Callable[[bytes], bool]:
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place and rename it into it, so that a crash or a full disk leaves the old one."""
+    """Write a file under another name and then rename it, so that a crash or a full disk leaves the old one."""
     writing = path.with_name(f".{path.name}.writing")
     writing.unlink(missing_ok=True)  # in a folder that somebody sent it may be a link to another file
     try:

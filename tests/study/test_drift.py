@@ -1,4 +1,4 @@
-"""What runs changed that nobody asked for: a model that repaints the background has drifted, one that does not has not;
+"""What runs changed that no prompt names: a model that repaints the background has drifted, one that does not has not;
 and arms are compared at the same score."""
 
 import copy

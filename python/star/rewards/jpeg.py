@@ -1,4 +1,4 @@
-"""How well a image compresses: the rewards of DDPO (Black et al. 2023), with which a pipeline is easily checked."""
+"""How well an image compresses: the rewards of DDPO (Black et al. 2023), with which a pipeline is easily checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a image shows the text that its prompt quotes: Flow-GRPO's reward (flow_grpo/ocr.py), read by RapidOCR.
+"""Whether an image shows the text that its prompt quotes: Flow-GRPO's reward (flow_grpo/ocr.py), read by RapidOCR.
 
 Flow-GRPO reads with PaddleOCR; RapidOCR runs PaddleOCR's networks in onnxruntime, with the weights inside its wheel.
 """
@@ -21,7 +21,7 @@ QUOTED = re.compile(
     r'(?<!\d)"([^"]*)(?:"|$)|“([^“”]*)(?:[“”]|$)|„([^“”]*)(?:[“”]|$)|”([^”]*)”|«([^»]*)(?:»|$)|»([^«]*)«'
     r"|「([^」]*)(?:」|$)|『([^』]*)(?:』|$)|＂([^＂]*)(?:＂|$)"
 )
-MATCH = 0.5  # similarity from which a line of text counts as a part of what was asked for
+MATCH = 0.5  # similarity from which a line counts as a part of the quoted text
 
 
 def target(prompt: str) -> str:
@@ -44,9 +44,9 @@ def normalize(text: str) -> str:
 
 
 def edit_reward(read: str, wanted: str) -> float:
-    """1 - edit distance / length of the text that is wanted, in 0..1; 1 if it is anywhere in what was read.
+    """1 - edit distance / length of the wanted text, in 0..1; 1 if it is anywhere in what was read.
 
-    Both normalized. An image full of other text is worth no less than an empty one.
+    Both texts are normalized. An image full of other text is worth no less than an empty one.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -58,7 +58,8 @@ def edit_reward(read: str, wanted: str) -> float:
 def line_reward(line: str, wanted: str) -> float:
     """1 - edit distance of the shorter one to the best part of the longer one / length of the shorter one, in 0..1.
 
-    So a line that is a part of the text, or has the text in it, earns 1. Both normalized; 0 for an empty line.
+    So a line that is a part of the text, or has the text in it, earns 1, and an empty line 0. Both
+    texts are normalized.
     """
     short, long = sorted((line, wanted), key=len)
     row = [0] * (len(long) + 1)  # of the edit distance of the beginnings of `short` to a part that ends there

@@ -36,7 +36,7 @@ from star.rewards import Metadata, RewardError, Scores, as_scores, concatenate, 
 log = logging.getLogger("star")
 TOKEN = "STAR_REWARD_TOKEN"  # environment variable
 AGAIN = (429, 502, 503, 504)  # statuses after which asking again may help
-TOLD = 5  # errors of an answer that are told one by one
+LOGGED = 5  # errors of an answer that are logged one by one
 VALUES = 1 << 18  # commas and brackets of a message: each may become an object of many bytes
 ARRAYS = ("masks", "reward_map", "credits")  # of Scores, that an answer may have
 T = TypeVar("T")
@@ -171,10 +171,10 @@ class Remote:
                 scores, errors = await self._ask(client, body, len(prompts[rows]), images.shape[-2:])
                 parts.append(scores)
                 lines += errors
-        for line in lines[:TOLD]:
+        for line in lines[:LOGGED]:
             log.warning("%s said: %s", self.shown, line)
-        if len(lines) > TOLD:
-            log.warning("%s said %d more lines", self.shown, len(lines) - TOLD)
+        if len(lines) > LOGGED:
+            log.warning("%s said %d more lines", self.shown, len(lines) - LOGGED)
         joined = concatenate(parts)
         if lines and joined.reward.isnan().all():
             raise self._error(f"failed for every image of a batch ({lines[0]})")

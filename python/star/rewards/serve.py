@@ -1,4 +1,4 @@
-"""Serve a reward over HTTP: `python -m star.rewards.serve geneval --port 18085`. What is said is in remote.py.
+"""Serve a reward over HTTP: `python -m star.rewards.serve geneval --port 18085`. remote.py documents the messages.
 
 For rewards that need a machine or an environment of their own. Without a token it answers anyone who can reach it, so
 by default it listens on this machine only; nothing it is sent is executed.

@@ -10,7 +10,7 @@ GPU the thread has a stream of its own. Scores do not depend on what runs beside
         failures = worker.count_failures()
 
 A reward that raises, returns None or NaN, takes too long or ends its thread does not end the run: it costs those images
-their reward (NaN, and with it their advantage), is told with its prompt, and counted.
+their reward (NaN) and so their advantage. It is logged with its prompt, and counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from star.rewards import TERM, Metadata, Reward, RewardError, Scores, as_scores,
 
 log = logging.getLogger("star")
 HUNG = 3  # batches from which a reward does not return before the run ends
-TOLD = 5  # failures of one batch that are told one by one
+LOGGED = 5  # failures of one batch that are logged one by one
 
 
 Outcome = tuple[Scores, list[str]]
@@ -71,12 +71,12 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
 
 
 def _missing_number(scores: Scores, row: int, prompts: Sequence[str]) -> str:
-    """The line for an image of which a reward said None, NaN or an infinity."""
+    """The line for an image for which a reward returned None, NaN or an infinity."""
     names = [repr(name) for name, value in scores.terms.items() if not value[row].isfinite()]
     source = f" from {', '.join(names)}" if names else ""
-    place = f" (image {row + 1} of {len(prompts)})" if len(prompts) > 1 else ""
+    which = f" (image {row + 1} of {len(prompts)})" if len(prompts) > 1 else ""
     return (
-        f"reward: got {scores.reward[row].item()}{source} for the prompt {_quoted(prompts[row])}{place}; "
+        f"reward: got {scores.reward[row].item()}{source} for the prompt {_quoted(prompts[row])}{which}; "
         "the image does not count, return a number if it should"
     )
 
@@ -155,16 +155,16 @@ class RewardWorker:
         return ticket
 
     def accept(self, scores: Scores, lines: list[str]) -> Scores:
-        """Tell and count what failed, or raise."""
+        """Log and count the failures, or raise."""
         self.scored = self.scored or len(lines) < len(scores.reward)
         if lines and self.strict:
             raise RewardError(lines[0])
         self.failures += len(lines)
-        for line in dict.fromkeys(lines[:TOLD]):
+        for line in dict.fromkeys(lines[:LOGGED]):
             self.first_line = self.first_line or line
             log.warning("%s", line)
-        if len(lines) > TOLD:
-            log.warning("reward: failed for %d more images of this batch", len(lines) - TOLD)
+        if len(lines) > LOGGED:
+            log.warning("reward: failed for %d more images of this batch", len(lines) - LOGGED)
         return scores
 
     def count_failures(self) -> int:

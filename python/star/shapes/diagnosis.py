@@ -126,7 +126,7 @@ def localization(maps: Tensor, verdicts: Sequence[Verdict], grid: tuple[int, int
 
 
 def score_composition(pipeline: StableDiffusion3Pipeline, config: Config) -> dict[str, float]:
-    """What a pipeline's held-out scores are made of: requirements that are met, what unasked objects take off, and the
+    """What a pipeline's held-out scores are made of: the requirements met, what unrequested objects take off, and the
     share of images with more and with fewer objects than requested."""
     held_out = HeldOut.of_run(configured_task(config), config)
     images = torch.cat([batch for _, batch in sample_images(pipeline, held_out.prompts, held_out.options)])

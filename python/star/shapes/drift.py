@@ -1,4 +1,4 @@
-"""What changed in images that nobody asked for: the background, colors, sizes and locations that prompts leave open."""
+"""What changed in images that no prompt names: the background, colors, sizes and locations that prompts leave open."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Seen:
         return ndimage.binary_erosion(ground(self.verdict.detections, self.image.shape[:2]), border_value=1)
 
     def objects(self, index: int) -> list[Detection]:
-        """Those that were found of the scene's things at an index."""
+        """The objects that were found for the scene's things at an index."""
         mask = self.verdict.masks[index]
         return [one for one in self.verdict.detections if (one.mask & mask).any()]
 
 
 def unasked_changes(before: Tensor, after: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """How far images that differ in their model alone are apart where their prompts leave it open.
+    """How far the images of two models are apart in what their prompts leave open.
 
     Args:
         before, after: (B, 3, H, W) in 0..1, image by image of the same prompt and noise.
         prompts: B, of the embedded world.
 
     Returns:
-        Means over the images whose prompt leaves it open and that show it both times, NaN if there is none:
+        Means over the images whose prompt leaves it open, where both images show it; NaN if there is none:
         background: absolute change, in 0..1, of the pixels that no object touches in either image. background_shares:
         distance, in 0..1, of the shares of black, gray and white ones. color: share of the objects whose color is
         another one. color_shares: distance of the colors' shares. size: absolute change, in pixels, of the side of a
@@ -88,7 +88,7 @@ def _side(objects: Sequence[Detection]) -> float:
 
 
 def _distance(pairs: Sequence[tuple[str, str]], names: Iterable[str]) -> list[float]:
-    """The total variation between the shares that names have at first and at second; none without pairs."""
+    """[the total variation between the shares of the first names and those of the second], [] without pairs."""
     if not pairs:
         return []
     first, second = zip(*pairs, strict=True)

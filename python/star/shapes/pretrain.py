@@ -136,7 +136,7 @@ def encode(encoders: list[CLIPTextModelWithProjection], ids: torch.Tensor) -> tu
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Of a step: it rises over `warmup` steps and falls over the last share of all."""
+    """The learning rate of a step: it rises over `warmup` steps and falls over the last share of all."""
     falling = config.decay_share * config.steps
     decay = min(1.0, (config.steps - step) / falling) if falling else 1.0
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0

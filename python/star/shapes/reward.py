@@ -21,7 +21,7 @@ from star.shapes.verifier import Verdict, verify
 class Verified:
     """B images that the verifier has judged.
 
-    images: (B, 3, H, W) in 0..1. scenes, verdicts: one for each image, what was asked for and what is there.
+    images: (B, 3, H, W) in 0..1. scenes, verdicts: one for each image, what its prompt names and what it shows.
     """
 
     images: Tensor
@@ -37,8 +37,8 @@ def verify_images(images: Tensor, prompts: Sequence[str]) -> Verified:
 
 
 class VerifierReward:
-    """A reward that follows from what the verifier says; `score` takes images that are verified already, so that
-    several rewards can share one verification."""
+    """A reward that is made of the verifier's verdicts. `score` takes images that are verified already, so that several
+    rewards can share one verification."""
 
     def __init__(self, score: Callable[[Verified], Scores]) -> None:
         self.score = score
@@ -88,7 +88,7 @@ def reward_map(verdict: Verdict, scene: Scene, size: tuple[int, int]) -> np.ndar
     it: the locations between them then earn what the image earned.
     """
     things = len(scene.things)
-    # A relation whose objects are not both there is missed where they are missed.
+    # If an object of a relation is missing, the one that is there is not charged for the relation.
     both = all(mask.any() for mask in verdict.masks)
     whole = [
         part for part, counts in zip(verdict.parts[things:], [both, True][not scene.relation :], strict=False) if counts

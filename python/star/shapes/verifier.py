@@ -1,4 +1,4 @@
-"""Decides from the pixels alone whether an image shows what its prompt asks for, and where.
+"""Decides from the pixels alone whether an image shows what its prompt names, and where.
 
 Objects are found by color segmentation (the backgrounds are gray, so chroma tells object from ground) and named by
 matching templates of every shape. Strict: everything right and nothing besides, as in GenEval. Soft: partial credit.
@@ -115,7 +115,7 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
 
 
 def _credit(detection: Detection, things: Things) -> float:
-    """What one detection is worth for one required object, 0..1: the color, if asked for, and the shape."""
+    """What one detection is worth for one required object, 0..1: the color, if the prompt names one, and the shape."""
     score = detection.shape_scores[_SHAPE_NAMES.index(things.shape)]
     right = detection.shape == things.shape and score >= MATCH
     shape = 1.0 if right else 0.5 * float(np.clip((score - 0.3) / 0.6, 0, 1))

@@ -1,4 +1,4 @@
-"""The bootstrap: a statistic's interval from samples that are drawn again. Of studies and of benchmarks alike."""
+"""The bootstrap: a statistic's interval from samples that are drawn again. Studies and benchmarks use it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Estimate:
 def percentiles(
     drawn: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The bootstrap's percentile interval of a statistic of samples that are drawn again independently of each other.
+    """The percentile interval of a statistic. The bootstrap draws each of the samples again, independently.
 
-    drawn: 1-D, each of at least two. statistic: of as many (R, N) arrays along `axis`, a keyword."""
+    drawn: the samples, 1-D, each of at least two numbers. statistic: takes as many (R, N) arrays, and `axis`.
+    """
     ends = stats.bootstrap(
         drawn,
         statistic,

@@ -1,8 +1,8 @@
-"""What a run changed that nobody asked for: its model's images against the untrained model's, of the same held-out
-prompts and noise, at every checkpoint that the run keeps; and how arms compare once they have the same score.
+"""What a run changed that no prompt names: the images of its model against those of the untrained model, from the same
+held-out prompts and noise, at every checkpoint that the run keeps; and how arms compare once they have the same score.
 
-A run's drift.jsonl has a line for each checkpoint that was measured, so that a measurement that is stopped goes on, and
-a checkpoint may be deleted afterwards.
+A run's drift.jsonl has a line for each measured checkpoint. A measurement that was stopped goes on after the last line,
+and a measured checkpoint may be deleted.
 
     {"iteration": 24, "checkpoint": its checksum, "images": a checksum of the prompts and how they are sampled,
      "values": {"diversity": -0.02, "background": 0.031, ...}}
@@ -64,9 +64,9 @@ class Comparison:
         return self._sample(pipeline)
 
     def measure(self, config: Config, path: Path) -> dict[str, float]:
-        """Of a checkpoint of a run that begins with this model, means over the images. diversity: mean distance of a
-        prompt's images over the untrained model's, less 1; then what the task's `unasked_changes` says, if it has
-        that."""
+        """Means over the images of a checkpoint whose run began with this model. diversity: the mean distance between
+        a prompt's images divided by the untrained model's, minus 1; then the values of the task's `unasked_changes`, if
+        it has that function."""
         pipeline = self._pipeline()
         load_averaged(pipeline, config, path)
         images = self._sample(pipeline)
@@ -135,7 +135,7 @@ def _read(run: Path) -> dict[int, dict]:
 class Drift:
     """What a study's runs changed, by arm and seed.
 
-    iterations: by arm the C that were measured with every seed; the first is 0, before which nothing has changed.
+    iterations: by arm the C iterations that were measured with every seed; the first is 0, where nothing has changed.
     values: by measure, arm and seed (C,), NaN where it is unknown.
     """
 
@@ -144,7 +144,7 @@ class Drift:
 
 
 def load(study: Study, results: Results, out: Path) -> Drift:
-    """Read what was measured of the runs in `results`. Arms of which a seed was not measured are left out."""
+    """Read what was measured of the runs in `results`. An arm with a seed that was not measured is left out."""
     iterations: dict[str, np.ndarray] = {}
     found: dict[str, dict[int, list[dict[str, float | None]]]] = {}
     for arm, by_seed in results.scores[METRIC].items():
@@ -181,9 +181,9 @@ def _course(rows: Sequence[dict[str, float | None]], name: str) -> np.ndarray:
 
 
 def at_equal_score(results: Results, drift: Drift, name: str, arm: str, baseline: str) -> Difference | None:
-    """How much more of a measure an arm changed than the baseline once both have the same score: the lower one of their
-    final scores, where their mean curves first reach it. Over the seeds that both have, with the interval over seeds.
-    None: they share no seed, one of them was not measured, or not as far as that score."""
+    """How much more an arm changed in a measure than the baseline did at the same score, with the interval over the
+    seeds that both have. The score is the lower of their final scores, and each arm is read where its mean curve first
+    reaches that score. None: the arms share no seed, or one of them was not measured that far."""
     both, by_arm = (arm, baseline), drift.values[name]
     seeds = results.common_seeds(arm, baseline)
     if not seeds or not set(both) <= set(by_arm):

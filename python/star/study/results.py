@@ -31,8 +31,8 @@ class Results:
 
     iterations: (E,). categories, prompts: (P,) of names and of texts, which may repeat. scores: by metric, arm and seed
     (E, P). logged: by arm and name the mean over all iterations and seeds. images: by arm those sampled in an
-    iteration. missing: runs of the study that are not finished. left_out: how many prompts are in none of this, since
-    their reward failed in some scoring of some run.
+    iteration. missing: runs of the study that are not finished. left_out: number of prompts that are left out, because
+    their reward failed in a scoring of some run.
     """
 
     iterations: np.ndarray
@@ -140,7 +140,7 @@ def _scorings(run: Path) -> dict[int, Evaluation]:
 
 
 def images_per_iteration(config: Config) -> int:
-    """How many images a run samples in an iteration, with those that find the masks for sampling.explore."""
+    """How many images a run samples in an iteration, with those that are sampled first for sampling.explore masks."""
     sampling = config.sampling
     found = sampling.explore == "masks"
     first = (1 if sampling.shared_noise else sampling.images_per_prompt) if found else 0

@@ -27,7 +27,7 @@ def is_finished(config: Config) -> bool:
 
 
 def check_unchanged(config: Config) -> None:
-    """Raise ConfigError if the run's folder is of another configuration: what it holds would be taken for this one."""
+    """Raise ConfigError if the run's folder has another configuration: its results would be taken for this one's."""
     path = config.run.out / "config.yaml"
     if not path.exists():
         return
@@ -49,7 +49,7 @@ def check_unchanged(config: Config) -> None:
 
 
 def start(config: Config) -> subprocess.Popen | None:
-    """Start or continue a run, or None if a process of an earlier call is still at it.
+    """Start or continue a run. Returns None if a process of an earlier call still runs it.
 
     Its log is also its lock: the process holds it as its output, even if the one that started it is gone.
     """

@@ -145,7 +145,7 @@ def noise() -> Study:
 
 
 def plain() -> Study:
-    """Plain gradients with momentum instead of AdamW's steps, all of one norm. AdamW takes out what weights gain."""
+    """Plain gradients with momentum instead of AdamW's steps, all of one norm. AdamW removes what weights gain."""
     study = _shapes_with_arms("uniform", "attention", "shuffled", "final_step", "oracle_every_object")
     # Half the norm of AdamW's updates: the one at which the scalar arm does best; see docs/evidence/method.md.
     study.changes["optimization"] |= {"adam_epsilon": 1.0, "weight_decay": 0.0, "update_norm": 0.0093}
@@ -167,8 +167,8 @@ def large_batch() -> Study:
 
 
 def credit() -> Study:
-    """DiffusionNFT, in which knowing the locations helps or does not: what each location or concept earned, where the
-    reward's masks are, where the maps look; and Flow-GRPO beside it. Learning rates are those at which the scalar arm
+    """Whether knowing the locations helps in DiffusionNFT: what each location or concept earned, where the reward's
+    masks are, where the maps look. Flow-GRPO runs beside it. Learning rates are those at which the scalar arm
     of each objective does best; see docs/evidence/credit.md."""
     location, concept = {"advantage": "location"}, {"advantage": "concept"}
     both, half_rate = location | {"location_share": 0.5}, {"optimization": {"learning_rate": 1e-4}}

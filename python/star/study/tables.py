@@ -158,8 +158,8 @@ def category_differences(results: Results, arms: Sequence[str], baseline: str) -
 
 
 def drift_differences(results: Results, drift: Drift, arms: Sequence[str], baseline: str) -> Table:
-    """What arms changed that nobody asked for, more than a baseline at the same score. No rows if nothing was measured
-    or there is no other arm."""
+    """What arms changed that no prompt names, against a baseline at the same score. No rows if nothing was measured or
+    there is no other arm."""
     rows = [
         [
             arm,
@@ -175,7 +175,7 @@ def drift_differences(results: Results, drift: Drift, arms: Sequence[str], basel
 
 
 def drift_table(results: Results, drift: Drift, arms: Sequence[str]) -> Table:
-    """What arms changed in the end that nobody asked for. No rows if nothing was measured."""
+    """What arms changed in the end that no prompt names. No rows if nothing was measured."""
     rows = [
         [
             arm,

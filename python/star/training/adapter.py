@@ -18,7 +18,7 @@ REFERENCE = "reference"  # the name of the copy that stays what it is
 
 
 def load_adapter(pipeline: Any, path: str, name: str = TRAINED) -> None:
-    """Add an adapter to a pipeline under a name, and see to it that every weight of the file is in use.
+    """Add an adapter to a pipeline under a name, and check that every weight of the file is used.
 
     path: a folder or hub id in diffusers' format (pytorch_lora_weights.safetensors) or in PEFT's (adapter_config.json,
     adapter_model.safetensors).
@@ -90,7 +90,7 @@ def start_from(pipeline: Any, model: Model) -> None:
 
 
 def has_reference(transformer: torch.nn.Module) -> bool:
-    """Whether the run began with an adapter, which the KL term is then against."""
+    """Whether the run began with an adapter, with which the KL term then compares."""
     return REFERENCE in adapter_names(transformer)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or absent, and the adapter in diffusers' format.
 
 A checkpoint is a folder `checkpoints/iteration-000050` with `state.pt` (everything the run needs to go on with the same
-bits) and `meta.json` (what it is, and a checksum). It is written beside its place and then renamed into it; older ones
-go only after that.
+bits) and `meta.json` (what it is, and a checksum). It is written under another name and then renamed; only then are
+older ones deleted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def save(run: Path, iteration: int, state: dict[str, Any], keep: int, seconds: f
     Raises CheckpointError if it cannot be written, on a full disk for one; what was there before is then untouched.
     """
     folder = run / "checkpoints"
-    writing, place = folder / f".writing-{iteration:06d}", folder / f"iteration-{iteration:06d}"
+    writing, written = folder / f".writing-{iteration:06d}", folder / f"iteration-{iteration:06d}"
     replaced = folder / f".writing-{iteration:06d}-replaced"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,21 +61,21 @@ def save(run: Path, iteration: int, state: dict[str, Any], keep: int, seconds: f
         for file in writing.iterdir():
             sync(file)
         sync(writing)
-        # Deleting takes a moment, in which a crash would leave half a checkpoint in this place.
-        if place.exists():
-            place.rename(replaced)
-        writing.rename(place)
+        # Deleting takes a moment, in which a crash would leave half a checkpoint under this name.
+        if written.exists():
+            written.rename(replaced)
+        writing.rename(written)
         sync(folder)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError without its cause. The space is needed back.
         shutil.rmtree(writing, ignore_errors=True)
         kept = checkpoints(run)
         last = f"the last one is {kept[-1]}" if kept else "there is none before it"
-        raise CheckpointError(f"checkpoint: {place} cannot be written ({one_line(error)}); {last}") from error
+        raise CheckpointError(f"checkpoint: {written} cannot be written ({one_line(error)}); {last}") from error
     shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
-    return place
+    return written
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -18,8 +18,9 @@ def matched_credits(
 ) -> Scores:
     """The same scores with credits in the order of the concepts that a run finds in its prompts.
 
-    A phrase, the longest first, belongs to the first concept not yet taken that has it, or is in it, as whole words and
-    whatever their case. Credits that are NaN belong to none. Credits without phrases are in that order already.
+    A phrase belongs to the concept that it overlaps where it stands in the prompt as whole words, in any case. Longer
+    phrases choose first, and a concept has one phrase at most. Credits that are NaN are left out. Credits without
+    phrases are in the order of the concepts already.
 
     Args:
         scores: of B images, with credits.
@@ -30,8 +31,7 @@ def matched_credits(
         Scores with credits (B, columns), NaN for a concept without one, and no phrases.
 
     Raises:
-        ConfigError: a phrase that is in no concept, in several at once or in one that another phrase has, or credits of
-            more concepts than the prompt has.
+        ConfigError: a phrase without a concept of its own, or more credits than the prompt has concepts.
     """
     assert scores.credits is not None
     credits = torch.full((len(prompts), columns), torch.nan)

@@ -26,10 +26,10 @@ from star.training.rollout import Rollout
 
 @dataclass(frozen=True)
 class Credit:
-    """Of a rollout of B samples and S passes of the update. advantages: (B,) or (B, H, W). weights: (S, B, H, W) of
-    mean 1 over each sample. step_weights: (S, B) of mean 1 over the passes. None stands for 1 everywhere. concepts:
-    (B, G) advantages of the prompts' concepts, which `located` adds where their maps look, or None. swapped: where
-    another concept's map looks, the control."""
+    """What the S passes of an update reinforce in a rollout of B samples. advantages: (B,) or (B, H, W). weights:
+    (S, B, H, W) of mean 1 over each sample, step_weights: (S, B) of mean 1 over the passes; None stands for 1
+    everywhere. concepts: (B, G) advantages of the prompts' concepts, or None; `located` adds each one where its map
+    looks. swapped: where another concept's map looks, a control."""
 
     advantages: Tensor
     weights: Tensor | None
@@ -38,14 +38,14 @@ class Credit:
     swapped: bool = False
 
     def at(self, k: int, rows: Tensor) -> Credit:
-        """The same of some samples in the k-th pass: without the axis of the passes."""
+        """The credit of some samples in the k-th pass, without the axis of the passes."""
         weights, step_weights = (None if x is None else x[k, rows] for x in (self.weights, self.step_weights))
         concepts = None if self.concepts is None else self.concepts[rows]
         return Credit(self.advantages[rows], weights, step_weights, concepts, self.swapped)
 
     def located(self, maps: Tensor | None, grid: tuple[int, int], patch: int, strength: Tensor) -> Tensor:
-        """Of a pass: the advantages, (B,) or (B, H, W), with those of the concepts where its maps (B, G, N) look.
-        strength: () or (B,), how much maps count in it."""
+        """The advantages of a pass, (B,) or (B, H, W), with those of the concepts where its maps (B, G, N) look.
+        strength: () or (B,), how much maps count in the pass."""
         if self.concepts is None:
             return self.advantages
         assert maps is not None  # a run with advantages of concepts reads the maps of every pass
@@ -55,7 +55,7 @@ class Credit:
 
 
 def concept_metrics(credit: Credit, located: Tensor) -> dict[str, Tensor]:
-    """What a pass says of the concepts' advantages, where there are any. located: as `Credit.located` returns it."""
+    """Metrics of the concepts' advantages in a pass, {} where there are none. located: from `Credit.located`."""
     if credit.concepts is None:
         return {}
     return {"concept_shift": (located - credit.advantages.view(-1, 1, 1)).abs().mean()}
@@ -79,8 +79,7 @@ class Pass(NamedTuple):
 
 
 def masks_or_nothing(scores: Scores, grid: tuple[int, int]) -> Tensor | None:
-    """The reward's masks (B, height, width), or None of a reward that has none. Where it failed for every image it says
-    nothing of them: they are empty."""
+    """The reward's masks (B, height, width), or None if it has none. They are empty if it failed for every image."""
     if scores.masks is None and not scores.reward.isfinite().any():
         return torch.zeros(len(scores.reward), *grid)
     return scores.masks

@@ -88,8 +88,8 @@ class Share:
         return torch.empty_like(gathered).index_copy_(0, self.order.to(x.device), gathered)
 
     def gather_scores(self, scores: Scores) -> Scores:
-        """The same of what a reward said, its credits in the columns of the prompts' concepts (`matched_credits`).
-        Masks stay with the process whose images they are of."""
+        """`gather` of what a reward said, with credits in the columns of the prompts' concepts (`matched_credits`).
+        Masks stay with the process that made their images."""
         if self.accelerator.num_processes == 1:
             return scores
         # Where the reward failed for every image of a process, it said less than elsewhere.
@@ -131,7 +131,7 @@ class Share:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], object]) -> None:
-    """Run something on the first process only. If it fails there, the others end too, without a word of their own."""
+    """Run something on the first process only. If it fails there, the others end too, without a message."""
     error = None
     if accelerator.is_main_process:
         try:

@@ -1,7 +1,7 @@
 """Noise where it matters: which image tokens a stochastic step noises, and the loss of these alone.
 
-Everywhere else the step is the deterministic one, which has no density. What the images of a group then differ in is
-what the prompt asked for.
+Everywhere else the step is the deterministic one, which has no density. The images of a group then differ in what their
+prompt names.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def step_loss(config: Loss, step: StepTensors) -> PolicyLoss:
 def explored_loss(config: Loss, step: StepTensors, explored: Tensor | None) -> PolicyLoss:
     """The loss of a step whose noise reached some of the image tokens only.
 
-    Each sample's density is that of its noised locations, and so is its loss. Its weights are brought to mean 1 over
+    Each sample's density is that of its noised locations, and so is its loss. Its weights are scaled to mean 1 over
     them.
 
     Args:

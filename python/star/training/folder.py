@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, nothing overwritten unasked, and what a resumed run may change."""
+"""A run's folder: one process at a time, nothing overwritten by accident, and what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from star.messages import one_line
 
 log = logging.getLogger("star")
 
-# The checkpoint's tensors are of these, or scores of the run would no longer compare.
+# The checkpoint's tensors depend on these, or scores of the run would no longer compare.
 FIXED = (
     "task",
     "model.path",

@@ -1,8 +1,8 @@
-"""What the objectives of the forward process share: each image is noised again, to levels of its own, and the policies
-are compared there.
+"""What the objectives of the forward process share: each finished image gets noise again, at levels of its own, and the
+policies are compared there.
 
-Any deterministic sampler makes the images. The maps are those of the old policy's pass, or of the policy's own where
-the run keeps no old one, and they are read before the noise can tell what the reward liked.
+Any deterministic sampler makes the images. The maps are read in the old policy's pass, or in the policy's own where the
+run keeps no old one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from star.training.rollout import Batch, MapOptions, Rollout
 
 
 class Compared(NamedTuple):
-    """The policies at b noised images.
+    """The policies at b images with noise.
 
     velocity: (b, C, H, W) of the policy, with a gradient. old_velocity, reference_velocity: of the old policy and of
-    the model before the run, constants; None where the run has none. latents: (b, C, H, W), from image to noise as far
-    as sigma (b,) says. advantages: (b,) or (b, H, W). weights: (b, H, W) of mean 1 over each sample, or None.
+    the model before the run, constants; None where the run has none. latents: (b, C, H, W), (1 - sigma) image + sigma
+    noise; sigma: (b,). advantages: (b,) or (b, H, W). weights: (b, H, W) of mean 1 over each sample, or None.
     """
 
     velocity: Tensor
@@ -42,9 +42,9 @@ class Compared(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What one objective has of its own. terms: its loss (), with a gradient, and its statistics, () each, by the name
-    of their metric. levels: an image's random numbers, the trained steps and how many of them it is trained at -> the
-    steps, in the order of its passes; there may be more."""
+    """The parts of one objective. terms: returns its loss (), with a gradient, and its statistics, () each, by the name
+    of their metric. levels: takes an image's random numbers, the trained steps and the number of passes; returns the
+    step of each pass, and maybe more."""
 
     terms: Callable[[Loss, Compared], tuple[Tensor, dict[str, Tensor]]]
     levels: Callable[[random.Random, Sequence[int], int], list[int]]
@@ -70,7 +70,7 @@ class ForwardProcess:
         return ()
 
     def passes(self, rollout: Rollout) -> int:
-        """Of each image in an iteration: the noise levels that it is trained at."""
+        """Number of noise levels that an iteration trains each image at."""
         return self.level_count()
 
     def level_count(self) -> int:
@@ -92,7 +92,7 @@ class ForwardProcess:
         return Credit(advantages, None, None, concepts, self.config.loss.concept_maps == "other")
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
-        """Of some samples at the k-th of their noise levels."""
+        """The pass of some samples at the k-th of their noise levels."""
         config, image = self.config.loss, rollout.latents[rows]
         steps, noise = self.draw(k, rows, image)
         sigma = rollout.steps.sigmas[steps].to(image)
@@ -154,7 +154,7 @@ class ForwardProcess:
         return torch.tensor([own[k] for own in levels]), torch.stack(noise).to(image)
 
     def numbers(self, *of: object) -> random.Random:
-        """The random numbers of something in this iteration, whatever was drawn before."""
+        """The random numbers of one thing in this iteration, whatever was drawn before."""
         return random.Random("/".join(str(number) for number in (self.config.run.seed, self.iteration, *of)))
 
     def generator(self, *of: object) -> torch.Generator:

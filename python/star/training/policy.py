@@ -87,7 +87,7 @@ class Policy:
 
     @torch.no_grad()
     def rescale(self, before: list[Tensor], norm: float) -> float:
-        """Give the way from `before` to the weights this norm (0: leave it) in place. Returns what it was."""
+        """Rescale the update since `before` to this norm; 0 leaves it. Returns its norm before."""
         way = [p - old for p, old in zip(self.parameters.values(), before, strict=True)]
         length = float(full_tensor(torch.nn.utils.get_total_norm(way)))
         if norm and length:
@@ -270,12 +270,12 @@ def load_averaged(pipeline: Any, config: Config, path: Path) -> None:
 
 
 def old_decay(loss: Loss, updates: int) -> float:
-    """How much of itself the old policy keeps after so many updates. Source: `return_decay` of DiffusionNFT."""
+    """The share of itself that the old policy keeps after so many updates. Source: `return_decay` of DiffusionNFT."""
     return min(max(0, updates - loss.old_decay_start) * loss.old_decay_rate, loss.old_decay)
 
 
 def learning_rate(config: Optimization, updates: int) -> float:
-    """Of the update after so many. The first one of a warm-up is not 0, and neither is the last one of a run."""
+    """The learning rate after so many updates. The first one of a warm-up is not 0, nor is the last one of a run."""
     rise = min(1.0, (updates + 1) / (config.warmup + 1))
     left = max(0.0, 1 - updates / (config.iterations * config.updates_per_iteration))
     falls = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}

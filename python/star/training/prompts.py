@@ -23,7 +23,7 @@ from star.rewards import without_nulls
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its metadata, which go to the reward. concepts: those that it marks itself; None: to be found."""
+    """A prompt and its metadata, which go to the reward. concepts: those that it marks; None: a run finds them."""
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -68,7 +68,7 @@ def without_brackets(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def concepts_of(prompts: Sequence[Prompt], source: str) -> list[Sequence[Concept]]:
-    """Those that each prompt marks, or that are found in it by a source of `star.concepts.parse`."""
+    """The concepts that each prompt marks, or that a source of `star.concepts.parse` finds in it."""
     found = iter(parse_all([prompt.text for prompt in prompts if prompt.concepts is None], source))
     return [next(found) if prompt.concepts is None else prompt.concepts for prompt in prompts]
 
@@ -129,8 +129,8 @@ def _prompt(place: str, entry: Any) -> Prompt:
 
 
 def _stripped(text: str) -> str:
-    """Without the spaces around it, and what is invisible among them: files that were joined have byte order marks
-    within, and copied text has zero-width spaces."""
+    """A line without spaces and invisible characters at its ends: files that were joined have byte order marks inside,
+    and copied text has zero-width spaces."""
     first = next((i for i, character in enumerate(text) if not _is_blank(character)), len(text))
     last = next((i for i in range(len(text), first, -1) if not _is_blank(text[i - 1])), first)
     return text[first:last]

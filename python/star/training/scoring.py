@@ -165,8 +165,8 @@ def _rows(jobs: Sequence[tuple[int, int]], scores: Scores) -> list[Row]:
 
 
 def summarize(prompts: Sequence[Prompt], rows: Sequence[Row], iteration: int | None = None) -> Evaluation:
-    """The means over each prompt's images. Columns that speak of one category alone, and counts of retries, are left to
-    results.jsonl."""
+    """The means over each prompt's images. Columns of one category alone and counts of retries stand in results.jsonl
+    only."""
     categories = _categories(prompts)
     special = (*(f"correct_{name}" for name in dict.fromkeys(categories) if name), "retries")
     names = [name for name in dict.fromkeys(n for row in rows for n in row.scores) if not name.endswith(special)]
@@ -219,7 +219,7 @@ class HeldOut:
 
     @classmethod
     def of_run(cls, task: Task, config: Config) -> HeldOut:
-        """What a run's configuration asks for; no prompts if `scoring.count` is 0."""
+        """What a run's configuration sets; no prompts if `scoring.count` is 0."""
         scoring, sampling, model = config.scoring, config.sampling, config.model
         prompts = task.prompts("held_out", scoring.count, str(scoring.seed)) if scoring.count else []
         options = ImageOptions(

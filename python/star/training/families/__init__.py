@@ -17,12 +17,12 @@ FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3(), Flu
 
 
 def family_of(pipeline: Any) -> Family:
-    """Of a pipeline. Raises ConfigError for a kind that cannot be trained."""
+    """The family of a pipeline. Raises ConfigError for a kind that cannot be trained."""
     return named_family([kind.__name__ for kind in type(pipeline).__mro__], "pipeline")
 
 
 def named_family(kinds: list[str], what: str) -> Family:
-    """Of the first of a pipeline's classes that has a row. what: of the error, where the pipeline comes from."""
+    """The family of the first of a pipeline's classes that has a row. what: the pipeline's source, for the error."""
     for kind in kinds:
         if kind in FAMILIES:
             return FAMILIES[kind]

@@ -23,7 +23,7 @@ from star_kernels import Transition, gaussian_step
 
 
 class ModelShape(NamedTuple):
-    """Of the latents outside of the transformer: their channels, and how many of them an image token has on a side."""
+    """Of the latents outside of the transformer: their channels, and the locations of an image token on a side."""
 
     in_channels: int
     patch_size: int
@@ -41,7 +41,7 @@ class Text(NamedTuple):
     mask: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Text:
-        """With every tensor changed."""
+        """The same text with every tensor changed."""
         pooled, mask = (None if x is None else change(x) for x in (self.pooled, self.mask))
         return Text(change(self.embeds), pooled, mask)
 
@@ -50,7 +50,7 @@ class Text(NamedTuple):
         return torch.ones_like(self.embeds[..., 0], dtype=torch.bool) if self.mask is None else self.mask
 
     def padded(self, length: int) -> Text:
-        """With `length` text tokens, those beyond its own masked."""
+        """The same text with `length` tokens; those beyond its own are masked."""
         more = length - self.embeds.shape[1]
         if not more:
             return self
@@ -58,7 +58,7 @@ class Text(NamedTuple):
 
     @classmethod
     def joined(cls, texts: Sequence[Text]) -> Text:
-        """The prompts of all, with as many tokens as the longest has."""
+        """The prompts of several texts, with as many tokens as the longest one has."""
         length = max(text.embeds.shape[1] for text in texts)
         padded = [text.padded(length) for text in texts]
         pooled = [text.pooled for text in padded if text.pooled is not None]
@@ -144,7 +144,7 @@ class Family(ABC):
         return Velocity(conditional, unconditional, guidance_scale)
 
     def set_timesteps(self, scheduler: Any, count: int, tokens: int) -> None:
-        """As the pipeline's call does for images of so many image tokens."""
+        """Set a scheduler's timesteps as the pipeline's call does for images of so many image tokens."""
         scheduler.set_timesteps(count, **({"mu": shift(scheduler, tokens)} if is_dynamic(scheduler) else {}))
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Family(ABC):
         return vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
 
     def scale_factor(self, vae: Any) -> int:
-        """Pixels of a latent on a side."""
+        """Pixels of a latent location on a side."""
         return 2 ** (len(vae.config.block_out_channels) - 1)
 
     def largest(self, transformer: torch.nn.Module) -> int | None:
