@@ -422,8 +422,9 @@ def maps(arguments: list[str]) -> None:
     from star.options import Maps
     from star.reports import figures
     from star.training import preview
+    from star.training.conditions import encode
     from star.training.pipeline import check_size, latent_size
-    from star.training.rollout import SamplerOptions, check_steps, decode, encode, trace
+    from star.training.rollout import SamplerOptions, check_steps, decode, trace
 
     options = read_options(Maps, arguments, "star maps")
     (prompt,), (marked,) = unbracket([options.prompt]) if options.brackets else ([options.prompt], [None])

@@ -28,6 +28,7 @@ from star.rewards.worker import RewardWorker, Ticket
 from star.training import checkpoint, preview
 from star.training.advantage import compute_advantages, compute_concept_advantages
 from star.training.concept_credit import matched_credits
+from star.training.conditions import Conditions, PromptEncoder
 from star.training.credit import Credit, masks_or_nothing
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.exploration import explore_maps, explore_masks
@@ -38,9 +39,7 @@ from star.training.pipeline import check_model, check_size, latent_size, model_s
 from star.training.policy import Policy
 from star.training.prompts import concepts_of
 from star.training.rollout import (
-    Conditions,
     Explore,
-    PromptEncoder,
     Rollout,
     SamplerOptions,
     check_steps,

@@ -32,8 +32,9 @@ from star.reports.metrics import meaning
 from star.reports.shown import Field, Maps
 from star.shapes.task import TASK
 from star.training import scoring
+from star.training.conditions import encode
 from star.training.pipeline import latent_size
-from star.training.rollout import SamplerOptions, decode, encode, trace
+from star.training.rollout import SamplerOptions, decode, trace
 from star.training.task import ImageOptions
 
 VOID = {"meta", "input", "img", "br"}

@@ -14,8 +14,9 @@ from star.shapes.reward import shapes_reward
 from star.shapes.scenes import Scene, Things, parse_scene, render
 from star.train import Trainer
 from star.training.advantage import group_advantages, location_advantages
+from star.training.conditions import encode
 from star.training.pipeline import make_trainable
-from star.training.rollout import encode, make_steps, predict_velocity
+from star.training.rollout import make_steps, predict_velocity
 from star_kernels import gaussian_step, policy_loss
 
 PROMPT = "a red circle left of a blue square"

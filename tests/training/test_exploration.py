@@ -10,8 +10,9 @@ from star.objective.allocation import repeat_tokens
 from star.rewards import Scores
 from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
 from star.train import Trainer
+from star.training.conditions import encode
 from star.training.exploration import StepTensors, explore_maps, explore_masks, explored_loss, step_loss
-from star.training.rollout import SamplerOptions, encode, make_steps, sample
+from star.training.rollout import SamplerOptions, make_steps, sample
 from star_kernels import Transition
 
 PROMPTS = ["a red circle left of a blue square", "three green rings"]

@@ -17,11 +17,12 @@ from star.reports.evaluations import read_evaluations
 from star.rewards import Scores
 from star.train import Trainer, train
 from star.training import plan as planning
+from star.training.conditions import PromptEncoder, encode
 from star.training.credit import Credit
 from star.training.families import FAMILIES, family_of
 from star.training.families.known import KNOWN
 from star.training.pipeline import latent_size, load_pipeline, model_shape
-from star.training.rollout import PromptEncoder, SamplerOptions, decode, encode, predict_velocity, trace
+from star.training.rollout import SamplerOptions, decode, predict_velocity, trace
 from trained import BUILD, small_flux_pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

@@ -19,9 +19,10 @@ from star.presets import PRESETS, preset
 from star.rewards import Scores
 from star.train import Trainer
 from star.training import plan as planning
+from star.training.conditions import PromptEncoder
 from star.training.credit import Credit
 from star.training.pipeline import load_pipeline
-from star.training.rollout import PromptEncoder, draw_window
+from star.training.rollout import draw_window
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -9,7 +9,8 @@ import torch
 from builders import plain_images
 from star.shapes.measure import STEPS
 from star.shapes.model import GRID, LATENT_SIZE, load_pipeline
-from star.training.rollout import SamplerOptions, decode, encode, make_steps, predict_velocity, sample
+from star.training.conditions import encode
+from star.training.rollout import SamplerOptions, decode, make_steps, predict_velocity, sample
 from star_kernels import gaussian_step
 
 PROMPTS = ["a red circle left of a blue square", "three green rings", "of and"]

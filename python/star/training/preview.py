@@ -19,9 +19,10 @@ from star.messages import one_line
 from star.objective import Allocation, allocation_weights
 from star.reports import shown, tracking
 from star.reports.evaluations import read_evaluations
+from star.training.conditions import encode
 from star.training.pipeline import latent_size, model_shape
 from star.training.prompts import Prompt, concepts_of
-from star.training.rollout import Rollout, SamplerOptions, decode, encode, trace
+from star.training.rollout import Rollout, SamplerOptions, decode, trace
 from star.training.scoring import SHOWN, HeldOut, first_noise
 
 log = logging.getLogger("star")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from star.capture import capture
-from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.config import ConfigError
 from star.objective.allocation import repeat_tokens
+from star.training.conditions import Conditions
 from star.training.families import family_of
-from star.training.families.family import Family, Text, Velocity
-from star.training.pipeline import model_shape, text_encoders
+from star.training.families.family import Text, Velocity
+from star.training.pipeline import model_shape
 from star.transition import schedule
 from star_kernels import Transition, gaussian_step
 
@@ -29,126 +28,6 @@ Normalization = Literal["raw", "content", "concepts"]
 Explore = Callable[[int, Tensor, Tensor | None], Tensor | None]
 """step of the schedule, rows (b,) of the rollout and their maps (b, G, N) at that step, or None if they were not read
 -> (b, rows, columns) bool, the image tokens that the step noises; None: all of them."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What the model is conditioned on: P distinct prompts.
-
-    family: of the pipeline that encoded them, which knows how its transformer takes them. text: P rows. negative: one
-    row, or None without classifier-free guidance. tokens: the concepts' text tokens, P rows.
-    """
-
-    family: Family
-    prompts: tuple[str, ...]
-    text: Text
-    negative: Text | None
-    tokens: ConceptTokens
-
-    def rows(self, index: Tensor) -> Conditions:
-        """The conditions of some samples; index: (B,) int64 into the prompts."""
-        return replace(
-            self,
-            prompts=tuple(self.prompts[i] for i in index.tolist()),
-            text=self.text.each(lambda x: x[index]),
-            tokens=self.tokens.rows(index.to(self.tokens.index.device)),
-        )
-
-
-@torch.no_grad()
-def encode(
-    pipeline: Any,
-    prompts: Sequence[str],
-    max_sequence_length: int,
-    guidance_scale: float,
-    source: str = "rules",
-    concepts: Sequence[Marks | None] | None = None,
-) -> Conditions:
-    """Encode distinct prompts once. max_sequence_length: of the T5 part, 0 for an SD3 without T5, or of the whole text.
-    source: of the concepts, see star.concepts.parse. concepts: of each prompt, or None for one whose concepts are to be
-    found."""
-    family, negative = family_of(pipeline), None
-    text = family.encode(pipeline, prompts, max_sequence_length)
-    if family.is_guided(guidance_scale):
-        # As many as prompts, as the pipeline encodes them: another batch could differ in the last bit.
-        repeated = [str(family.negative_prompt)] * len(prompts)
-        negative = family.encode(pipeline, repeated, max_sequence_length).each(lambda x: x[:1])
-    tokens = read_tokens(pipeline, prompts, max_sequence_length, source, concepts)
-    return Conditions(family, tuple(prompts), text, negative, tokens)
-
-
-def read_tokens(
-    pipeline: Any,
-    prompts: Sequence[str],
-    max_sequence_length: int,
-    source: str,
-    concepts: Sequence[Marks | None] | None,
-) -> ConceptTokens:
-    """The concepts' text tokens; arguments as for `encode`."""
-    call = family_of(pipeline).settings(pipeline, 1.0, max_sequence_length, len(prompts))
-    return concept_tokens(pipeline, prompts, concepts=concepts, source=source, call=call)
-
-
-class PromptEncoder:
-    """Text embeddings of prompts. They repeat from iteration to iteration: the last `cached` are kept on the CPU.
-
-    With a cache every prompt is encoded alone, because its embeddings must not depend on what happened to be cached.
-    offload: the text encoders are on the device only while they encode. source: of the concepts, see
-    star.concepts.parse.
-    """
-
-    def __init__(
-        self,
-        pipeline: Any,
-        max_sequence_length: int,
-        cached: int,
-        offload: bool,
-        source: str = "rules",
-    ):
-        self.pipeline, self.length, self.cached, self.offload = pipeline, max_sequence_length, cached, offload
-        self.source, self.family = source, family_of(pipeline)
-        self.cache: OrderedDict[str, Text] = OrderedDict()
-        self.encoders = text_encoders(pipeline)
-        self.device = pipeline.transformer.device
-
-    def __call__(
-        self, prompts: Sequence[str], guidance_scale: float, concepts: Sequence[Marks | None] | None = None
-    ) -> Conditions:
-        if not self.cached:
-            with self.on_device():
-                return encode(self.pipeline, prompts, self.length, guidance_scale, self.source, concepts)
-        unwanted = [str(self.family.negative_prompt)] if self.family.is_guided(guidance_scale) else []
-        wanted = [*prompts, *unwanted]
-        missing = [prompt for prompt in wanted if prompt not in self.cache]
-        found = {prompt: self.cache[prompt] for prompt in wanted if prompt in self.cache}
-        if missing:
-            with self.on_device(), torch.no_grad():
-                found |= {prompt: self.encode_one(prompt) for prompt in missing}
-        self.cache |= found
-        for prompt in wanted:
-            self.cache.move_to_end(prompt)
-        while len(self.cache) > self.cached:
-            self.cache.popitem(last=False)
-        text = Text.joined([found[prompt] for prompt in prompts]).each(lambda x: x.to(self.device))
-        negative = found[unwanted[0]].each(lambda x: x.to(self.device)) if unwanted else None
-        tokens = read_tokens(self.pipeline, prompts, self.length, self.source, concepts)
-        return Conditions(self.family, tuple(prompts), text, negative, tokens)
-
-    def encode_one(self, prompt: str) -> Text:
-        return self.family.encode(self.pipeline, [prompt], self.length).each(lambda x: x.cpu())
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        if not self.offload:
-            yield
-            return
-        for encoder in self.encoders:
-            encoder.to(self.device)
-        try:
-            yield
-        finally:
-            for encoder in self.encoders:
-                encoder.to("cpu")
 
 
 @dataclass(frozen=True)
@@ -174,8 +53,8 @@ def make_steps(
 
 
 def check_steps(pipeline: Any, size: tuple[int, int], count: int, name: str = "steps") -> None:
-    """Raise ConfigError for a number of steps that a pipeline's scheduler cannot make; of some, 1. size: of the
-    latents. name: of the setting."""
+    """Raise ConfigError for a number of steps that a pipeline's scheduler cannot make, as some cannot make 1. size: of
+    the latents. name: of the setting."""
     try:
         make_steps(pipeline, size, count, (), "ode", 0.0)
     except ValueError as error:
@@ -199,7 +78,7 @@ def predict_velocity(
 def predict(
     transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float
 ) -> Velocity:
-    """One pass, of a guided one with the unconditional rows first, as diffusers has them.
+    """One pass; with guidance the unconditional rows come first, as in diffusers.
 
     latents: (B, C, H, W). timestep: () or, without guidance, (B,).
     """
@@ -216,21 +95,21 @@ def predict(
 
 
 def drawn(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(b, *shape) float32 standard normals on the device of seeds (b,): what a step from nothing adds."""
+    """(b, *shape) float32 standard normals on the device of seeds (b,): the noise of a step from zeros."""
     nothing, zero = torch.zeros(len(seeds), *shape, device=seeds.device), torch.zeros(len(seeds), device=seeds.device)
     return gaussian_step(nothing, nothing, None, Transition.gaussian(zero, zero, zero + 1), seeds=seeds)[0]
 
 
 def group_members(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (B,) int64: the P distinct groups, the first sample of each, and (B,) the index of each sample's group among
-    the P."""
+    """The P distinct ones of (B,) int64 groups, the first sample of each, and (B,) the index of each sample's group
+    among the P."""
     ids, member = groups.unique(return_inverse=True)
     first = torch.full_like(ids, len(groups)).scatter_reduce_(0, member, torch.arange(len(groups)), "amin")
     return ids, first, member
 
 
 def _maps_at(maps: Tensor | None, captured: tuple[int, ...], step: int, rows: Tensor | slice) -> Tensor | None:
-    """Of maps (M, B, G, N) at the M captured steps those of some samples at a step; None if it was not captured."""
+    """Maps of some samples at a step, from (M, B, G, N) at the M captured steps; None if it was not captured."""
     return None if maps is None or step not in captured else maps[captured.index(step), rows]
 
 
@@ -328,7 +207,7 @@ class Batch:
     def predict(
         self, transformer: torch.nn.Module, latents: Tensor, timestep: Tensor, guidance_scale: float
     ) -> Velocity:
-        """Of the samples. Guided, it has the bits of `velocity`."""
+        """The samples' velocities; `guided` gives the bits of `velocity`."""
         if self.first is not None:
             latents = latents[self.first]
         velocity = predict(transformer, latents, timestep, self.conditions, guidance_scale)
@@ -343,7 +222,7 @@ class Batch:
         guidance_scale: float,
         reading: MapOptions,
     ) -> tuple[Velocity, Tensor]:
-        """`predict`, and the maps (B, G, N) of the pass; of a guided one those of the rows with the prompts."""
+        """`predict`, and the maps (B, G, N) of the pass; with guidance those of the rows with the prompts."""
         length = len(self.conditions.prompts)
         with capture(
             transformer,
@@ -391,8 +270,7 @@ class Buffers:
 
     samples, prev_samples, old_means: (S, b, C, H, W) at the trained steps. maps: (M, b, G, N) at the captured steps, or
     None before the first. explored: (S, b, rows, columns) bool, the tokens that were noised, or None while that is all
-    of them. Noise: the one of a trained step waits where the step's result will be, so that it costs no
-    memory of its own.
+    of them. The noise of a trained step waits in the buffer of the step's result, so that it costs no memory.
     """
 
     def __init__(
@@ -550,7 +428,7 @@ def sample(
     buffers = Buffers((batch, channels, *size), steps, captured, options, device)
 
     def draw(count: int, chosen: Tensor) -> Tensor:
-        """Of some of `count` samples: noise, or seeds where the device draws it."""
+        """Noise of some of `count` samples, or seeds where the device draws it."""
         if options.noise_on_cpu:
             return torch.randn(count, channels, *size, generator=generator)[chosen]
         return torch.randint(2**62, (count,), generator=generator)[chosen]
