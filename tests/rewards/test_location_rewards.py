@@ -1,5 +1,6 @@
 """A reward that says where: the left half is wrong, the right half is fine, and only the left half is held against."""
 
+import math
 import random
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from builders import small_run
-from star.config import ConfigError
+from star.config import ConfigError, Loss
+from star.rewards import Scores, Weighted
 from star.shapes.model import LATENT_SIZE, load_pipeline
 from star.shapes.reward import shapes_reward
 from star.shapes.scenes import Scene, Things, parse_scene, render
 from star.train import Trainer
-from star.training.advantage import group_advantages, location_advantages
+from star.training.advantage import compute_advantages, group_advantages, location_advantages
 from star.training.conditions import encode
 from star.training.pipeline import make_trainable
 from star.training.rollout import make_steps, predict_velocity
@@ -143,6 +145,27 @@ WORLD = "star.shapes.reward:shapes_reward"
 
 def bright(images, prompts, metadata):
     return images.mean((1, 2, 3))
+
+
+def test_where_a_map_says_nothing_a_location_earned_what_the_image_earned():
+    """NaN anywhere used to leave the whole image without an advantage, and nobody was told."""
+    groups, config = torch.arange(4) % 2, Loss(advantage="location")
+    known = torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(0))
+    reward = torch.tensor([0.1, 0.7, 0.4, math.nan])
+    silent = known.clone()
+    silent[:, :, :2], silent[0, 5, 5] = math.nan, math.inf
+    known[:, :, :2], known[0, 5, 5] = reward.view(-1, 1, 1), reward[0]
+    expected, found = (
+        compute_advantages(Scores(reward, reward_map=field), groups, config, {}, (3, 3)) for field in (known, silent)
+    )
+    assert torch.equal(found, expected) and (found[:3:2] != 0).any()
+    assert (found[3] == 0).all()  # its reward failed
+    images = torch.rand(4, 3, 6, 6)
+    both = Weighted(
+        {"where": lambda *_: Scores(reward, reward_map=silent), "what": lambda *_: reward},
+        {"where": 2.0, "what": 1.0},
+    )
+    torch.testing.assert_close(both(images, [""] * 4).reward_map[:3], 2 * known[:3] + reward[:3].view(-1, 1, 1))
 
 
 def test_runs_with_advantages_of_places_and_with_normalized_rewards(tmp_path):

@@ -36,7 +36,7 @@ WEIGHTS = {
 NAMES = tuple(WEIGHTS)
 """Rewards that `load` knows by name."""
 SERVERS = ("http://", "https://")
-ROUNDING = 1e-3  # by which values in 0..1 may be beyond
+ROUNDING = 1e-3  # by which values may lie outside 0..1
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Scores:
         details: further (B,) values to be logged by name.
         masks: (B, H, W) in 0..1, where the image shows the requested objects, if the reward knows.
         reward_map: (B, H, W), the reward of each pixel's location, on the scale of `reward`, if the reward localizes.
+            NaN: the location earned what the image earned.
         terms: (B,) by name, the terms of a weighted sum.
         credits: (B, G), the reward of each of the prompt's concepts, NaN where it is unknown.
         concepts: for each image the phrases of its prompt, as they stand there, one for each column of `credits`.
@@ -62,6 +63,11 @@ class Scores:
     credits: Tensor | None = None
     concepts: tuple[tuple[str, ...], ...] = ()
 
+    def location_rewards(self) -> Tensor:
+        """`reward_map` with the image's reward where it says nothing: (B, H, W), or (B, 1, 1) without a map."""
+        image = self.reward.view(-1, 1, 1)
+        return image if self.reward_map is None else torch.where(self.reward_map.isfinite(), self.reward_map, image)
+
 
 Metadata = Sequence[Mapping[str, Any]]
 """What a prompt file says of each prompt: B dicts, empty where it has none."""
@@ -70,7 +76,7 @@ Reward = Callable[[Tensor, Sequence[str], Metadata], Scores | Tensor | Sequence[
 (B,) rewards; None or NaN: it failed for an image. It is called from one thread at a time, with gradients off."""
 
 
-TERM = "in the reward"  # begins the note of an error that one of several rewards raised
+TERM = "in the reward"  # how the note of an error begins that one of several rewards raised
 
 
 class RewardError(RuntimeError):
@@ -78,7 +84,7 @@ class RewardError(RuntimeError):
 
 
 def without_nulls(value: Any) -> Any:
-    """JSON without its nulls: a table of records has them for what an entry does not say."""
+    """JSON without its nulls: a table of records has them where an entry says nothing."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value if item is not None] if isinstance(value, list) else value
@@ -255,7 +261,7 @@ class Weighted:
     """The weighted sum of rewards; of one reward with weight 1, that reward. Images may be of any floating-point type.
 
     Raises:
-        ValueError: images that are none, see `check_images`.
+        ValueError: something else than images, see `check_images`.
         RewardError: a reward returned something else.
         Exception: what a reward raises; of several, with a note that names it.
     """
@@ -295,11 +301,7 @@ class Weighted:
         """A reward that does not localize earned the same everywhere."""
         if all(scores.reward_map is None for scores in found.values()):
             return None
-        maps = {
-            name: scores.reward.view(-1, 1, 1) if scores.reward_map is None else scores.reward_map
-            for name, scores in found.items()
-        }
-        return sum((self.weights[name] * one for name, one in maps.items()), torch.zeros(()))
+        return sum((self.weights[name] * scores.location_rewards() for name, scores in found.items()), torch.zeros(()))
 
     def _credits(self, found: dict[str, Scores]) -> tuple[Tensor | None, tuple[tuple[str, ...], ...]]:
         """The weighted credits of all phrases; those of the same phrase add up, and one that is NaN makes it NaN. A

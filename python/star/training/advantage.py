@@ -112,8 +112,8 @@ def weighted_advantages(
 ) -> Tensor:
     """Rewards that are normalized before they are weighed: sum of weight * group_advantages(reward) / sum of |weight|.
 
-    In a weighted sum of raw rewards the one with the widest spread decides; here each has the say that its weight
-    gives it, whatever its scale. rewards: (B,) by name. An image for which one reward failed is judged by the others.
+    In a weighted sum of raw rewards the one with the widest spread decides; here each counts by its weight,
+    whatever its scale. rewards: (B,) by name. An image for which one reward failed is judged by the others.
     """
     parts = [
         weights[name] * group_advantages(value, groups, global_std=global_std, eps=eps)
@@ -154,8 +154,8 @@ def _members(groups: Tensor) -> tuple[Tensor, Tensor]:
 def compute_advantages(
     scores: Scores, groups: Tensor, loss: Loss, weights: Mapping[str, float], size: tuple[int, int]
 ) -> Tensor:
-    """What the loss asks for: (B,), or (B, height, width) of the latents with loss.advantage "location". Of "concept"
-    it is the part of the image as a whole; `compute_concept_advantages` has the rest.
+    """Advantages for the loss: (B,), or (B, height, width) of the latents with loss.advantage "location". With
+    "concept" they are those of the images; `compute_concept_advantages` has the concepts'.
 
     weights: of the rewards in `scores.terms`. size: latent (height, width). Raises ConfigError if there is no map.
     """
@@ -165,7 +165,7 @@ def compute_advantages(
     if loss.advantage == "location":
         if scores.reward_map is None:
             raise ConfigError(f"loss.advantage: 'location' needs a reward that localizes, not {', '.join(weights)}")
-        maps = F.adaptive_avg_pool2d(scores.reward_map[:, None], size)[:, 0]
+        maps = F.adaptive_avg_pool2d(scores.location_rewards()[:, None], size)[:, 0]
         local = location_advantages(maps, groups, global_std=std, eps=eps)
         if loss.location_share == 1:
             return local
