@@ -285,7 +285,17 @@ def _check_locations(velocity: Tensor) -> tuple[int, ...]:
     return shape[:channel] + shape[channel + 1 :]
 
 
-def _transition(transition: Transition, batch: int, device: torch.device) -> None:
+def _checked_kl_coef(kl_coef: float, reference_velocity: Tensor | None, velocity: Tensor) -> float:
+    """kl_coef, with the reference velocity that it needs if it is not 0."""
+    kl_coef = checked_number("kl_coef", kl_coef)
+    if reference_velocity is not None:
+        check_tensor("reference_velocity", reference_velocity, tuple(velocity.shape), velocity.device)
+    elif kl_coef != 0:
+        raise ValueError(f"reference_velocity: got None, expected a tensor for kl_coef={kl_coef}")
+    return kl_coef
+
+
+def _check_transition(transition: Transition, batch: int, device: torch.device) -> None:
     if not isinstance(transition, Transition):
         raise TypeError(f"transition: got {type(transition).__name__}, expected a star_kernels.Transition")
     shape = (batch,)
@@ -601,7 +611,7 @@ def gaussian_step(
     check_tensor("velocity", velocity, tuple(sample.shape), sample.device)
     if noise is not None:
         check_tensor("noise", noise, tuple(sample.shape), sample.device)
-    _transition(transition, sample.shape[0], sample.device)
+    _check_transition(transition, sample.shape[0], sample.device)
     check_elements("sample", sample.shape)
     guidance_scale = checked_number("guidance_scale", guidance_scale)
     if unconditional_velocity is not None:
@@ -673,19 +683,19 @@ def policy_loss(
 
     Source: Flow-GRPO (Liu et al. 2025), scripts/train_sd3.py; the spatial form is this project's (docs/mathematics.md).
     """
-    places = _check_locations(velocity)
+    locations = _check_locations(velocity)
     shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
     check_tensor("sample", sample, shape, device)
     check_tensor("prev_sample", prev_sample, shape, device)
-    _transition(transition, batch, device)
+    _check_transition(transition, batch, device)
     check_tensor("advantages", advantages, None, device)
-    if tuple(advantages.shape) not in ((batch,), places):
-        raise ValueError(f"advantages: got shape {tuple(advantages.shape)}, expected ({batch},) or {places}")
+    if tuple(advantages.shape) not in ((batch,), locations):
+        raise ValueError(f"advantages: got shape {tuple(advantages.shape)}, expected ({batch},) or {locations}")
     check_choice("ratio", ratio, ("token", "location", "sample"))
     if ratio == "sample" and advantages.ndim > 1:
         raise ValueError(f"advantages: ratio='sample' takes one per sample, ({batch},), got {tuple(advantages.shape)}")
     if weights is not None:
-        check_tensor("weights", weights, places, device)
+        check_tensor("weights", weights, locations, device)
     if (old_mean is None) == (old_log_prob is None):
         raise ValueError(
             f"old_mean, old_log_prob: got {'neither' if old_mean is None else 'both'}, expected exactly one of them"
@@ -694,17 +704,13 @@ def policy_loss(
         check_tensor("old_mean", old_mean, shape, device)
     elif old_log_prob is not None:
         check_tensor("old_log_prob", old_log_prob, None, device)
-        if tuple(old_log_prob.shape) not in ((batch,), places):
-            raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {places}")
+        if tuple(old_log_prob.shape) not in ((batch,), locations):
+            raise ValueError(f"old_log_prob: got shape {tuple(old_log_prob.shape)}, expected ({batch},) or {locations}")
         if old_log_prob.ndim == 1 and (ratio == "location" or (ratio == "sample" and weights is not None)):
-            raise ValueError(f"old_log_prob: got one per sample, expected {places} for ratio={ratio!r}, or old_mean")
+            raise ValueError(f"old_log_prob: got one per sample, expected {locations} for ratio={ratio!r}, or old_mean")
         if guard is True:
             raise ValueError("guard: needs old_mean, got old_log_prob")
-    kl_coef = checked_number("kl_coef", kl_coef)
-    if reference_velocity is not None:
-        check_tensor("reference_velocity", reference_velocity, shape, device)
-    elif kl_coef != 0:
-        raise ValueError(f"reference_velocity: got None, expected a tensor for kl_coef={kl_coef}")
+    kl_coef = _checked_kl_coef(kl_coef, reference_velocity, velocity)
     if step_weights is not None:
         check_tensor("step_weights", step_weights, (batch,), device)
     low, high = checked_clip_range(clip_range)
@@ -773,21 +779,17 @@ def nft_loss(
     Source: DiffusionNFT (Zheng et al. 2025), scripts/train_nft_sd3.py; weights and rewards per location are this
     project's (docs/mathematics.md).
     """
-    places = _check_locations(velocity)
+    locations = _check_locations(velocity)
     shape, device, batch = tuple(velocity.shape), velocity.device, velocity.shape[0]
     for name, latents in (("old_velocity", old_velocity), ("sample", sample), ("clean", clean)):
         check_tensor(name, latents, shape, device)
     check_tensor("sigma", sigma, (batch,), device)
     check_tensor("reward_prob", reward_prob, None, device)
-    if tuple(reward_prob.shape) not in ((batch,), places):
-        raise ValueError(f"reward_prob: got shape {tuple(reward_prob.shape)}, expected ({batch},) or {places}")
+    if tuple(reward_prob.shape) not in ((batch,), locations):
+        raise ValueError(f"reward_prob: got shape {tuple(reward_prob.shape)}, expected ({batch},) or {locations}")
     if weights is not None:
-        check_tensor("weights", weights, places, device)
-    kl_coef = checked_number("kl_coef", kl_coef)
-    if reference_velocity is not None:
-        check_tensor("reference_velocity", reference_velocity, shape, device)
-    elif kl_coef != 0:
-        raise ValueError(f"reference_velocity: got None, expected a tensor for kl_coef={kl_coef}")
+        check_tensor("weights", weights, locations, device)
+    kl_coef = _checked_kl_coef(kl_coef, reference_velocity, velocity)
     beta = checked_number("beta", beta, LEAST_POSITIVE, expected="a number > 0")
     adv_clip = checked_number("adv_clip", adv_clip, LEAST_POSITIVE, expected="a finite number > 0")
     if not isinstance(adaptive, bool):

@@ -37,13 +37,11 @@ def write(folder: Path, config: Config, summary: dict, prompt: str, call: Mappin
         tags=tags,
     )
     path = folder / "README.md"
-    ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n{_text(folder, config, summary, _code(folder, config, prompt, call))}"
-    ).save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(config, summary, _code(folder, config, prompt, call))}").save(path)
     return path
 
 
-def _text(folder: Path, config: Config, summary: dict, code: str) -> str:
+def _text(config: Config, summary: dict, code: str) -> str:
     model, sampling, adapter = config.model, config.sampling, config.model.lora_rank > 0
     name = model.path or f"task {config.task}"
     kind = f"LoRA adapter of rank {model.lora_rank}" if adapter else "Fine-tuned model"

@@ -89,10 +89,10 @@ def overlay(axes: Axes, image: np.ndarray, field: np.ndarray, largest: float) ->
     axes.set(xticks=[], yticks=[])
 
 
-def overlay_png(image: np.ndarray, field: np.ndarray, largest: float, side: float = 2.4) -> bytes:
-    """`overlay` without a frame, as a PNG of its own. side: the longer one, in inches of 100 pixels."""
+def overlay_png(image: np.ndarray, field: np.ndarray, largest: float) -> bytes:
+    """`overlay` without a frame, as a PNG of its own whose longer side has 240 pixels."""
     height, width = image.shape[:2]
-    scale = side / max(height, width)
+    scale = 2.4 / max(height, width)  # inches of 100 pixels
     figure = Figure(figsize=(scale * width, scale * height))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))

@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023): are the objects there that the prompt asks for, in number, color and position?
+"""GenEval (Ghosh et al. 2023): are the objects there that the prompt names, in number, color and position?
 
 The rules are those of the benchmark's evaluate_images.py and, for partial credit, of Flow-GRPO's reward server
 (yifan123/reward-server, gen_eval.py), as pure functions of detections. The objects come from Mask2Former trained on
@@ -41,8 +41,7 @@ OBJECTS = tuple(
     "teddy bear|hair drier|toothbrush".split("|")
 )
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # confidence above which a detection counts
-MAX_OBJECTS = 16  # of a class
-MAX_OVERLAP = 1.0  # intersection over union from which the less confident of a class goes; 1: never, as published
+MAX_OBJECTS = 16  # of each class
 POSITION_THRESHOLD = 0.1  # share of both sizes by which centers must differ
 BACKGROUND = 0x99 / 255  # gray around a cut-out object
 DETECTIONS = 100  # per image
@@ -66,9 +65,9 @@ ColorsOf = Callable[[list[Detection]], list[str]]
 @dataclass(frozen=True)
 class Verdict:
     """correct: the benchmark's yes or no. strict: Flow-GRPO's, with exact numbers. soft: its partial credit, at most 1
-    (below 0 where more than twice as many objects are there as asked for). found: what the include list matched.
-    credits: of each entry of the include list, the mean of its part of what soft is the mean of. earned: each object of
-    a class that the list has, with its own credit in 0..1."""
+    (below 0 where more than twice as many objects are there as requested). found: the objects that the include list
+    matched. credits: for each entry of that list the mean of its numbers in soft, which is the mean of them all.
+    earned: each object of a class that the list has, with its own credit in 0..1."""
 
     correct: bool
     strict: bool
@@ -82,33 +81,14 @@ class Verdict:
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of boxes whose far edges are inclusive pixels."""
-
-    def area(left: float, top: float, right: float, bottom: float) -> float:
-        return max(right - left + 1, 0) * max(bottom - top + 1, 0)
-
-    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    union = area(*a) + area(*b) - shared
-    return shared / union if union else 0.0
-
-
-def select(detections: Sequence[Detection], tag: str, max_overlap: float = MAX_OVERLAP) -> Groups:
-    """What counts as seen: by class, most confident first."""
+def select(detections: Sequence[Detection], tag: str) -> Groups:
+    """What counts as seen: by class, most confident first. As published, objects of a class may overlap."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     groups: Groups = {}
     for detection in sorted(detections, key=lambda d: -d.score):
         if detection.score > threshold:
             groups.setdefault(detection.name, []).append(detection)
-    return {name: _suppress(group[:MAX_OBJECTS], max_overlap) for name, group in groups.items()}
-
-
-def _suppress(group: list[Detection], max_overlap: float) -> list[Detection]:
-    kept: list[Detection] = []
-    for detection in group:
-        if max_overlap == 1 or all(overlap(detection.box, other.box) < max_overlap for other in kept):
-            kept.append(detection)
-    return kept
+    return {name: group[:MAX_OBJECTS] for name, group in groups.items()}
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
@@ -154,7 +134,7 @@ def judge(groups: Groups, metadata: Mapping[str, Any], colors_of: ColorsOf) -> V
 
 
 def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, list[str]]:
-    """At least as many of each as asked for; colors and positions of the most confident ones; nothing excluded."""
+    """At least as many of each as requested; colors and positions of the most confident ones; nothing excluded."""
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []
     for entry in metadata["include"]:
@@ -178,8 +158,8 @@ def _correct(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
 
 
 def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> tuple[bool, list[list[float]]]:
-    """Exactly as many of each as asked for; for each entry the credits of number, color and position. Nothing is
-    excluded.
+    """Exactly as many of each as requested; for each entry the credits of number, color and position. The exclude list
+    does not count.
 
     As the reward server has it: a position that is wrong adds a 0 and a 1 to that mean, one that is right a 1.
     """
@@ -208,9 +188,9 @@ def _partial(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> t
 
 
 def _earned(groups: Groups, metadata: Mapping[str, Any], colors: Callable) -> list[tuple[Detection, float]]:
-    """What each object of the classes asked for earned: the mean of 1 for being wanted and of 1 or 0 for its own color
-    and its own position where they are asked for; 0 for one too many. A position counts as missed where there is
-    nothing to be beside. Of more objects than wanted the best ones are taken, and of equal ones the most confident."""
+    """What each object of the requested classes earned: the mean of 1 for being requested and of 1 or 0 for its own
+    color and its own position where these are requested; 0 for a surplus object. A position is missed where the object
+    that it refers to is missing. Of surplus objects the best ones count, and of equal ones the most confident."""
     free = {name: list(range(len(objects))) for name, objects in groups.items()}
     earned: list[tuple[Detection, float]] = []
     for entry in metadata["include"]:
@@ -244,8 +224,8 @@ def reward_map(verdict: Verdict, size: tuple[int, int]) -> np.ndarray:
 
 
 def phrases(prompt: str, include: Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """The words of a prompt that ask for each entry: its class, with letters behind it ("benchs"), and its color before
-    it if that is so. None for an entry that the prompt does not name."""
+    """The words of a prompt that name each entry: its class, with letters behind it ("benchs"), and its color if that
+    stands before it. None for an entry that the prompt does not name."""
     names = [entry["class"] for entry in include]
     found: list[str | None] = [None] * len(names)
     taken: list[tuple[int, int]] = []
@@ -262,8 +242,8 @@ def phrases(prompt: str, include: Sequence[Mapping[str, Any]]) -> list[str | Non
 
 
 def check(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt's metadata without what is null in it, which is not said. Raises ValueError, saying what is wrong, if it
-    is not GenEval's."""
+    """A prompt's metadata without its nulls, which say nothing. Raises ValueError, with what is wrong, if it is not
+    GenEval's."""
 
     def wrong(what: str) -> ValueError:
         return ValueError(f"reward: 'geneval' got metadata {what}; it needs GenEval's .jsonl prompt files")
@@ -384,7 +364,7 @@ class ColorClassifier:
 
 class GenEval:
     """Flow-GRPO's partial credit as the reward; the benchmark's `correct` (also by tag) and Flow-GRPO's `strict` as
-    details; as mask the objects that were asked for and found; what each location earned (`reward_map`), and the credit
+    details; as mask the requested objects that were found; what each location earned (`reward_map`), and the credit
     of each entry of the include list."""
 
     def __init__(self, detector: Detector, classifier: ColorClassifier) -> None:

@@ -1,4 +1,4 @@
-"""Synthetic scenes: what a prompt asks for, which prompts there are, and how a scene is drawn.
+"""Synthetic scenes: what a prompt names, which prompts there are, and how a scene is drawn.
 
 Seven categories in the manner of GenEval (Ghosh et al. 2023). A prompt is everything that is needed to know what
 its image must show: `parse_scene` is the inverse of `Scene.prompt`.
@@ -105,7 +105,7 @@ class Scene:
 
 @cache
 def all_scenes() -> dict[str, tuple[Scene, ...]]:
-    """Every scene a prompt can ask for, by category."""
+    """Every scene that a prompt can name, by category."""
     plain = [Things(None, shape) for shape in SHAPES]
     colored = [Things(color, shape) for color in COLORS for shape in SHAPES]
     pairs = [(a, b) for a in colored for b in colored if a != b]
@@ -124,7 +124,7 @@ def _by_prompt() -> dict[str, Scene]:
 
 
 def parse_scene(prompt: str) -> Scene:
-    """The scene that `prompt` asks for. Raises ValueError for a prompt outside this world."""
+    """The scene that `prompt` names. Raises ValueError for a prompt outside this world."""
     try:
         return _by_prompt()[prompt]
     except KeyError:
@@ -176,11 +176,11 @@ def prompts(
     return out
 
 
-def coverage(shape: str, center_x: float, center_y: float, radius: float, size: int = SIZE) -> np.ndarray:
-    """Share of each pixel that a shape covers, (size, size) float32 in 0..1; lengths in pixels."""
+def coverage(shape: str, center_x: float, center_y: float, radius: float) -> np.ndarray:
+    """Share of each pixel that a shape covers, (SIZE, SIZE) float32 in 0..1; lengths in pixels."""
     # Only the window around the shape is supersampled: a full canvas would cost ten times as much.
     x0, y0 = max(0, int(center_x - radius) - 1), max(0, int(center_y - radius) - 1)
-    x1, y1 = min(size, int(center_x + radius) + 2), min(size, int(center_y + radius) + 2)
+    x1, y1 = min(SIZE, int(center_x + radius) + 2), min(SIZE, int(center_y + radius) + 2)
     x = (np.arange(x0 * SUPERSAMPLING, x1 * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - center_x
     y = ((np.arange(y0 * SUPERSAMPLING, y1 * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - center_y)[:, None]
     if shape == "circle":
@@ -195,7 +195,7 @@ def coverage(shape: str, center_x: float, center_y: float, radius: float, size: 
         inside = ((abs(x) <= 0.36 * radius) & (abs(y) <= radius)) | ((abs(y) <= 0.36 * radius) & (abs(x) <= radius))
     else:
         raise ValueError(f"shape: got {shape!r}, expected one of {list(SHAPES)}")
-    canvas = np.zeros((size, size), np.float32)
+    canvas = np.zeros((SIZE, SIZE), np.float32)
     window = inside.reshape(y1 - y0, SUPERSAMPLING, x1 - x0, SUPERSAMPLING)
     canvas[y0:y1, x0:x1] = window.mean((1, 3), dtype=np.float32)
     return canvas

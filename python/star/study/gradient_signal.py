@@ -1,10 +1,21 @@
-"""How much of a noisy gradient is signal, and how much of it goes where the reward rises; from gradients of batches."""
+"""How much of a noisy gradient is signal, and how much of it raises the reward, from the gradients of batches."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
+import torch
+from torch import Tensor
+
+COORDINATES = 2**17  # of a gradient: both signal and noise are sums over them
+
+
+def draw_coordinates(parameters: Iterable[Tensor]) -> Tensor:
+    """The coordinates of the parameters' gradient that are compared, the same in every call."""
+    size = sum(p.numel() for p in parameters)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
 
 
 def jackknife_error(left_out: np.ndarray) -> float:
@@ -36,9 +47,10 @@ def signal_to_noise(gradients: np.ndarray) -> tuple[float, float, float]:
 
 
 def agreement(gradients: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Cosine of (n, D) gradients with `others` of other batches, unbiased: of all batches, then with each left out.
+    """(n + 1,) unbiased cosines of (n, D) gradients with the `others` of other batches: of all batches, then with each
+    batch left out.
 
-    With the scalar arm's as others: how much of a step goes where the reward rises, whatever else it has a signal of.
+    With the scalar arm's gradients as others it is the part of a step that raises the reward, whatever else it does.
     """
     n = len(gradients)
     gram = gradients.astype(np.float64) @ others.astype(np.float64).T

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.interpolate import interp1d
 
 from star.study.bootstrap import CONFIDENCE, RESAMPLES, Estimate, percentiles
-from star.study.results import Results
+from star.study.results import METRIC, Results
 
 SUMMARIES = ("final", "area")
 LAST = 3  # scorings: from one to the next a policy wobbles by as much as arms differ
@@ -35,8 +35,8 @@ class Difference:
 
 
 def summarize(scores: np.ndarray, steps: np.ndarray, summary: str) -> np.ndarray:
-    """(S, E, P) curves at (E,) steps -> (S, P). final: mean of the last scorings. area: under the curve, over its
-    length: a score."""
+    """(S, E, P) curves at (E,) steps -> (S, P). final: mean of the last scorings. area: the area
+    under the curve divided by its length, which is a score."""
     if summary == "final":
         return scores[:, -LAST:].mean(1)
     return np.trapezoid(scores, steps, axis=1) / (steps[-1] - steps[0])
@@ -46,7 +46,7 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     """The percentile interval of the mean of (S, P) values. prompts: (P,), the prompt of each column.
 
     Seeds and prompts are drawn again independently of each other: both are samples, and all prompts share a seed (the
-    pigeonhole bootstrap; Owen, Ann. Appl. Stat. 1, 386, 2007). A prompt comes or stays away with all its columns.
+    pigeonhole bootstrap; Owen, Ann. Appl. Stat. 1, 386, 2007). A prompt is drawn with all its columns.
     """
     names, which = np.unique(prompts, return_inverse=True)
     counts = np.bincount(which)
@@ -93,7 +93,7 @@ def at_equal_images(
 
 
 def paired_difference(by_seed: np.ndarray, estimate: Estimate) -> Difference:
-    """The difference whose value with each seed is (S,), with its t-test."""
+    """The difference with its t-test, from its value for each seed, (S,)."""
     if len(by_seed) == 1:
         p = np.nan
     elif np.ptp(by_seed) == 0:  # nothing to test: always the same
@@ -104,12 +104,12 @@ def paired_difference(by_seed: np.ndarray, estimate: Estimate) -> Difference:
 
 
 def draws(count: int, rng: np.random.Generator) -> np.ndarray:
-    """(1 + RESAMPLES, count) how often each of a sample comes: once in the sample itself, then as it is drawn again."""
+    """(1 + RESAMPLES, count) how often each member counts: once in the sample itself, then as each resample has it."""
     return np.vstack([np.ones((1, count)), rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)])
 
 
 def drawn_interval(values: np.ndarray) -> Estimate:
-    """Of a statistic of the sample itself and of RESAMPLES drawn ones, which may be infinite but not unknown."""
+    """From the values of a statistic in the sample itself and in RESAMPLES resamples. They may be infinite, not NaN."""
     ends = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     low, high = np.percentile(values[1:], ends, method="closest_observation")
     return Estimate(float(values[0]), float(low), float(high))
@@ -127,7 +127,7 @@ def first_crossing(curve: np.ndarray, steps: np.ndarray, level: float) -> float 
     return float(steps[e - 1] + part * (steps[e] - steps[e - 1]))
 
 
-def images_to_reach(results: Results, arm: str, baseline: str, metric: str = "reward") -> Estimate | None:
+def images_to_reach(results: Results, arm: str, baseline: str) -> Estimate | None:
     """Images until an arm's mean curve first reaches the baseline's final score, over the seeds that both have, with
     the interval over seeds and prompts; infinite where it never does. The baseline itself may reach it before its end.
     None: they share no seed."""
@@ -139,7 +139,7 @@ def images_to_reach(results: Results, arm: str, baseline: str, metric: str = "re
     by_seed, by_prompt = draws(len(seeds), rng), draws(len(names), rng)[:, which]
     weights = (by_seed.sum(1) * by_prompt.sum(1))[:, None]
     ours, theirs = (
-        np.einsum("rs,sep,rp->re", by_seed, results.curves(metric, name, None, seeds), by_prompt, optimize=True)
+        np.einsum("rs,sep,rp->re", by_seed, results.curves(METRIC, name, None, seeds), by_prompt, optimize=True)
         / weights
         for name in (arm, baseline)
     )

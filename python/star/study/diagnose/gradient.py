@@ -11,14 +11,13 @@ from torch import Tensor
 
 from star.config import Config
 from star.objective import permute_across_groups
-from star.study.gradient_signal import compare_with_scalar
+from star.study.gradient_signal import compare_with_scalar, draw_coordinates
 from star.study.tables import Table, format_number
 from star.train import Trainer
 from star.training.credit import rollout_weights
 from star.training.rollout import Rollout
 from star_kernels import policy_loss
 
-COORDINATES = 2**17  # of the gradient, drawn once: both signal and noise are sums over them
 SCALAR = "all"  # the weights of every location are 1
 REGIONS = (SCALAR, "inside", "outside", "elsewhere")
 
@@ -39,8 +38,7 @@ class Gradients:
         for arm, config in arms.items():
             distinct.setdefault(f"{config.allocation} {config.run.reward}", arm)
         self.arms = {arm: arms[arm] for arm in distinct.values()}
-        size = sum(p.numel() for p in trainer.policy.parameters.values())
-        self.coordinates = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
+        self.coordinates = draw_coordinates(trainer.policy.parameters.values())
         self.gradients: dict[str, list[np.ndarray]] = defaultdict(list)
         self.unweighted = [SCALAR]  # all of these have one gradient
         self.areas: list[float] = []
