@@ -12,13 +12,13 @@ import star
 from star import cli
 from star import config as configuration
 from star.config import OLD_VALUES, Config, ConfigError, check_ranges
-from star.options import HELD_OUT, Check, Eval, Maps
+from star.options import HELD_OUT, Check, Eval, Maps, Probe
 from star.presets import preset
 from star.shapes import pretrain
 from star.study.command import Compare
 from star.training.task import NO_TASK
 
-COMMANDS = (Check, Eval, Maps, Compare, pretrain.Config)
+COMMANDS = (Check, Eval, Maps, Probe, Compare, pretrain.Config)
 SECTIONS = tuple(type(getattr(Config(), f.name)) for f in dataclasses.fields(Config) if f.name != "task")
 
 

@@ -28,7 +28,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "star.trace": "an image of any pipeline as it forms, with its maps",
     },
     {
-        "star.options": "what star eval, star maps, star check and star app take",
+        "star.options": "options of star eval, star maps, star probe, star check and star app",
         "star.check": "what holds for a pipeline before a run",
         "star.train": "the loop: rollout, reward, advantage, allocation, update",
         "star.shapes": "the embedded world: a model, its prompts and its reward",

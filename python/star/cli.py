@@ -36,9 +36,6 @@ LAYERS = """
 --config FILE.yaml  change them by a file; options change both
 --out FOLDER        as --run.out"""
 
-# Images of `star probe`: batches, prompts of each, images of each prompt.
-PROBED = {"batches": 16, "prompts": 4, "images": 6}
-
 USAGE = """usage: star COMMAND [--help]
 
   train    post-train a model: --preset NAME, --config FILE.yaml, and any option
@@ -210,7 +207,7 @@ def plan(arguments: list[str]) -> None:
     plan = predict(config, known.gpus, known.fsdp)
     table = Table("", "", title=f"{config.model.path or config.task}: one iteration on {known.gpus} GPUs, predicted")
     table.add_row("images", f"{plan.images:,} ({plan.images_per_gpu:,} per GPU)")
-    trained = "trained steps" if config.loss.objective == "grpo" else "noise levels of an image"
+    trained = "noise levels of an image" if config.loss.is_forward_process else "trained steps"
     table.add_row(trained, f"{plan.trained_steps} of {config.sampling.steps}")
     before = "old policy" if config.loss.keeps_old else "maps"
     forward = {"rollout": plan.rollout_rows, before: plan.old_rows, "reference": plan.reference_rows}
@@ -227,16 +224,19 @@ def plan(arguments: list[str]) -> None:
 
 
 def probe(arguments: list[str]) -> None:
+    from star.options import Probe
+
     parser = argparse.ArgumentParser("star probe", add_help=False, allow_abbrev=False)
-    for name, default in PROBED.items():
+    sizes = {field.name: field.default for field in dataclasses.fields(Probe)}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     known, rest = parser.parse_known_args(arguments)
-    options = " ".join(f"[--{name} N]" for name in PROBED)
+    options = " ".join(f"[--{name} N]" for name in sizes)
     about = f"""Predict from some batches whether knowing the locations will help, with the options of star train and:
---batches N         number of batches (default {PROBED["batches"]})
---prompts N         prompts of each batch (default {PROBED["prompts"]})
---images N          images of each prompt (default {PROBED["images"]})
+--batches N         number of batches (default {Probe.batches})
+--prompts N         prompts of each batch (default {Probe.prompts})
+--images N          images of each prompt (default {Probe.images})
 --json FILE         also write the numbers there"""
     config = read_config(rest, f"star probe {options} [--json FILE]", about)
 
@@ -247,7 +247,7 @@ def probe(arguments: list[str]) -> None:
     from star.config import check_ranges
     from star.study import probe as probing
 
-    chosen = probing.Probe(known.batches, known.prompts, known.images)
+    chosen = Probe(known.batches, known.prompts, known.images)
     check_ranges(chosen, "")
     if known.json is not None:  # before hours of measuring
         known.json = known.json.expanduser()

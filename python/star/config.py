@@ -210,6 +210,11 @@ class Loss:
     """Turn each of several rewards into advantages before they are weighted, so that their scales do not matter."""
 
     @property
+    def is_forward_process(self) -> bool:
+        """Whether the objective adds noise to finished images; grpo trains on the rollout's own steps."""
+        return self.objective != "grpo"
+
+    @property
     def old_samples(self) -> bool:
         """Whether an old policy samples the images."""
         return self.objective == "nft" or (self.objective == "awm" and self.off_policy)
@@ -218,6 +223,22 @@ class Loss:
     def keeps_old(self) -> bool:
         """Whether there is an old policy."""
         return self.old_samples or (self.objective == "awm" and self.old_kl_coef > 0)
+
+
+# Options of `loss` that only these objectives use.
+OBJECTIVES_WITH = {
+    "ratio": ("grpo", "awm"),
+    "guard": ("grpo",),
+    "noise_levels": ("nft", "awm"),
+    "beta": ("nft",),
+    "old_decay": ("nft", "awm"),
+    "old_decay_rate": ("nft", "awm"),
+    "old_decay_start": ("nft", "awm"),
+    "old_kl_coef": ("awm",),
+    "off_policy": ("awm",),
+    "sigma_power": ("awm",),
+    "error_power": ("awm",),
+}
 
 
 @dataclass
@@ -359,7 +380,7 @@ class Config:
                 f"{update} images{each}"
             )
         # GRPO's last step is nearly deterministic: its log-ratio would drown all others.
-        last = sampling.steps - (2 if self.loss.objective == "grpo" else 1)
+        last = sampling.steps - (1 if self.loss.is_forward_process else 2)
         if not sampling.trained_steps or not all(0 <= i <= last for i in sampling.trained_steps):
             raise ConfigError(f"sampling.trained_steps: got {sampling.trained_steps}, expected some of 0..{last}")
         for name, values in (("trained_steps", sampling.trained_steps), ("layers", sampling.layers or ())):
@@ -386,7 +407,8 @@ class Config:
             )
         self._check_scoring()
         self._check_concepts()
-        if self.loss.objective != "grpo":
+        self._check_loss_options()
+        if self.loss.is_forward_process:
             self._check_forward_process(optimization.micro_batch or update // processes)
         if self.loss.normalize_rewards and self.loss.advantage != "image":
             raise ConfigError(
@@ -400,9 +422,18 @@ class Config:
         if self.run.resume and self.run.overwrite:
             raise ConfigError("run.resume, run.overwrite: got both, expected one of them")
 
+    def _check_loss_options(self) -> None:
+        """Raise ConfigError for an option of another objective, which this one would ignore in silence."""
+        for option in dataclasses.fields(self.loss):
+            value, users = getattr(self.loss, option.name), OBJECTIVES_WITH.get(option.name, (self.loss.objective,))
+            if self.loss.objective not in users and value != option.default:
+                raise ConfigError(
+                    f"loss.{option.name}: got {value!r}, expected {option.default!r}: loss.objective "
+                    f"{self.loss.objective} does not use it"
+                )
+
     def _check_forward_process(self, chunk: int) -> None:
-        """Raise ConfigError for what the forward process has no use for: it would be left out in silence. chunk: images
-        of a forward pass."""
+        """Raise ConfigError for what the forward process would ignore in silence. chunk: images of a forward pass."""
         sampling, loss = self.sampling, self.loss
         name, updates = loss.objective, self.optimization.updates_per_iteration
         if loss.noise_levels > len(sampling.trained_steps):
@@ -414,14 +445,9 @@ class Config:
             "sampling.window": (sampling.window, 0),
             "sampling.shared_noise": (sampling.shared_noise, False),
             "sampling.explore": (sampling.explore, "everywhere"),
-            "loss.guard": (loss.guard, False),
             "allocation.temporal": (self.allocation.temporal, "none"),
         }
-        own: dict[str, dict[str, tuple[object, object]]] = {
-            "nft": {"loss.ratio": (loss.ratio, "token"), "loss.off_policy": (loss.off_policy, False)},
-            "awm": {"loss.beta": (loss.beta, 1.0)},
-        }
-        for option, (value, expected) in (refused | own[name]).items():
+        for option, (value, expected) in refused.items():
             if value != expected:
                 raise ConfigError(
                     f"{option}: got {value!r}, expected {expected!r}: loss.objective {name} does not use it"

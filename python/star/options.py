@@ -1,4 +1,5 @@
-"""What `star eval`, `star maps`, `star check` and `star app` take. Their help tells the defaults that stand in code."""
+"""Options of `star eval`, `star maps`, `star probe`, `star check` and `star app`. Their help tells the defaults that
+stand in code."""
 
 from __future__ import annotations
 
@@ -97,6 +98,19 @@ class Maps:
     """Blocks to show. None: all."""
     seed: Count = 0
     """Seed of the noise."""
+
+
+@dataclass
+class Probe:
+    """How many images `star probe` samples. Batches are compared with each other: their number decides the
+    uncertainty."""
+
+    batches: Annotated[int, Range(least=3)] = 16
+    """Number of batches; three are the least that have an error."""
+    prompts: Positive = 4
+    """Prompts of each batch."""
+    images: Annotated[int, Range(least=2)] = 6
+    """Images of each prompt."""
 
 
 @dataclass

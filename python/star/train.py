@@ -120,14 +120,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
         prompts = draw_prompts(self.task, config, self.iteration)
         rollout, own = self.scored_rollout(prompts, generator, seconds)
-        failures = self.worker.count_failures()
+        self.worker.count_failures()  # raises if every reward failed
         scores = self.share.gather_scores(own)
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
         concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
         device = rollout.latents.device
         own_advantages = advantages[self.share.rows].to(device)
         own_concepts = None if concepts is None else concepts[self.share.rows].to(device)
-        masks = masks_or_nothing(own, self.grid)
+        masks = self.masks(own)
         credit = self.objective.credit(rollout, own_advantages, masks, generator, self.iteration, own_concepts)
         with timed(seconds, "update"):
             metrics, weights = self.update(rollout, credit)
@@ -135,7 +135,9 @@ class Trainer:
         self.iteration += 1
 
         categories = [prompts[i].category for i in self.groups.tolist()]
-        metrics |= iteration_metrics(scores, categories, advantages) | {"reward_failed": float(failures)}
+        metrics |= iteration_metrics(scores, categories, advantages) | {
+            "reward_failed": float(own.reward.isnan().sum())
+        }
         if concepts is not None:
             metrics["concepts_credited"] = concepts.isfinite().sum(1).float().mean().item()
         if rollout.explored is not None:
@@ -252,10 +254,21 @@ class Trainer:
 
     def found_masks(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Tensor:
         """What the reward finds in some of this process' images, (n, height, width); nothing where it failed."""
-        masks = masks_or_nothing(self.submit(prompts, rows, latents).result(), self.grid)
+        masks = self.masks(self.submit(prompts, rows, latents).result())
+        assert masks is not None  # a run that explores masks has some
+        return masks
+
+    def masks(self, scores: Scores) -> Tensor | None:
+        """The reward's masks of some of this process' images, (n, height, width). Raises ConfigError if the run needs
+        them and the reward has none."""
+        masks = masks_or_nothing(scores, self.grid)
         if masks is None:
-            names = ", ".join(self.reward.weights)
-            raise ConfigError(f"sampling.explore: got 'masks', which needs a reward with masks, not {names}")
+            strategy, explore = self.config.allocation.strategy, self.config.sampling.explore
+            needed = {"allocation.strategy": (strategy, "oracle"), "sampling.explore": (explore, "masks")}
+            for setting, (value, needs) in needed.items():
+                if value == needs:
+                    names = ", ".join(self.reward.weights)
+                    raise ConfigError(f"{setting}: got {value!r}, which needs a reward with masks, not {names}")
         return masks
 
     def with_matched_credits(self, scores: Scores, prompts: list[Prompt], rollout: Rollout) -> Scores:

@@ -458,6 +458,14 @@ def test_an_archived_study_of_an_earlier_version_is_reported_as_it_was(tmp_path,
     assert "| attention_mix_1 | 3 | 0.676 [0.234, 0.999] |" in lines
 
 
+def test_a_diagnosis_of_another_objective_is_refused_before_the_runs(tmp_path):
+    """It would say nothing: the forward process trains on no step of the rollout."""
+    options = command.Compare(preset="credit", out=tmp_path / "study", diagnose=True)
+    with pytest.raises(ConfigError, match=r"diagnose: loss.objective is 'nft', expected 'grpo'"):
+        command.compare(options)
+    assert not options.out.exists()
+
+
 def test_a_document_without_marks_is_left_alone(tmp_path):
     path = tmp_path / "evidence.md"
     path.write_text("# Evidence\n")

@@ -81,6 +81,7 @@ def test_a_probe_measures_every_arm_and_changes_nothing(tmp_path, objective):
 
 def test_a_run_with_credits_of_concepts_has_an_arm_for_them(tmp_path):
     changes = {"loss": {"advantage": "concept"}, "sampling": {"explore": "masks"}, "allocation": {"warmup": 5}}
+    changes["run"] = {"resume": True}  # the probe of a run that goes on is of its beginning
     found = probing.probe(small_run(tmp_path / "run", **changes), Probe(3, 2, 2))
     assert set(found.gradients) == {"uniform", "attention", "oracle", "location", "concept"}
     assert found.gradients["concept"]["norm"] != found.gradients["uniform"]["norm"]
@@ -131,10 +132,23 @@ def test_what_the_run_would_refuse_is_no_arm(tmp_path, loss):
     assert set(probed(tmp_path, "left", loss=loss).gradients) == {"uniform", "attention", "oracle"}
 
 
-@pytest.mark.parametrize("advantage", ["location", "concept"])
-def test_a_reward_without_what_the_run_needs_is_refused_as_by_the_run(tmp_path, advantage):
-    with pytest.raises(ConfigError, match=f"loss.advantage: '{advantage}' needs a reward"):
-        probed(tmp_path, "constant", loss={"advantage": advantage})
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": {"advantage": "location"}}, "loss.advantage: 'location' needs a reward"),
+        ({"loss": {"advantage": "concept"}}, "loss.advantage: 'concept' needs a reward"),
+        ({"allocation": {"strategy": "oracle"}}, "allocation.strategy: got 'oracle', which needs a reward"),
+    ],
+)
+def test_a_reward_without_what_the_run_needs_is_refused_as_by_the_run(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        probed(tmp_path, "constant", **changes)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="accelerate: got 2 processes, expected 1; start a probe without"):
+        probed(tmp_path, "left")
 
 
 def test_from_the_command_line(tmp_path, capsys):

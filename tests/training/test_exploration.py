@@ -236,6 +236,20 @@ def test_runs_explore_on_policy_and_are_resumed_with_the_same_bits(tmp_path, nam
     assert Trainer(config("b", resume=True)).step()["loss"] == second["loss"]
 
 
+def half_known(images, prompts, metadata):
+    """It fails for every other image of a batch."""
+    reward = images.mean((1, 2, 3))
+    reward[::2] = torch.nan
+    return Scores(reward, masks=torch.ones(len(images), *images.shape[2:]))
+
+
+def test_only_the_images_that_are_trained_on_count_as_failed(tmp_path):
+    """Images that are sampled first, for their masks, are no images of the iteration."""
+    run = {"reward": "test_exploration:half_known"}
+    metrics = Trainer(small_run(tmp_path, run=run, sampling={"explore": "masks"})).step()
+    assert metrics["reward_failed"] == 4  # of two batches of 3; the first images are one more batch
+
+
 def test_the_first_images_have_the_starts_of_the_others_and_cost_them_nothing(tmp_path):
     reward = {"reward": "test_exploration:hidden"}
     trainers = [
@@ -268,8 +282,15 @@ def test_the_first_images_have_the_starts_of_the_others_and_cost_them_nothing(tm
     torch.testing.assert_close(found["latents"], expected.latents[found["rows"]], rtol=1e-4, atol=1e-5)
 
 
-def test_masks_need_a_reward_that_has_some(tmp_path):
+NEEDS_MASKS = {
+    "sampling.explore: got 'masks'": {"sampling": {"explore": "masks"}},
+    "allocation.strategy: got 'oracle'": {"allocation": {"strategy": "oracle", "warmup": 3}},
+}
+
+
+@pytest.mark.parametrize("setting", NEEDS_MASKS)
+def test_masks_need_a_reward_that_has_some(tmp_path, setting):
     run = {"reward": "test_exploration:blind"}
-    trainer = Trainer(small_run(tmp_path, run=run, sampling={"explore": "masks"}))
-    with pytest.raises(ConfigError, match=r"sampling.explore: got 'masks', which needs a reward with masks, not"):
+    trainer = Trainer(small_run(tmp_path, run=run, **NEEDS_MASKS[setting]))
+    with pytest.raises(ConfigError, match=f"{setting}, which needs a reward with masks, not test_exploration:blind"):
         trainer.step()

@@ -236,6 +236,11 @@ def test_a_run_is_written_scored_and_exported(tmp_path):
         ({"loss": {"noise_levels": 5}}, "loss.noise_levels: got 5, expected 0..4"),
         ({"loss": {"ratio": "location"}}, "loss.ratio: got 'location'"),
         ({"loss": {"guard": True}}, "loss.guard: got True"),
+        ({"loss": {"sigma_power": 0.5}}, "loss.sigma_power: got 0.5, expected 1.0: loss.objective nft does not use it"),
+        (
+            {"loss": {"objective": "grpo"}, "sampling": {"trained_steps": [0, 1]}},
+            "loss.noise_levels: got 2, expected 0: loss.objective grpo does not use it",
+        ),
         ({"allocation": {"temporal": "noise_level"}}, "allocation.temporal: got 'noise_level'"),
         ({"allocation": {"strategy": "final_step"}}, "allocation.strategy: got 'final_step'"),
         (

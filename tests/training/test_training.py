@@ -80,6 +80,14 @@ def test_temporal_weights_reach_the_loss(tmp_path, temporal):
     assert weighted["loss"] == plain["loss"] and weighted["grad_norm"] == plain["grad_norm"]
 
 
+def test_steps_weigh_the_same_while_maps_do_not_count(tmp_path):
+    """In a warm-up's first iteration, and where no trained step has a noise level of the window."""
+    plain = Trainer(small_run(tmp_path / "a", allocation={"strategy": "uniform"})).step()
+    for name, limit in (("b", {"warmup": 2}), ("c", {"noise_window": [0.0, 0.01]})):
+        limited = Trainer(small_run(tmp_path / name, allocation={"temporal": "concentration"} | limit)).step()
+        assert limited["loss"] == plain["loss"] and limited["grad_norm"] == plain["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("ratio", ["token", "location", "sample"])
 def test_every_ratio_trains(tmp_path, ratio):
     metrics = Trainer(small_run(tmp_path, loss={"ratio": ratio, "guard": ratio == "token", "kl_coef": 0.01})).step()

@@ -53,7 +53,7 @@ class Stopped(Exception):
 
 
 def requested_study(options: Compare) -> Study:
-    """The study that the options ask for, checked."""
+    """The study that the options name, checked."""
     if options.train:
         study = specification.preset(options.preset)
     else:
@@ -80,7 +80,7 @@ def prepare(study: Study, out: Path) -> None:
     path = out / "study.yaml"
     if path.is_file():
         earlier = specification.load_study(path)
-        if earlier.prompts != study.prompts:  # runs name the file alone, which would change under them
+        if earlier.prompts != study.prompts:  # a run's configuration names this file, not its prompts
             raise ConfigError(f"prompts: {out} was started with others; choose another --out")
         # Seeds of an earlier call stay in the report.
         study.seeds = tuple(dict.fromkeys([*earlier.seeds, *study.seeds]))
@@ -95,11 +95,27 @@ def prepare(study: Study, out: Path) -> None:
     specification.save_study(study, path)
 
 
+def check_diagnosis(study: Study, out: Path) -> None:
+    """Raise ConfigError for a study whose gradients a diagnosis cannot measure."""
+    config = study.config(study.baselines[0], study.seeds[0], out)
+    needed = {
+        "loss.objective": (config.loss.objective, "grpo"),
+        "sampling.explore": (config.sampling.explore, "everywhere"),
+    }
+    for setting, (value, expected) in needed.items():
+        if value != expected:
+            raise ConfigError(
+                f"diagnose: {setting} is {value!r}, expected {expected!r}; --probe measures the arms of any study"
+            )
+
+
 def compare(options: Compare) -> str:
     """Run a study and write its report. Returns the report's Markdown. Raises Stopped after a signal."""
     study, out = requested_study(options), options.out
+    if options.diagnose:
+        check_diagnosis(study, out)
     if options.document is not None:
-        for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # hours before they are needed
+        for kind in ("results", "diagnosis")[: 1 + options.diagnose]:  # before the hours of training
             document.surroundings(options.document, f"{kind} of {out.name}")
         if not os.access(options.document.parent, os.W_OK):
             raise ConfigError(f"document: {options.document.parent} takes no file (no permission)")

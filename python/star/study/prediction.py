@@ -1,4 +1,4 @@
-"""Whether `star probe` foresees a study: what it says of the arms before training, against what they then gained.
+"""Whether `star probe` predicts a study: its numbers before training against the gains that were then measured.
 
 The probe's numbers stay in the study's probe.json and are not measured again while its arms are the same.
 """
@@ -20,13 +20,12 @@ from star import config as configuration
 from star import files
 from star.config import Config
 from star.messages import one_line
+from star.options import Probe
 from star.study import intervals, probe
-from star.study.probe import Probe
 from star.study.results import Results
 from star.study.spec import Study
 
 FILE = "probe.json"
-OPTIONS = Probe(batches=16, prompts=4, images=6)
 GAIN = "adamw_agreement_gain"  # by which the probe recommends
 FEWEST = 5  # arms that a rank correlation has an interval of
 
@@ -43,7 +42,7 @@ class RankCorrelation:
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> RankCorrelation:
     """Of two (n,) columns. The interval is Fisher's, with the variance of Bonett and Wright (Psychometrika 65, 23,
-    2000); since a perfect order of few pairs may be luck, it lies around the next lower value that rho can have."""
+    2000); since a perfect order of few pairs may be luck, its center is then the next lower value that rho can have."""
     n = len(first)
     if n < FEWEST or not np.ptp(first) or not np.ptp(second):
         return RankCorrelation(math.nan, math.nan, math.nan, n)
@@ -68,8 +67,9 @@ def comparable_arms(study: Study, out: Path) -> dict[str, Config]:
     return found
 
 
-def measure(study: Study, out: Path, options: Probe = OPTIONS) -> None:
-    """Probe the arms of the study in `out`, unless that is done."""
+def measure(study: Study, out: Path, options: Probe | None = None) -> None:
+    """Probe the arms of the study in `out`, unless that is done. options: None means the defaults."""
+    options = options or Probe()
     arms, path = comparable_arms(study, out), out / FILE
     asked = [{arm: configuration.to_dict(config) for arm, config in arms.items()}, dataclasses.asdict(options)]
     checksum = hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star import config as configuration
-from star.config import Config, Positive, Range
+from star.config import Config, ConfigError
+from star.options import Probe
 from star.rewards import Scores
-from star.study.gradient_signal import compare_with_scalar, jackknife_error
+from star.study.gradient_signal import compare_with_scalar, draw_coordinates, jackknife_error
 from star.study.tables import Table, format_number
 from star.train import Trainer
 from star.training.advantage import compute_advantages, compute_concept_advantages
@@ -35,34 +36,21 @@ from star.training.rollout import Rollout
 from star.training.task import draw_prompts
 from star_kernels import allocate
 
-COORDINATES = 2**17  # of the gradient, drawn once
 SCALAR = "uniform"
-CONFIDENCE = 0.95  # that an arm is ahead, before it is recommended
-
-
-@dataclass
-class Probe:
-    """How many images are looked at. Batches are compared: their number decides how sure the answer is."""
-
-    batches: Annotated[int, Range(least=3)]
-    """Batches of images; three are the least that have an error."""
-    prompts: Positive
-    """Prompts of a batch."""
-    images: Annotated[int, Range(least=2)]
-    """Images of each prompt."""
+CONFIDENCE = 0.95  # an arm is recommended if it is ahead with this
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a probe measured.
+    """What a probe measured. A number that cannot be known is None.
 
-    images, batches: how many. sigmas: of the S sampling steps. concentration: (S,) mean square of the relative maps, 1
-    if flat. localization: (S,) probability that a location inside the reward's masks has a larger map than one outside,
-    0.5 if the maps know nothing; None without masks. inside, outside: correlation, over the pairs of a prompt's images,
-    of the difference of their rewards with that of their latents, in the half of the locations that the maps favor and
-    in the other, each with its standard error. gradients: by arm, see `compare_with_scalar`. recommended: an arm.
-    failed: images without a reward. equal: whether no prompt had images whose rewards differ. What cannot be known
-    is None.
+    images, batches: how many were sampled. failed: images without a reward. equal: whether the images of every prompt
+    had equal rewards. sigmas: noise levels of the S sampling steps. concentration: (S,) mean square of the relative
+    maps, 1 if they are flat. localization: (S,) probability that a location inside the reward's masks has a larger map
+    than one outside, 0.5 if the maps know nothing; None without masks. inside, outside: correlation, over the pairs of
+    a prompt's images, between the difference of their rewards and that of their latents, with its standard error; in
+    the half of the locations that the maps favor, and in the other half. gradients: by arm, see `compare_with_scalar`.
+    recommended: an arm.
     """
 
     images: int
@@ -99,12 +87,12 @@ def compare_arms(configs: Mapping[str, Config], options: Probe) -> dict[str, dic
     gradients: dict[str, list[np.ndarray]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(_probed(own, options, Path(folder) / "run"))
-        coordinates = _coordinates(trainer)
+        coordinates = draw_coordinates(trainer.policy.parameters.values())
         try:
             for batch in tqdm(range(options.batches), desc="probe", dynamic_ncols=True):
                 rollout, scores = _sample(trainer, batch, range(trainer.config.sampling.steps))
                 for arm, config in configs.items():
-                    # The warm-up is not waited for.
+                    # As after the warm-up.
                     allocation = dataclasses.replace(config.allocation, warmup=0)
                     config = dataclasses.replace(trainer.config, allocation=allocation, loss=config.loss)
                     gradients[arm].append(_gradient(trainer, config, rollout, scores, coordinates, batch))
@@ -114,13 +102,11 @@ def compare_arms(configs: Mapping[str, Config], options: Probe) -> dict[str, dic
     return compare_with_scalar({arm: np.stack(values) for arm, values in gradients.items()}, scalar)
 
 
-def _coordinates(trainer: Trainer) -> Tensor:
-    """Those of the gradient that are looked at, the same in every call."""
-    size = sum(p.numel() for p in trainer.policy.parameters.values())
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES]
-
-
 def _probed(config: Config, options: Probe, out: Path) -> Config:
+    """The configuration of a probe's batches. Raises ConfigError under a launcher of several processes: each would have
+    a part of the images."""
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ConfigError(f"accelerate: got {processes} processes, expected 1; start a probe without accelerate launch")
     images, most = options.prompts * options.images, config.optimization.micro_batch
     # A pass must fit in memory, as those of the run do.
     micro_batch = max(n for n in range(1, min(most, images) + 1) if images % n == 0) if most else 0
@@ -134,20 +120,23 @@ def _probed(config: Config, options: Probe, out: Path) -> Config:
         allocation=dataclasses.replace(config.allocation, warmup=0),
         optimization=dataclasses.replace(config.optimization, updates_per_iteration=1, micro_batch=micro_batch),
         scoring=dataclasses.replace(config.scoring, count=0),
-        run=dataclasses.replace(config.run, out=out, trackers=(), figures=False, grid_every=0),
+        run=dataclasses.replace(
+            config.run, out=out, resume=False, overwrite=False, trackers=(), figures=False, grid_every=0
+        ),
     )
 
 
 def _measure(trainer: Trainer, options: Probe) -> Found:
-    steps, coordinates = trainer.config.sampling.steps, _coordinates(trainer)
+    steps, coordinates = trainer.config.sampling.steps, draw_coordinates(trainer.policy.parameters.values())
     gradients: dict[str, list[np.ndarray]] = defaultdict(list)
     concentration, localization = [], []
     pairs: list[np.ndarray] = []
     failed, equal = 0, True
     for batch in tqdm(range(options.batches), desc="probe", dynamic_ncols=True):
         rollout, scores = _sample(trainer, batch, range(steps))
-        failed += trainer.worker.count_failures()
-        _check_advantages(trainer, scores)
+        trainer.worker.count_failures()  # raises if every reward failed
+        failed += int(scores.reward.isnan().sum())
+        _check_reward(trainer, scores)
         fields = torch.stack([relative_map(maps, rollout.grid) for maps in rollout.captured_maps()])
         concentration.append(fields.square().mean((1, 2)).cpu().numpy())
         if scores.masks is not None:
@@ -185,9 +174,10 @@ def _known_mean(values: Sequence[float]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _check_advantages(trainer: Trainer, scores: Scores) -> None:
-    """Raise ConfigError for a reward without what the run's own advantages need, as the run would."""
+def _check_reward(trainer: Trainer, scores: Scores) -> None:
+    """Raise ConfigError for a reward without what the run's own advantages and weights need, as the run would."""
     loss, weights = trainer.config.loss, trainer.reward.weights
+    trainer.masks(scores)
     compute_advantages(scores, trainer.groups, loss, weights, trainer.size)
     compute_concept_advantages(scores, trainer.groups, loss, weights)
 
@@ -200,8 +190,8 @@ def _sample(trainer: Trainer, batch: int, captured: range) -> tuple[Rollout, Sco
 
 
 def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
-    """What is compared: no weights, the run's own strategy, the reward's masks and its locations, where it has any, and
-    its credits of concepts, where the run uses them."""
+    """What is compared: no weights; the run's own strategy; the reward's masks and its map, where it gives them; its
+    credits of concepts, where the run uses them."""
 
     def arm(strategy: str, advantage: str) -> Config:
         allocation = {"strategy": strategy, **({"temporal": "none"} if strategy in ("uniform", "oracle") else {})}
@@ -213,7 +203,7 @@ def arms(config: Config, scores: Scores) -> Iterator[tuple[str, Config]]:
     yield name, arm(name, "image")
     if scores.masks is not None:
         yield "oracle", arm("oracle", "image")
-    # What a run would refuse is no arm.
+    # An arm that a run would refuse is left out.
     takes_locations = config.loss.ratio != "sample" and not config.loss.normalize_rewards
     if scores.reward_map is not None and takes_locations:
         yield "location", arm("uniform", "location")
@@ -303,8 +293,8 @@ def is_positive(value: float | None, error: float | None, batches: int) -> bool:
 
 
 def recommend(gradients: dict[str, dict[str, float | None]], batches: int) -> str:
-    """The arm whose steps agree most with the scalar gradient of other images, if it is ahead of no weights; masks are
-    no choice of a run's, but what a perfect map would give."""
+    """The arm whose steps agree most with the scalar gradient of other images, if they agree more than without weights.
+    Never "oracle": its masks show what a perfect map would give, and a run has no such map."""
     ahead = {
         arm: numbers["adamw_agreement_gain"] or 0.0
         for arm, numbers in gradients.items()
@@ -347,7 +337,7 @@ def verdict(found: Found) -> str:
     scalar, arms = found.gradients[SCALAR], found.gradients
     lost = [f"{found.failed} of {found.images} images have no reward."] if found.failed else []
     if found.equal:
-        why = "the images of each prompt have the same reward, so that no update has a direction"
+        why = "the images of each prompt have the same reward, so there is no scalar gradient to compare with"
         return " ".join([*lost, f"Nothing can be said: {why}. Raise --images, or choose another reward."])
     sentences = [*lost, f"Recommended: {found.recommended}."]
     if found.recommended != SCALAR:
@@ -362,8 +352,8 @@ def verdict(found: Found) -> str:
     elif "oracle" in arms:
         sentences.append(f"The reward's own masks would give {_signed(arms['oracle'], 'adamw_agreement_gain')}.")
     sentences.append(
-        "The more the rewards of a prompt's images differ, the more the images differ in the half that the maps favor "
-        f"(r {_correlation(found.inside)}) and in the other ({_correlation(found.outside)})."
+        "Correlation between how much the rewards of a prompt's images differ and how much the images do: "
+        f"{_correlation(found.inside)} in the half that the maps favor, {_correlation(found.outside)} in the other."
     )
     return " ".join(sentences)
 

@@ -29,7 +29,7 @@ class GRPO:
         return steps_with_maps(self.config, stochastic)
 
     def passes(self, rollout: Rollout) -> int:
-        """Of each image in an iteration: its trained steps."""
+        """Number of steps that an iteration trains each image at."""
         return len(rollout.steps.trained)
 
     def weights(self, rollout: Rollout, masks: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -59,11 +59,14 @@ class GRPO:
         self.iteration = iteration
         weights = self.weights(rollout, masks, generator)
         noise = rollout.steps.transitions.s[list(rollout.steps.trained), None].expand(-1, len(rollout.groups))
-        step_weights = temporal_weights(self.config.allocation.temporal, noise.to(rollout.latents.device), weights)
+        temporal = self.config.allocation.temporal
+        if weights is None and temporal == "concentration":
+            temporal = "none"  # maps do not count in this iteration: every step has the same concentration
+        step_weights = temporal_weights(temporal, noise.to(rollout.latents.device), weights)
         return Credit(advantages, weights, step_weights, concepts, self.config.loss.concept_maps == "other")
 
     def loss(self, rollout: Rollout, k: int, rows: Tensor, credit: Credit) -> Pass:
-        """Of some samples at the k-th trained step."""
+        """The pass of some samples at the k-th trained step."""
         config, reference, own = self.config.loss, None, credit.at(k, rows)
         samples, prev_samples, old_means, transition = rollout.transition(k, rows)
         velocity = rollout.velocity(self.policy.transformer, k, rows)

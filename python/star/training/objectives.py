@@ -17,6 +17,6 @@ METHODS = {"nft": NFT, "awm": AWM}
 
 def make_objective(config: Config, policy: Policy, share: Share, groups: Tensor, patch: int) -> GRPO | ForwardProcess:
     """groups: (B,) int64 of all the iteration's images. patch: latent locations per image token and side."""
-    if config.loss.objective == "grpo":
-        return GRPO(config, policy, share, groups, patch)
-    return ForwardProcess(config, policy, share, patch, METHODS[config.loss.objective])
+    if config.loss.is_forward_process:
+        return ForwardProcess(config, policy, share, patch, METHODS[config.loss.objective])
+    return GRPO(config, policy, share, groups, patch)

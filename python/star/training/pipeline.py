@@ -1,4 +1,4 @@
-"""The pipeline that is trained, and which of its weights."""
+"""The pipeline that is trained: loading and checking it, and which of its weights are trained."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ TRAINED = "default"  # the trained adapter's name, PEFT's own
 def load_pipeline(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline that can be trained, in evaluation mode, from a folder or hub id. The autoencoder stays in float32
     whatever the dtype: its last layers overflow in float16."""
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
-        raise ConfigError(f"model.path: {path!r} is no pipeline (there is no such folder)")
+    path = folder_or_hub_id(path, "model.path")
     try:
         if Path(path).is_dir():
             check_files(Path(path))
@@ -57,9 +55,7 @@ def load_pipeline(path: str, device: torch.device | str = "cpu", dtype: torch.dt
 
 def load_any(path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
     """Any pipeline of diffusers from a folder or hub id, in evaluation mode."""
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
-        raise ConfigError(f"model: {path!r} is no pipeline (there is no such folder)")
+    path = folder_or_hub_id(path, "model")
     try:
         index = DiffusionPipeline.load_config(path)
         # Parts that a pipeline was saved without are left out only if told so.
@@ -69,6 +65,14 @@ def load_any(path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
         raise ConfigError(f"model: {path!r} cannot be loaded ({reason(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def folder_or_hub_id(path: str, setting: str) -> str:
+    """A pipeline's path without a ~. Raises ConfigError for what is written as a folder and is none."""
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        raise ConfigError(f"{setting}: {path!r} is no pipeline (there is no such folder)")
+    return path
 
 
 def check_files(folder: Path, weights: bool = True) -> None:
@@ -96,8 +100,8 @@ def check_files(folder: Path, weights: bool = True) -> None:
 
 
 def check_tokenizers(pipeline: Any, path: str) -> None:
-    """Raise ConfigError for a tokenizer that does not go with its text encoder: of files that are missing
-    transformers makes one without words."""
+    """Raise ConfigError for a tokenizer that does not fit its text encoder: where its files are missing, transformers
+    makes one without words."""
     for name, tokenizer in pipeline.components.items():
         encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
         if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
@@ -160,7 +164,7 @@ def check_model(family: Family, transformer: torch.nn.Module, config: Config) ->
     """Raise ConfigError for settings that only some kinds of models have."""
     scale, length = config.sampling.guidance_scale, config.model.max_sequence_length
     family.check_guidance(transformer, scale)
-    if config.loss.objective != "grpo" and family.is_guided(scale):
+    if config.loss.is_forward_process and family.is_guided(scale):
         raise ConfigError(
             f"sampling.guidance_scale: got {scale:g}, expected 1: loss.objective {config.loss.objective} trains "
             "without classifier-free guidance"
@@ -171,7 +175,7 @@ def check_model(family: Family, transformer: torch.nn.Module, config: Config) ->
 
 
 def text_encoders(pipeline: Any) -> list[torch.nn.Module]:
-    """Those that a pipeline has."""
+    """The text encoders that a pipeline has."""
     parts = pipeline.components.items()
     return [part for name, part in parts if name.startswith("text_encoder") and part is not None]
 
@@ -182,7 +186,7 @@ def latent_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def adapter_names(transformer: torch.nn.Module) -> Iterable[str]:
-    """Of the adapters that a transformer has; empty for one without."""
+    """The names of a transformer's adapters, empty without any."""
     return getattr(transformer, "peft_config", {})
 
 

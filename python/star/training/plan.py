@@ -47,16 +47,16 @@ class Architecture:
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """As a pipeline has them."""
+        """The same parts by name, as a pipeline has them."""
         return {str(i): part for i, part in enumerate((self.transformer, self.vae, *self.text_encoders))}
 
     def text_tokens(self, max_sequence_length: int) -> int:
-        """The most that a prompt has."""
+        """The largest number of text tokens of a prompt."""
         return max_sequence_length + (self.clip_tokens if self.family.begins_with_clip else 0)
 
 
 def task_architecture(task: Task) -> Architecture:
-    """Of a task's pipeline, which is loaded for it."""
+    """The architecture of a task's pipeline, which is loaded for it."""
     pipeline = task.pipeline("cpu", torch.float32)
     return Architecture(
         family_of(pipeline),
@@ -68,7 +68,7 @@ def task_architecture(task: Task) -> Architecture:
 
 
 def architecture(path: str) -> Architecture:
-    """Of a known public model or a pipeline's folder. Raises ConfigError for anything else."""
+    """The architecture of a known public model or of a pipeline's folder. Raises ConfigError for anything else."""
     with torch.device("meta"):
         if path in KNOWN:
             kind, parts = KNOWN[path]
@@ -170,9 +170,9 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one iteration. rows: images times steps, of one GPU, twice with guidance. trained_steps: of an image; for
-    the forward process its noise levels. old_rows: of the passes there that go before those with gradients. memory:
-    bytes of one GPU."""
+    """What one iteration takes. rows: images times steps of one GPU, twice with guidance. trained_steps: of an image;
+    with the forward process its noise levels. old_rows: those of its passes without gradients. memory: bytes of one
+    GPU."""
 
     images: int
     images_per_gpu: int
@@ -190,7 +190,7 @@ class Plan:
 
     @property
     def flops_per_gpu(self) -> int:
-        """Of the transformer."""
+        """The transformer's FLOPs."""
         forward = self.rollout_rows + self.update_rows + self.old_rows
         policy = forward * self.forward_flops + self.update_rows * self.backward_flops
         return policy + self.reference_rows * self.reference_flops
@@ -214,15 +214,15 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
     factor = models.family.scale_factor(models.vae)
     check_size(models.family, transformer, factor, (config.model.height, config.model.width), "model.")
     check_model(models.family, transformer, config)
-    # One that training starts from takes what a new one takes, and once more for its frozen copy.
+    # An adapter that training starts from takes the memory of a new one, and again for its frozen copy.
     trained = make_trainable(models, config)
     images = sampling.prompts_per_iteration * sampling.images_per_prompt
     own = images // gpus
-    # Every process has the like of the first one's.
+    # The other processes have groups of the same sizes.
     groups = share_rows(images, optimization.updates_per_iteration, gpus)[0] % sampling.prompts_per_iteration
     chunks = groups.split(optimization.micro_batch or own // optimization.updates_per_iteration)
     guided = 2 if models.family.is_guided(sampling.guidance_scale) else 1
-    noised = config.loss.objective != "grpo"
+    noised = config.loss.is_forward_process
     count = (config.loss.noise_levels if noised else sampling.window) or len(sampling.trained_steps)
     steps = () if noised else sampling.trained_steps[:count]
     shared = min(steps) + 1 if sampling.shared_noise else 0
@@ -260,7 +260,7 @@ def plan(config: Config, gpus: int = 1, fsdp: bool = False) -> Plan:
         "moving average": weights if optimization.ema_decay else 0,
         "old policy": weights if config.loss.keeps_old else 0,
         "reference": weights if keeps_reference else 0,
-        # The trained weights wait while others have their place. GRPO alone has its graph by then.
+        # A copy of the trained weights waits while others are written into them. GRPO alone has its graph by then.
         "weights set aside, pass": weights if keeps_reference and not noised else 0,
         "weights set aside, images": weights if config.loss.keeps_old or optimization.ema_decay else 0,
         "merged adapter": count_bytes(merged) if sampling.merge_adapter else 0,
