@@ -226,7 +226,7 @@ class Loss:
 
 
 # Options of `loss` that only these objectives use.
-OBJECTIVES_WITH = {
+OBJECTIVES_BY_OPTION = {
     "ratio": ("grpo", "awm"),
     "guard": ("grpo",),
     "noise_levels": ("nft", "awm"),
@@ -425,8 +425,8 @@ class Config:
     def _check_loss_options(self) -> None:
         """Raise ConfigError for an option of another objective, which this one would ignore in silence."""
         for option in dataclasses.fields(self.loss):
-            value, users = getattr(self.loss, option.name), OBJECTIVES_WITH.get(option.name, (self.loss.objective,))
-            if self.loss.objective not in users and value != option.default:
+            value, objectives = getattr(self.loss, option.name), OBJECTIVES_BY_OPTION.get(option.name)
+            if objectives and self.loss.objective not in objectives and value != option.default:
                 raise ConfigError(
                     f"loss.{option.name}: got {value!r}, expected {option.default!r}: loss.objective "
                     f"{self.loss.objective} does not use it"

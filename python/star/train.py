@@ -135,9 +135,8 @@ class Trainer:
         self.iteration += 1
 
         categories = [prompts[i].category for i in self.groups.tolist()]
-        metrics |= iteration_metrics(scores, categories, advantages) | {
-            "reward_failed": float(own.reward.isnan().sum())
-        }
+        metrics |= iteration_metrics(scores, categories, advantages)
+        metrics["reward_failed"] = float(own.reward.isnan().sum())
         if concepts is not None:
             metrics["concepts_credited"] = concepts.isfinite().sum(1).float().mean().item()
         if rollout.explored is not None:
