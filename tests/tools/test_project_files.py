@@ -12,6 +12,11 @@ from distribution import check_tag
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+# The first versions that run on Node 24: runners had Node 20 until September 2026.
+ON_NODE_24 = {
+    "checkout": 5, "setup-python": 6, "upload-artifact": 6, "download-artifact": 7,
+    "upload-pages-artifact": 5, "deploy-pages": 5,
+}  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -61,6 +66,20 @@ def test_workflows_run_targets_of_the_makefile():
             words = command.split()
             assert words[0] == "make" and words[1] in targets, f"{path.name}: {command}"
             assert {word.split("=")[0] for word in words[2:] if "=" in word} <= variables, f"{path.name}: {command}"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_run_on_a_node_that_runners_have(path):
+    found = re.findall(r"uses: actions/([\w-]+)@v(\d+)$", path.read_text(), re.M)
+    assert len(found) == path.read_text().count("uses: actions/") > 0
+    assert [name for name, version in found if int(version) < ON_NODE_24[name]] == []
+
+
+def test_the_site_is_published_from_the_branch_that_may():
+    """GitHub lets the default branch alone deploy to `github-pages`: a tag would fail."""
+    workflow = (ROOT / ".github" / "workflows" / "docs.yml").read_text()
+    assert "name: github-pages" in workflow and "branches: [main]" in workflow
+    assert "tags:" not in workflow
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
