@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test fuzz lint links docs install-check compat bench bench-quick gpu-check sanitize wheel clean
 help:
-	@echo "make demo      train the embedded model"
+	@echo "make demo      train the embedded model; a page of the run in runs/demo/report.html"
 	@echo "make test      lint, build, all tests"
 	@echo "make fuzz      random calls of the operators against the reference; CASES=20000"
 	@echo "make lint      ruff and mypy"
@@ -25,6 +25,7 @@ help:
 	@echo "make clean     remove what was built and installed"
 
 $(VENV)/installed: requirements-ci.txt
+	@echo "The first time: what requirements-ci.txt pins goes into $(VENV), several GB. It takes minutes and shows nothing."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/; s/^triton==.*/triton/)' requirements-ci.txt > $(VENV)/requirements.txt
@@ -33,6 +34,7 @@ $(VENV)/installed: requirements-ci.txt
 
 # Editable, against the torch that is installed: an isolated build would fetch a second torch.
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	@echo "The operators are compiled: minutes again, MAX_JOBS compilers at a time."
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -40,6 +42,7 @@ setup: $(VENV)/built
 
 demo: setup
 	$(BIN)/star train --preset shapes-nft --out runs/demo --overwrite
+	$(BIN)/star report runs/demo
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,7 +1,9 @@
 """The command line as a user meets it."""
 
 import dataclasses
+import itertools
 import json
+import shlex
 import subprocess
 import sys
 
@@ -26,7 +28,12 @@ def run(capsys, *arguments):
 def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
     out = tmp_path / "run"
     train = ["train", *TINY_RUN, "--out", str(out)]
-    assert run(capsys, *train)[0] == 0
+    code, output, _ = run(capsys, *train)
+    assert code == 0
+    named, command = output.splitlines()[-1].split(": ")
+    assert (
+        named == "one page of it" and run(capsys, *shlex.split(command)[1:])[0] == 0 and (out / "report.html").is_file()
+    )
     files = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     code, _, error = run(capsys, *train)
     assert code == 1 and error.strip().splitlines()[-1] == (
@@ -155,6 +162,40 @@ def test_usage():
     for arguments, code in (([], 0), (["--help"], 0), (["fly"], 2)):
         result = subprocess.run([sys.executable, "-m", "star.cli", *arguments], capture_output=True, text=True)
         assert result.returncode == code and "usage: star COMMAND" in result.stdout + result.stderr
+
+
+def test_usage_fits_a_terminal_and_names_an_unknown_command(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["fly"]) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "star: got 'fly', expected a command from above"
+    assert max(map(len, said.splitlines())) <= 80 and all(f"\n  {name} " in said for name in cli.COMMANDS)
+
+
+def broken_early(text, width):
+    """Lines of help that end although the next word fits. Help begins at the same column in both lines."""
+    lines = [line.replace("│", " ").rstrip() for line in text.splitlines()]
+    found = []
+    for line, following in itertools.pairwise(lines):
+        column = len(following) - len(following.lstrip())
+        helps = column > 2 and line[column - 2 : column] == "  " and line[column : column + 1].strip()
+        if helps and len(line) + 1 + len(following.split()[0]) <= width - 2:
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("report", "info")])
+def test_lines_of_help_end_where_the_terminal_does(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) > 15 and broken_early(text, 80) == []
+
+
+def test_a_line_of_help_that_ends_early_is_found():
+    assert broken_early("│ --a  one two │\n│      three   │\n", 16) == []
+    assert broken_early("│ --a  one     │\n│      two     │\n", 16) == ["  --a  one"]
 
 
 def test_info_has_help(capsys):

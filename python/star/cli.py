@@ -8,11 +8,15 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from star.messages import WHOLE, one_line
@@ -36,19 +40,27 @@ LAYERS = """
 --config FILE.yaml  change them by a file; options change both
 --out FOLDER        as --run.out"""
 
-USAGE = """usage: star COMMAND [--help]
+COMMANDS = {
+    "train": "post-train a model: --preset NAME, --config FILE.yaml, and any option",
+    "plan": "predict a run's FLOPs and memory without loading the model: --gpus N and the options of train",
+    "probe": "predict from some batches whether knowing the locations will help: --batches N and the options of train",
+    "check": "check a pipeline before a run: bits, maps, words, noise, implementations: star check MODEL",
+    "eval": "score a model, with an adapter or without, on a task's held-out prompts or on a prompt file",
+    "compare": "train arms with several seeds side by side, and report which differ",
+    "maps": "draw a prompt's concept maps by layer and step",
+    "app": "serve a page that shows an image as it forms, with its maps and weights: star app [MODEL...]",
+    "report": "write one HTML page of runs: curves, images, what differs: star report RUN [RUN...] [--out FILE]",
+    "info": "print versions, what was built, and which implementation each operator uses",
+}
 
-  train    post-train a model: --preset NAME, --config FILE.yaml, and any option
-  plan     predict a run's FLOPs and memory without loading the model: --gpus N and the options of train
-  probe    predict from some batches whether knowing the locations will help: --batches N and the options of train
-  check    check a pipeline before a run: bits, maps, words, noise of the log-ratio, implementations: star check MODEL
-  eval     score a model, with an adapter or without, on a task's held-out prompts or on a prompt file
-  compare  train arms with several seeds side by side, and report which differ
-  maps     draw a prompt's concept maps by layer and step
-  app      serve a page that shows an image as it forms, with its maps and weights: star app [MODEL...]
-  report   write one HTML page of runs: curves, images, settings that differ: star report RUN [RUN...] [--out FILE]
-  info     print versions, what was built, and which implementation each operator uses
-"""
+
+def usage(width: int) -> str:
+    """The commands with what each does, in lines of at most `width` characters."""
+    texts = [
+        textwrap.fill(text, width, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False)
+        for name, text in COMMANDS.items()
+    ]
+    return "\n".join(["usage: star COMMAND [--help]", "", *texts])
 
 
 def quiet_third_parties() -> None:
@@ -106,7 +118,20 @@ def read_config(arguments: list[str], prog: str, about: str = TRAINING) -> Confi
         rest = [f"--run.{flag}" if argument == f"--{flag}" else argument for argument in rest]
     if known.out:
         rest += ["--run.out", known.out]
+    for part in (base, *vars(base).values()):
+        if dataclasses.is_dataclass(part):
+            help_in_one_line(type(part))
     return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog, description=f"{about}{LAYERS}"))
+
+
+def help_in_one_line(kind: type[DataclassInstance]) -> None:
+    """Give tyro the docstrings of a dataclass's fields without line breaks; it would keep those of the source."""
+    import docstring_parser
+
+    texts = {found.arg_name: found.description or "" for found in docstring_parser.parse_from_object(kind).params}
+    for entry in dataclasses.fields(kind):
+        if text := texts.get(entry.name):
+            entry.metadata = MappingProxyType({**entry.metadata, "help": " ".join(text.split())})
 
 
 def read_options(kind: type[Values], arguments: list[str], prog: str) -> Values:
@@ -115,6 +140,7 @@ def read_options(kind: type[Values], arguments: list[str], prog: str) -> Values:
 
     from star.config import check_ranges, expand_paths
 
+    help_in_one_line(kind)
     options = expand_paths(tyro.cli(kind, args=arguments, prog=prog))
     check_ranges(options, "")
     return options
@@ -185,6 +211,7 @@ def train(arguments: list[str]) -> None:
         f"[bold]{escape(str(config.run.out))}[/bold]: "
         + ", ".join(sorted(p.name for p in config.run.out.iterdir() if p.name[0] != "."))
     )
+    print(f"one page of it: {shlex.join(['star', 'report', str(config.run.out)])}")
 
 
 def plan(arguments: list[str]) -> None:
@@ -218,7 +245,8 @@ def plan(arguments: list[str]) -> None:
     table.add_row("transformer, per GPU", f"{plan.flops_per_gpu / 1e15:.3g} PFLOP", end_section=True)
     table.add_row("parameters", f"{plan.parameters / 1e6:,.1f} M, {plan.trained_parameters / 1e6:,.1f} M trained")
     for name, size in plan.memory.items():
-        table.add_row(name, f"{size / 2**30:,.2f} GiB")
+        if size:
+            table.add_row(name, f"{size / 2**30:,.2f} GiB")
     table.add_row("[bold]peak per GPU", f"[bold]{plan.peak / 2**30:,.1f} GiB")
     Console().print(table)
 
@@ -539,9 +567,13 @@ def main(arguments: list[str] | None = None) -> int:
         **{"train": train, "plan": plan, "probe": probe, "check": check, "eval": evaluate},
         **{"compare": compare, "maps": maps, "app": app, "report": report, "info": info},
     }
-    if not arguments or arguments[0] not in commands:
-        print(USAGE, file=sys.stdout if arguments in ([], ["--help"], ["-h"]) else sys.stderr)
-        return 0 if arguments in ([], ["--help"], ["-h"]) else 2
+    text = usage(shutil.get_terminal_size().columns)
+    if arguments in ([], ["--help"], ["-h"]):
+        print(text)
+        return 0
+    if arguments[0] not in commands:
+        print(f"{text}\n\nstar: got {arguments[0]!r}, expected a command from above", file=sys.stderr)
+        return 2
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         if arguments[0] != "info":  # which needs torch alone

@@ -13,8 +13,10 @@ from star.config import AboveZero, Count, Finite, NotNegative, Positive, Range
 from star.training.task import NO_TASK
 
 HELD_OUT = 512  # prompts of a task
-TASK_HELP = """`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. None: the embedded
-world, unless there is a model."""
+TASK_HELP = (
+    "`shapes`, the embedded world, or `module:attribute` of a star.training.task.Task. "
+    "None: the embedded world, unless there is a model."
+)
 
 
 def _images(what: str, name: str) -> object:
@@ -117,7 +119,7 @@ class Probe:
 class Check:
     """Check a pipeline before a run: bits, maps, words, noise of the log-ratio, implementations."""
 
-    model: Annotated[str | None, tyro.conf.Positional] = None
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """A pipeline's folder or hub id. None: the embedded model."""
     prompt: tuple[str, ...] = ()
     """Prompts to check. Empty: two that suit the model."""
@@ -155,7 +157,7 @@ class Check:
 class App:
     """Serve a page that shows an image as it forms, with its maps and weights."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")] = ()
     """Pipelines to choose from beside the embedded model: folders or hub ids."""
     only: bool = False
     """Visitors choose from these alone. Without it they may name any folder of this machine and any hub id."""

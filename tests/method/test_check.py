@@ -1,6 +1,7 @@
 """`star check`: every verdict holds for a sound pipeline, and fails for what it is there to find."""
 
 import json
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 import star.check
 from pipelines import ENCODINGS
 from star.check import Question, check
-from star.check.noise import AUTOCAST, BATCH, _log_ratios, floors
+from star.check.noise import AUTOCAST, BATCH, _autocast, _log_ratios, floors
 from star.check.passes import record
 from star.cli import main
 from star.shapes.model import load_pipeline
@@ -300,3 +301,13 @@ def test_the_command_on_a_folder(capsys, tmp_path):
         (tmp_path / name).write_text("")
         assert main([*arguments[:2], f"--{name}", str(tmp_path / name)]) == 1
         assert f"star: {name}: " in capsys.readouterr().err
+
+
+def test_autocast_says_nothing_of_a_slower_kernel():
+    """torch warns of it at the first norm whose weights are float32; any other warning stays."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with _autocast("cpu"):
+            warnings.warn("Mismatch dtype between input and weight: input dtype = c10::BFloat16", UserWarning, 2)
+            warnings.warn("another", UserWarning, 2)
+    assert [str(one.message) for one in caught] == ["another"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -134,5 +135,7 @@ def _checkpointing(transformer: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _autocast(device: str) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with warnings.catch_warnings(), torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        # That mixed types miss a fused kernel of torch is no news to who asked for autocast.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield
