@@ -98,7 +98,7 @@ class Maps:
     width: Width = None
     layers: tuple[Count, ...] | None = None
     """Blocks to show. None: all."""
-    seed: Count = 0
+    seed: Count = 1
     """Seed of the noise."""
 
 

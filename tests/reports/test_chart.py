@@ -32,6 +32,9 @@ def test_whatever_the_numbers_are_the_drawing_stays_within_its_edges(points, ban
         assert not re.search("[a-z]", path)  # no nan, no exponent
     ticks = [tick.at for tick in drawn.y_ticks]
     assert ticks == sorted(ticks, reverse=True) and all(chart.TOP <= at <= chart.BOTTOM for at in ticks)
+    longest = max((len(tick.label) for tick in drawn.y_ticks), default=0)
+    assert chart.GAP + chart.DIGIT * longest <= drawn.left < chart.RIGHT / 2  # no label is cut; curves have room
+    assert min(coordinates(curve.line)[::2]) >= drawn.left
 
 
 def test_ticks_are_round_and_name_their_numbers():
@@ -48,7 +51,7 @@ def test_ticks_are_round_and_name_their_numbers():
 @pytest.mark.parametrize(
     ("ends", "labels"),
     [
-        ((0.9999, 1.0001), ["0.9999", "0.99995", "1", "1.00005", "1.0001"]),  # a ratio within its clip range
+        ((0.9999, 1.0001), ["0.99990", "0.99995", "1.00000", "1.00005", "1.00010"]),  # a ratio within its clip range
         ((1.01e7, 1.06e7), ["1.01e+07", "1.02e+07", "1.03e+07", "1.04e+07", "1.05e+07", "1.06e+07"]),
         ((0.0, 9e-5), ["0", "2e-05", "4e-05", "6e-05", "8e-05"]),
     ],

@@ -13,7 +13,8 @@ from itertools import pairwise
 import numpy as np
 
 WIDTH, HEIGHT = 360, 190  # of the drawing, in its own units; a phone shows them about as pixels
-LEFT, RIGHT, TOP, BOTTOM = 48, 352, 8, 164  # of the field that the curves are in
+LEFT, RIGHT, TOP, BOTTOM = 48, 352, 8, 164  # of the field that the curves are in; long labels move its left side
+DIGIT, GAP = 7, 5  # widths of a digit of a label, and between a label and the field
 TICKS = 5  # at most, about
 LIMIT = 1e100  # numbers beyond it are as good as infinite
 POINTS = 240  # of a curve without errors, at most
@@ -60,8 +61,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its words and its numbers. rows: x and, for each curve, what it is there."""
+    """A drawing with its words and its numbers. left: where the field of the curves begins. rows: x and, for each
+    curve, what it is there."""
 
+    left: float
     title: str
     description: str
     curves: list[Drawn]
@@ -89,16 +92,19 @@ def draw(title: str, curves: Sequence[Curve]) -> Chart | None:
     curves = [shown for curve in curves if len((shown := finite(curve)).x)]
     if not curves:
         return None
-    x_scale = Scale.over(np.concatenate([curve.x for curve in curves]), (LEFT, RIGHT), padding=0.02)
     ends = [end for curve in curves for end in (lower(curve), upper(curve))]
     y_scale = Scale.over(np.concatenate(ends), (BOTTOM, TOP), padding=0.06)
+    y_ticks = y_scale.ticks()
+    left = max(LEFT, GAP + DIGIT * max((len(tick.label) for tick in y_ticks), default=0))
+    x_scale = Scale.over(np.concatenate([curve.x for curve in curves]), (left, RIGHT), padding=0.02)
     columns, rows = table(curves)
     return Chart(
+        left,
         title,
         ". ".join(describe(curve) for curve in curves),
         [draw_curve(thinned(curve), x_scale, y_scale) for curve in curves],
         x_scale.ticks(whole=True),
-        y_scale.ticks(),
+        y_ticks,
         columns,
         rows,
     )
@@ -161,7 +167,8 @@ class Scale:
         values = values[values >= 0] if whole else values
         largest = max(abs(self.least), abs(self.most))
         significant = max(1, math.floor(math.log10(largest)) - math.floor(math.log10(step)) + 1)  # tell neighbors apart
-        label = f"{{:.{digits}f}}" if 1e-4 < step < 1e5 else f"{{:.{significant}g}}"
+        fixed = step < 1e5 and (step > 1e-4 or largest > 1000 * step)
+        label = f"{{:.{digits}f}}" if fixed else f"{{:.{significant}g}}"
         return [
             Tick(round(float(at), 1), label.format(value + 0.0)) for value, at in zip(values, self(values), strict=True)
         ]  # + 0.0: no "-0"
