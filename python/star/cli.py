@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -497,6 +498,8 @@ def app(arguments: list[str]) -> None:
     from star.options import App
 
     options = read_options(App, arguments, "star app")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log or a container has the page's address at once
     from star.app import serve
 
     serve(options.models, options.only, options.dtype, options.host, options.port, largest=options.largest)
