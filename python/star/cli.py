@@ -120,7 +120,7 @@ def read_config(arguments: list[str], prog: str, about: str = TRAINING) -> Confi
     if known.out:
         rest += ["--run.out", known.out]
     for part in (base, *vars(base).values()):
-        if dataclasses.is_dataclass(part):
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
             help_in_one_line(type(part))
     return expand_paths(tyro.cli(Config, default=base, args=rest, prog=prog, description=f"{about}{LAYERS}"))
 
