@@ -131,14 +131,19 @@ def check(line: str, environment: Environment) -> str:
     return f"torch {after}, {'compiled' if compiled else 'not compiled'}"
 
 
+def named_line(message: str) -> str:
+    """The command that a message about a missing module names. Raises AssertionError where it names none."""
+    said = re.search(r" is missing\b.*?; (pip install .*)", message)
+    assert said, message
+    return said[1]
+
+
 def follow_message(environment: Environment) -> None:
     """Without an extra, a command names the line that installs it, and works after that line."""
     try:
         environment.run("star train --help", environment.folder)
     except subprocess.CalledProcessError as error:
-        said = re.search(r"is missing; (pip install .*)", error.stdout)
-        assert said, error.stdout
-        environment.run(said[1], environment.folder)
+        environment.run(named_line(error.stdout), environment.folder)
     environment.run("star train --help", environment.folder)
 
 

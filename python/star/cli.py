@@ -578,6 +578,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{text}\n\nstar: got {arguments[0]!r}, expected a command from above", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    # torch says so when it is loaded; a command that needs NumPy names the extra that has it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     try:
         if arguments[0] != "info":  # which needs torch alone
             quiet_third_parties()

@@ -1,11 +1,14 @@
 """`make install-check` misses no documented install line, and every line works today: no index has the package."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 
 import install_check
+from star import cli
+from star_kernels import requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = install_check.install_lines()
@@ -45,6 +48,24 @@ def test_lines_of_messages_are_run_too():
     for path in [*ROOT.glob("python/star/**/*.py"), *ROOT.glob("star_kernels/**/*.py")]:
         for said in re.findall(r"pip install (.*)", path.read_text()):
             assert path.name in others and others[path.name] in said, f"{path}: {said}"
+
+
+def test_the_line_that_a_message_names_is_found(monkeypatch, capsys):
+    """Words of torch about what it misses itself stay out of the message."""
+
+    def without_gradio(arguments):
+        warnings.warn("Failed to initialize NumPy: No module named 'numpy'", UserWarning, stacklevel=1)
+        raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
+
+    monkeypatch.setattr(cli, "info", without_gradio)
+    monkeypatch.setattr(requirements, "install_line", lambda extra, module: f"pip install what {extra} lacks")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["info"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert install_check.named_line(line) == "pip install what app lacks"
+    with pytest.raises(AssertionError):
+        install_check.named_line("star: gradio is missing, of star-kernels[app]")
 
 
 def test_no_line_presumes_that_an_index_has_the_package():
