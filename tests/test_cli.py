@@ -1,8 +1,10 @@
 """The command line as a user meets it."""
 
 import dataclasses
+import io
 import itertools
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -57,6 +59,10 @@ def test_train_refuses_a_used_folder_resumes_and_overwrites(tmp_path, capsys):
         ([*TINY_RUN, "--model.path", "/nowhere"], "star: model.path: '/nowhere' is no pipeline"),
         (["--config", "/nowhere.yaml"], "star: config: /nowhere.yaml cannot be read"),
         ([*TINY_RUN, "--sampling.prompts", "/nowhere.txt"], "star: prompts: /nowhere.txt cannot be read"),
+        (
+            ["--preset", "ocr-sd35m"],
+            "star: prompts: dataset/ocr/train.txt cannot be read (No such file or directory); copy flow_grpo's folder",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, words):
@@ -196,6 +202,15 @@ def test_lines_of_help_end_where_the_terminal_does(monkeypatch, capsys, command)
 def test_a_line_of_help_that_ends_early_is_found():
     assert broken_early("│ --a  one two │\n│      three   │\n", 16) == []
     assert broken_early("│ --a  one     │\n│      two     │\n", 16) == ["  --a  one"]
+
+
+def test_a_library_that_prints_its_own_lines_says_each_once(monkeypatch):
+    lines = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(lines)])  # where star's own is
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    cli.quiet_third_parties()
+    logging.getLogger("huggingface_hub.utils").warning("Retrying in 8s")
+    assert logging.getLogger("huggingface_hub").handlers and lines.getvalue() == ""
 
 
 def test_info_has_help(capsys):

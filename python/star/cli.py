@@ -74,6 +74,7 @@ def quiet_third_parties() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself, each would come twice
     # diffusers' own call of a deprecated argument of its own.
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 

@@ -83,7 +83,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         text = files.read_text(path)
     except files.Unreadable as error:
-        raise ConfigError(f"prompts: {error}") from error
+        hint = ""
+        if path.parts[:1] == ("dataset",) and not path.exists():
+            hint = "; copy flow_grpo's folder dataset/ here, or set sampling.prompts and scoring.prompts"
+        raise ConfigError(f"prompts: {error}{hint}") from error
     # Not splitlines(), which also breaks at characters that JSON allows within a string.
     lines = [(number, _stripped(line)) for number, line in enumerate(text.split("\n"), 1)]
     suffix = path.suffix.lower()
