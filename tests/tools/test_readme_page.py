@@ -1,9 +1,11 @@
 """README is short, and each number in it is on the page that the same paragraph links to."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import badges
 
@@ -42,6 +44,15 @@ def test_readme_is_short_before_it_installs():
 @pytest.mark.parametrize("paragraph", paragraphs(BEFORE_INSTALLING), ids=lambda text: " ".join(text.split()[:4]))
 def test_numbers_are_on_the_page_that_is_linked(paragraph):
     assert unsupported(paragraph) == []
+
+
+def test_the_embedded_model_has_the_parameters_that_the_pages_name():
+    name = "diffusion_pytorch_model.safetensors"
+    with safe_open(ROOT / "python/star/shapes/weights/transformer" / name, "pt") as file:
+        count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    for page in ("README.md", "docs/evidence.md", "docs/shapes.md"):
+        found = re.findall(r"(\S+) million\s+parameters", (ROOT / page).read_text())
+        assert found == [f"{count / 1e6:.1f}"], page
 
 
 def test_the_numbers_of_the_readme_are_looked_for():
