@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from star.concepts import ConceptTokens, Marks, concept_tokens
@@ -54,6 +55,39 @@ def numbered(value: Any) -> Tensor:
     number = next(_numbers)
     _by_number[number] = value
     return torch.tensor([number], device="cpu")
+
+
+def checked_tokens(tokens: Any) -> ConceptTokens:
+    """Raises TypeError or ValueError for what are no concepts' tokens."""
+    if not isinstance(tokens, tuple) or len(tokens) != 2 or not all(isinstance(x, Tensor) for x in tokens):
+        raise TypeError(
+            f"tokens: got {type(tokens).__name__}, expected ConceptTokens; star.concept_tokens makes them of prompts"
+        )
+    index, weight = tokens
+    if index.dtype != torch.int64 or not weight.is_floating_point():
+        raise TypeError(
+            f"tokens: got an index of {index.dtype} and weights of {weight.dtype}, expected torch.int64 and floats"
+        )
+    if index.ndim != 3 or weight.shape != index.shape:
+        raise ValueError(
+            f"tokens: got an index {tuple(index.shape)} and weights {tuple(weight.shape)}, expected (B, G, K) of both"
+        )
+    return ConceptTokens(index, weight)
+
+
+def outside(value: Any) -> Any:
+    """A tensor, or a list with some, without the wrappers of torch.func's transforms.
+
+    Raises TypeError for one that torch.func.vmap has taken the batch of."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(map(outside, value))
+    while isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            raise TypeError(
+                "transformer: got a pass under torch.func.vmap, which hides its batch; call it with the whole batch"
+            )
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def in_backward() -> bool:
@@ -171,6 +205,7 @@ class Maps:
 
         The maps are NaN until the next pass. Nothing waits for a device. Tokens beyond a pass's texts raise ValueError
         in the pass. Tokens on an accelerator are not checked: such a concept's map is NaN."""
+        tokens = checked_tokens(tokens)
         index, weight = tokens
         # Before they move, so that nobody waits for their values.
         on_cpu = index.device.type == "cpu"
@@ -209,7 +244,8 @@ class Maps:
         if self.text_tokens > texts:
             raise ValueError(
                 f"tokens: got text token {self.text_tokens - 1}, expected at most {texts - 1}, the last of the pass; "
-                "find them with the max_sequence_length of the embeddings"
+                "find them with the max_sequence_length of the embeddings, and leave unconditional passes out "
+                "(passes_per_step of star.record, first_pass of star.allocated)"
             )
         self._kind = None
         self.written = [False] * len(self.blocks)
@@ -343,13 +379,14 @@ class Maps:
         Raises RuntimeError if no pass was made, or one that skipped a captured block; and what `layers` raises."""
         layers = self.layers()
         missing = [block for block, done in zip(self.blocks, self.written, strict=True) if not done]
-        if len(missing) == len(self.blocks):
+        if self._shown is None:
             raise RuntimeError(
                 f"maps: no pass has run the captured blocks {missing}; call the model inside the capture first"
             )
         if missing:
             raise RuntimeError(
-                f"layers: the last pass skipped blocks {missing}, which have no maps; leave them out with layers="
+                f"layers: the last pass skipped blocks {missing}, which have no maps; leave them out with layers=, or "
+                "disable the cache that skips them"
             )
         assert self.layer_weights is not None  # since __post_init__
         return (layers * self.layer_weights[:, None, None, None]).sum(0)
@@ -399,7 +436,11 @@ class Observer:
             lse = None if lse is None else lse.detach()
             observe_attention(self.known_as, query.detach(), key.detach(), mask, scale, lse)
         elif not in_backward():  # else the backward pass of an old forward pass could overwrite newer maps
-            self.write(query, key, mask, scale, lse)
+            if torch._C._are_functorch_transforms_active():  # which forbid to write the slots
+                with torch._C._DisableFuncTorch():
+                    self.write(*map(outside, (query, key, mask, scale, lse)))
+            else:
+                self.write(query, key, mask, scale, lse)
 
     def write(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, lse: Tensor | None) -> None:
         if self.maps.keys is None or self.maps.keys == key.shape[2]:  # else attention to something else than the text
@@ -556,7 +597,12 @@ class Passes:
     def show(self, argument: Arguments) -> None:
         """A pass with these arguments begins."""
         if not torch.compiler.is_compiling():
-            if not in_backward():  # else a pass that is computed again
+            if in_backward():  # a pass that is computed again
+                return
+            if torch._C._are_functorch_transforms_active():
+                with torch._C._DisableFuncTorch():
+                    self.begin(self.read(lambda name: outside(argument(name))))
+            else:
                 self.begin(self.read(argument))
             return
         shown = self.read(argument)
@@ -630,7 +676,7 @@ def capture(
         TypeError: a model or an attention processor that is not known.
         ValueError: wrong layers or options; in the pass a grid or rows that do not fit it.
     """
-    model = unwrapped(transformer)
+    model, tokens = unwrapped(transformer), checked_tokens(tokens)
     layout = layout_of(model)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: got {normalize!r}, expected one of {list(NORMALIZATIONS)}")
@@ -659,7 +705,8 @@ def capture(
     names = [*inspect.signature(type(model).forward).parameters][1:]
 
     def begin(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        passes.show(_arguments(names, args, kwargs))
+        if module is model:  # a deep copy takes its hooks along
+            passes.show(_arguments(names, args, kwargs))
 
     observers = [Observer(maps, number) for number in range(len(blocks))]
     before = {layer: attention.processor for layer, attention in blocks.items()}
@@ -781,6 +828,7 @@ def record(
     rows: Rows | None = None,
     layers: Sequence[int] | None = None,
     normalize: Literal["raw", "content", "concepts"] = "raw",
+    passes_per_step: int = 1,
 ) -> Iterator[Record]:
     """Concept maps of every forward pass inside the context, in order: one for each step of a trainer's sampler.
 
@@ -792,6 +840,9 @@ def record(
         transformer: the very module that the sampler calls, in whatever wrapper.
         prompts, pipeline, concepts, brackets: as in `allocated`.
         grid, rows, layers, normalize: of `capture`.
+        passes_per_step: how many passes the sampler makes for each step; the first one is recorded and the others are
+            left alone, whatever their texts are. 2 for guidance in two passes, the conditional one first, as in the
+            pipelines of Qwen-Image, Wan and HunyuanVideo.
 
     Yields:
         A Record that each pass adds its maps to.
@@ -800,14 +851,31 @@ def record(
         TypeError, ValueError, RuntimeError: as `capture` and `Maps.read`.
         RuntimeError: no pass was made through this module.
     """
+    if passes_per_step < 1:
+        raise ValueError(f"passes_per_step: got {passes_per_step}, expected at least 1")
     result = Record()
     tokens = _tokens(prompts, pipeline, concepts, brackets)
-    with capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize) as maps:
+    passes = 0
+    with ExitStack() as capturing:
+
+        def begin() -> Maps:
+            context = capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize)
+            return capturing.enter_context(context)
+
+        maps = begin()
 
         def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
-            velocity = _batch(output[0])
-            assert maps.grid is not None  # the pass has shown it
-            result.add(maps.read().to(velocity.device), maps.grid, tuple(velocity.shape))
+            nonlocal maps, passes
+            first = passes % passes_per_step == 0
+            passes += 1
+            if first:
+                velocity = _batch(output[0])
+                assert maps.grid is not None  # the pass has shown it
+                result.add(maps.read().to(velocity.device), maps.grid, tuple(velocity.shape))
+                if passes_per_step > 1:
+                    capturing.close()
+            elif passes % passes_per_step == 0:
+                maps = begin()
 
         handle = transformer.register_forward_hook(keep)
         try:

@@ -189,6 +189,12 @@ class Tapped:
 
     star_observer: Observer
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the processor, which nobody observes."""
+        plain: Any = object.__new__(type(self).__mro__[2])
+        vars(plain).update({name: value for name, value in vars(self).items() if name != "star_observer"})
+        return plain.__reduce_ex__(protocol)
+
     def star_scaled_dot_product_attention(
         self,
         query: Tensor,
@@ -273,23 +279,32 @@ class _OwnCalls(ast.NodeTransformer):
         return node
 
 
+class Untappable(TypeError):
+    """A processor whose attention call cannot be seen. Its words follow the processor's name and end in what to do."""
+
+
+OTHERS = "set the processor that the model came with"
+
+
 @functools.cache
-def _tapped_class(kind: type) -> type | None:
-    """A subclass whose source has the calls of Tapped; None where the processor's own has no attention call."""
+def _tapped_class(kind: type) -> type | Untappable:
+    """A subclass whose source has the calls of Tapped, or why there is none."""
     run = kind.__call__
-    if not isinstance(run, FunctionType) or run.__closure__ or issubclass(kind, torch.nn.Module):
-        return None
+    if issubclass(kind, torch.nn.Module):
+        return Untappable(f"has weights and attention of its own, as IP-Adapters do; unload it, or {OTHERS}")
+    if not isinstance(run, FunctionType) or run.__closure__:
+        return Untappable(f"has a __call__ that is no plain function; {OTHERS}")
     try:
         lines, first = inspect.getsourcelines(run)
     except OSError:
-        return None
+        return Untappable(f"has no source that can be read; define it in a file, or {OTHERS}")
     (function,) = ast.parse(textwrap.dedent("".join(lines))).body
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        return None
+        return Untappable(f"has a __call__ that is no plain function; {OTHERS}")
     calls = _OwnCalls(function.args.args[0].arg)
     calls.visit(function)
     if not calls.found:
-        return None
+        return Untappable(f"calls neither dispatch_attention_fn nor F.scaled_dot_product_attention itself; {OTHERS}")
     # Tracebacks and debuggers show the lines of the processor's file.
     module = compile(ast.Module([ast.increment_lineno(function, first - 1)], []), run.__code__.co_filename, "exec")
     code = next(one for one in module.co_consts if isinstance(one, CodeType) and one.co_name == run.__name__)
@@ -303,11 +318,8 @@ def tapped(processor: Any, observer: Observer) -> Any:
 
     Raises TypeError for one whose source has none of the two calls, or cannot be read."""
     kind = _tapped_class(type(processor))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    if kind is None:
-        raise TypeError(
-            f"a {type(processor).__name__} calls neither dispatch_attention_fn nor F.scaled_dot_product_attention "
-            "itself; set the processor that the model came with"
-        )
+    if isinstance(kind, Untappable):
+        raise TypeError(f"a {type(processor).__name__} {kind}")
     copy: Any = object.__new__(kind)
     vars(copy).update(vars(processor), star_observer=observer)
     return copy

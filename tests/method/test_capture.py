@@ -2,13 +2,18 @@
 
 from collections import Counter
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from diffusers import AutoencoderKL, FluxPipeline
-from diffusers.models.attention_processor import AttnProcessor, JointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,6 +35,7 @@ from builders import (
     small_transformer,
     t5_tokenizer,
 )
+from pipelines import ENCODINGS
 from star.capture import Maps, allocated, capture, record
 from star.concepts import ConceptTokens, concept_tokens
 from star.objective import Allocation, allocation_weights
@@ -304,6 +310,78 @@ def test_record_keeps_the_maps_of_every_pass():
         assert torch.equal(one.read(), maps)
     assert not torch.equal(passes[0], passes[2])
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "wan"])
+def test_record_of_a_sampler_that_guides_in_two_passes(name):
+    """Of each step the pass of the prompts alone: a shorter negative prompt lacks their tokens."""
+    pipeline = ENCODINGS[name].build()
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red bench left of two green cats"]
+    call = dict(num_inference_steps=2, height=32, width=48, output_type="latent", negative_prompt="dog")
+    call |= dict(num_frames=5) if name == "wan" else dict(true_cfg_scale=4.0)
+    made = []
+    handle = pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, options: made.append(options), with_kwargs=True
+    )
+    sample = lambda: pipeline(prompt=prompts, generator=torch.Generator().manual_seed(0), **call)[0]
+    plain = sample()
+    handle.remove()
+    with record(pipeline.transformer, prompts, pipeline, passes_per_step=2) as recorded:
+        images = sample()
+    assert torch.equal(torch.as_tensor(images), torch.as_tensor(plain)) and len(made) == 4
+    assert len(recorded.maps) == 2 and recorded.weights().shape[:2] == (1, 2)
+    for options, maps in zip(made[::2], recorded.maps, strict=True):
+        with torch.no_grad(), capture(pipeline.transformer, concept_tokens(pipeline, prompts)) as one:
+            pipeline.transformer(**options)
+        assert torch.equal(one.read(), maps)
+    if name == "qwen_image":
+        words = "tokens: got text token .*; find them .* leave unconditional passes out"
+        with pytest.raises(ValueError, match=words), record(pipeline.transformer, prompts, pipeline):
+            sample()
+    with pytest.raises(ValueError, match="passes_per_step: got 0, expected at least 1"):
+        record(pipeline.transformer, prompts, pipeline, passes_per_step=0).__enter__()
+    assert not pipeline.transformer._forward_hooks and not pipeline.transformer._forward_pre_hooks
+
+
+def test_a_deep_copy_of_a_captured_model_is_not_captured():
+    """As trainers copy a model for its average, whenever they do."""
+    model, inputs = small_transformer(), small_inputs()
+    with torch.no_grad(), capture(model, TOKENS) as maps:
+        expected = model(**inputs)[0]
+        before = maps.read()
+        twin = deepcopy(model)
+        twin(**inputs | dict(hidden_states=torch.zeros(2, 4, 6, 10)))
+        assert torch.equal(maps.read(), before)
+    with torch.no_grad(), capture(twin, TOKENS) as maps:
+        assert torch.equal(twin(**inputs)[0], expected)
+    assert torch.equal(maps.read(), before)
+    assert not any(isinstance(block.attn.processor, Tapped) for block in every_block(twin))
+
+
+def test_under_the_transforms_of_torch_func():
+    """Derivatives have the bits of no capture, and the pass its maps; vmap, which hides the batch, is refused."""
+    model, inputs = small_transformer(), small_inputs()
+    latents = inputs.pop("hidden_states")
+    run = lambda latents: model(hidden_states=latents, **inputs)[0]
+    derivatives = (
+        lambda: torch.func.grad(lambda latents: run(latents).square().sum())(latents),
+        lambda: torch.func.jvp(run, (latents,), (torch.ones_like(latents),))[1],
+    )
+    with torch.no_grad(), capture(model, TOKENS, lse=False) as maps:
+        run(latents)
+    plain = maps.read()
+    with sdpa_kernel(SDPBackend.MATH):  # others have no derivative in forward mode
+        for derivative in derivatives:
+            expected = derivative()
+            with capture(model, TOKENS) as maps:
+                assert torch.equal(derivative(), expected)
+            torch.testing.assert_close(maps.read(), plain, rtol=1e-4, atol=1e-7)
+    with (
+        capture(model, TOKENS),
+        pytest.raises(TypeError, match=r"transformer: got a pass under torch\.func\.vmap, which"),
+    ):
+        torch.func.vmap(run)(torch.stack([latents, latents]))
 
 
 def test_record_of_a_module_that_is_not_called_says_so():
@@ -725,7 +803,9 @@ def test_a_skipped_block_has_no_map(compiled):
         with pytest.raises(RuntimeError, match=r"layers: the last pass skipped blocks \[1\], which have no maps"):
             maps.read()
         model(**inputs, skip_layers=[0, 1])  # torch.compile takes this list for the shorter one, captured or not
-        with pytest.raises(RuntimeError, match="maps: no pass has run"):
+        with pytest.raises(
+            RuntimeError, match=r"layers: the last pass skipped blocks \[1, 0\], .* or disable the cache"
+        ):
             maps.read()
         run(**inputs)
         assert torch.equal(maps.read(), kept)
@@ -778,10 +858,17 @@ def test_head_weights():
         (dict(layers=[3]), ValueError, r"layers: got \[3\], expected distinct blocks in 0..2"),
         (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
         (dict(normalize="minmax"), ValueError, "normalize: got 'minmax'"),
+        (dict(tokens=None), TypeError, "tokens: got NoneType, expected ConceptTokens; star.concept_tokens makes"),
+        (dict(tokens=(TOKENS.index.int(), TOKENS.weight)), TypeError, "tokens: got an index of torch.int32 and"),
+        (
+            dict(tokens=(TOKENS.index, TOKENS.weight[:, :1])),
+            ValueError,
+            r"tokens: got .* weights \(2, 1, 2\), expected",
+        ),
     ],
 )
 def test_bad_arguments_are_one_clear_line(change, error, words):
-    with pytest.raises(error, match=words), capture(small_transformer(), TOKENS, **{"grid": GRID, **change}):
+    with pytest.raises(error, match=words), capture(small_transformer(), **{"tokens": TOKENS, "grid": GRID, **change}):
         pass
 
 
@@ -789,9 +876,17 @@ def test_refusals_name_the_reason():
     with pytest.raises(TypeError, match="transformer: got AutoencoderKL, expected one of SD3Transformer2DModel, Flux"):
         capture(AutoencoderKL(), TOKENS, grid=GRID).__enter__()
     model = small_transformer()
-    for processor in (AttnProcessor(), JointAttnProcessor2_0.__call__, DecoratedProcessor()):
+    adapter = SD3IPAdapterJointAttnProcessor2_0(
+        hidden_size=32, ip_hidden_states_dim=8, head_dim=16, timesteps_emb_dim=8
+    )
+    for processor, reason in (
+        (AttnProcessor(), "calls neither dispatch_attention_fn nor"),
+        (JointAttnProcessor2_0.__call__, "has a __call__ that is no plain function"),
+        (DecoratedProcessor(), "has a __call__ that is no plain function"),
+        (adapter, "has weights and attention of its own, as IP-Adapters do; unload it, or set"),
+    ):
         model.transformer_blocks[1].attn.processor = processor
-        with pytest.raises(TypeError, match=f"block 1: a {type(processor).__name__} calls neither"):
+        with pytest.raises(TypeError, match=f"block 1: a {type(processor).__name__} {reason}"):
             capture(model, TOKENS, grid=GRID).__enter__()
     model = small_transformer()
     with (
