@@ -29,7 +29,7 @@ from star_kernels.checks import (
     checked_patch,
     is_dense,
 )
-from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS
+from star_kernels.ops import ALLOCATE, ATTENTION_MAPS, GAUSSIAN_STEP, OPERATORS, has_values
 from star_kernels.reference import NFT_STATISTICS, STATISTICS, compute_dtype
 from star_kernels.requirements import install_line
 from star_kernels.transition import Transition, channel_dim
@@ -246,12 +246,14 @@ def _run_checked(run: Callable, chosen: str, check: Callable[[], None], device: 
     if device.type != "cpu" or torch.compiler.is_compiling():
         return _run(run, device, *arguments)
     if chosen != "native":
-        check()
+        if all(map(has_values, arguments)):
+            check()
         return _run(run, device, *arguments)
     try:
         return run(*arguments)  # autocast does not know it
     except (RuntimeError, ValueError):
-        check()
+        if all(map(has_values, arguments)):
+            check()
         raise
 
 
@@ -411,6 +413,13 @@ def _check_maps_arguments(
     return trailing
 
 
+def _without_common_part(key_bias: Tensor) -> Tensor:
+    """A bias whose largest value is 0 in each row, unless it is infinite. Softmax does not see what all keys share, and
+    beside a bias as large as -1e38 float32 has no room for the scores and their sum."""
+    largest = key_bias.amax(1, keepdim=True)
+    return key_bias - torch.where(largest.isfinite(), largest, 0)
+
+
 def shares_memory(out: Tensor, *others: Tensor | None) -> bool:
     """Whether another tensor lies in the storage of out."""
     storage = out.untyped_storage()._cdata
@@ -449,6 +458,8 @@ def checked_attention_maps(
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
+    if key_bias is not None and lse is None and key_bias.shape[1]:
+        key_bias = _without_common_part(key_bias.detach())
     dtype, eager = compute_dtype(query, key), not torch.compiler.is_compiling()
     direct = eager and out is not None and out.dtype == dtype and out.is_contiguous()
     arguments = (query, key, concept_index, concept_weight, lse, head_weight, key_bias)

@@ -16,6 +16,7 @@ from star_kernels.ops import (
     POLICY_LOSS_GRADIENT,
     POLICY_LOSS_WITH_GRADIENT,
     Operator,
+    has_values,
 )
 
 
@@ -54,6 +55,8 @@ class Loss(torch.autograd.Function):
     name: of the operator. rest: what follows the velocity in its schema. extra: what its gradient needs of this pass.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(name: str, implementation: str, velocity: Tensor, rest: tuple) -> tuple[Tensor, ...]:
         return LOSSES[name].loss.run(implementation)(velocity, *rest)
@@ -72,6 +75,10 @@ class Loss(torch.autograd.Function):
         # With grad mode on somebody may want a derivative of the gradient; else the operator alone takes less time.
         run = Gradient.apply if torch.is_grad_enabled() else Gradient.forward
         return None, None, run(ctx.name, ctx.implementation, grad_loss, extra, velocity, (*rest, *ctx.options)), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{ctx.name}: no derivative in forward mode; use torch.func.grad or backward()")
 
 
 class LossWithGradient(Loss):
@@ -97,13 +104,15 @@ class LossWithGradient(Loss):
         if grad_loss is None:
             return None, None, None, None
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None or torch.is_grad_enabled():
+        if gradient is None or torch.is_grad_enabled() or not has_values(grad_loss):
             return Loss.backward(ctx, grad_loss)
         return None, None, gradient if grad_loss.item() == 1 else gradient.mul_(grad_loss), None
 
 
 class Gradient(torch.autograd.Function):
     """The gradient of the velocity, as a constant: whoever differentiates it is told so."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -117,6 +126,10 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{ctx.name}: no second derivative; its gradient is a constant")
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"{ctx.name}: no second derivative; its gradient is a constant")
 
 

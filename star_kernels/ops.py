@@ -13,9 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._subclasses import FakeTensor
 
 from star_kernels import reference
 from star_kernels.transition import channel_dim
+
+
+def has_values(value: Any) -> bool:
+    """Whether all tensors of an argument have values to look at: those of FakeTensorMode, which plans memory or traces,
+    have none, and those of torch.func.vmap none of their own."""
+    if isinstance(value, tuple):
+        return all(map(has_values, value))
+    return not isinstance(value, Tensor) or not (isinstance(value, FakeTensor) or functorch.is_batchedtensor(value))
 
 
 def fake_attention_maps(

@@ -165,6 +165,16 @@ def test_masked_keys_and_rows(impl):
 
 
 @each_implementation
+@pytest.mark.parametrize("shared", [-1e4, torch.finfo(torch.float32).min, 3e38])
+def test_what_a_bias_adds_to_every_key_changes_nothing(impl, shared):
+    """As the mask of an empty text, whose values leave float32 no room for the scores beside them."""
+    query, key, index = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8), torch.tensor([[[2, 4]], [[3, -1]]])
+    plain = sk.attention_maps(query, key, index, impl=impl)
+    maps = sk.attention_maps(query, key, index, key_bias=torch.full((2, 9), shared), impl=impl)
+    torch.testing.assert_close(maps, plain, rtol=1e-5, atol=1e-7)
+
+
+@each_implementation
 def test_what_is_not_finite_shows(impl):
     query, key, index = example_input(batch=1, queries=3, keys=9)
     query[0, 0, 1, 0] = torch.nan

@@ -357,12 +357,17 @@ def test_backward_passes_of_every_kind(impl):
         third.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap calls the kernel for each entry
 @each_implementation
 def test_functional_gradients_are_those_of_autograd(impl):
     arguments = make((2, 3, 4, 4))
     expected = run(arguments, impl=impl)[2]
     velocity = arguments.pop("velocity")
-    assert torch.equal(torch.func.grad(lambda v: sk.nft_loss(v, **arguments, impl=impl).loss)(velocity), expected)
+    gradient = torch.func.grad(lambda v: sk.nft_loss(v, **arguments, impl=impl).loss)
+    assert torch.equal(gradient(velocity), expected)
+    assert torch.equal(torch.vmap(gradient)(velocity.expand(2, *velocity.shape).clone()), torch.stack([expected] * 2))
+    with pytest.raises(RuntimeError, match=r"nft_loss: no derivative in forward mode; use torch\.func\.grad"):
+        torch.func.jvp(lambda v: sk.nft_loss(v, **arguments, impl=impl).loss, (velocity,), (velocity,))
 
 
 @each_implementation

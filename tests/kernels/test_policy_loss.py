@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import devices
@@ -528,6 +529,43 @@ def test_functional_gradients_are_those_of_autograd(impl):
 
     gradient, values = torch.func.grad(loss_of, has_aux=True)(velocity)
     assert torch.equal(gradient, expected) and torch.equal(values, statistics.values)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # one call of the kernel for each entry
+@each_implementation
+def test_vmap_and_forward_mode(impl):
+    """A batch of losses and their gradients; a derivative in forward mode is refused, for tensors of no values too."""
+    arguments = make((2, 3, 4, 4))
+    velocity = arguments.pop("velocity")
+    several = torch.stack([velocity, 1.001 * velocity])
+    loss = lambda velocity, **changes: sk.policy_loss(velocity, **arguments | changes, impl=impl).loss
+    assert torch.equal(torch.vmap(loss)(several), torch.stack([loss(one) for one in several]))
+    gradients = torch.vmap(torch.func.grad(loss))(several)
+    assert torch.equal(gradients, torch.stack([torch.func.grad(loss)(one) for one in several]))
+    advantages = torch.stack([arguments["advantages"], -arguments["advantages"]])
+    apart = torch.stack([loss(velocity, advantages=one) for one in advantages])
+    assert torch.equal(torch.vmap(lambda one: loss(velocity, advantages=one))(advantages), apart)
+    deviations = arguments["transition"].s.expand(2, -1)
+    of_s = lambda s: loss(velocity, transition=arguments["transition"]._replace(s=s))
+    assert torch.equal(torch.vmap(of_s)(deviations), loss(velocity).expand(2))
+    for derivative in (torch.func.jacfwd(loss), lambda v: torch.func.jvp(loss, (v,), (v,))):
+        with pytest.raises(RuntimeError, match=r"policy_loss: no derivative in forward mode; use torch\.func\.grad"):
+            derivative(velocity)
+
+
+@each_implementation
+def test_tensors_of_no_values(impl):
+    """Those of FakeTensorMode, forwards and backwards: nothing is read of them."""
+    arguments = make((2, 3, 4, 4))
+    with FakeTensorMode() as mode:
+        fake = {
+            name: type(x)(*map(mode.from_tensor, x)) if isinstance(x, sk.Transition) else mode.from_tensor(x)
+            for name, x in arguments.items()
+            if x is not None
+        }
+        velocity = fake.pop("velocity").requires_grad_()
+        (gradient,) = torch.autograd.grad(sk.policy_loss(velocity, **fake, impl=impl).loss, velocity)
+    assert gradient.shape == velocity.shape
 
 
 @each_implementation
