@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import star.check
 from pipelines import ENCODINGS
-from star.check import Question, check
+from star.check import Question, check, words
 from star.check.noise import AUTOCAST, BATCH, _autocast, _log_ratios, floors
 from star.check.passes import record
 from star.cli import main
@@ -113,6 +113,8 @@ def test_a_prompt_that_is_cut_is_wrong():
     found = verdicts(flux(), prompts=(long,), call={**CALL, "max_sequence_length": 32})["words"]
     assert found.level == "wrong" and found.words.startswith("no token says 'red bench'")
     assert found.words.endswith("the prompt is cut before it") and found.lines[-1] == "  blue door  no token, cut"
+    found = words(flux(), Question(("a red bench, " + "very " * 40,), {**CALL, "max_sequence_length": 32}))[1]
+    assert found.level == "warning" and found.words.startswith("prompts: some are longer than FluxPipeline reads")
 
 
 def test_a_language_that_the_rules_do_not_know_and_a_prompt_without_concepts_are_told():

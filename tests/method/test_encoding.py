@@ -117,6 +117,9 @@ def test_a_prompt_that_is_cut_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         concept_tokens(pipeline, [long])
+    rest = "a red bench, " + "very " * 40
+    with pytest.warns(UserWarning, match="prompts: some are longer than FluxPipeline reads, and their ends are cut"):
+        concept_tokens(pipeline, [rest, "a red bench"], concepts=[["red bench"], None], max_sequence_length=32)
 
 
 def test_edits_of_images_of_different_sizes():

@@ -99,10 +99,11 @@ def words(pipeline: Any, question: Question) -> tuple[ConceptTokens, Verdict]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = said(pipeline, question.prompts, **how)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as of_tokens:
+        warnings.simplefilter("always")
         tokens = concept_tokens(pipeline, question.prompts, **how)
     told = [str(one.message) for one in caught if str(one.message).startswith("concepts:")]
+    told += [str(one.message) for one in of_tokens if str(one.message).startswith("prompts:")]
     lost = [one for row in found for one in row if not one.tokens]
     lines: list[str] = []
     for prompt, row in zip(question.prompts, found, strict=True):

@@ -68,6 +68,19 @@ def said(
     """For each prompt its concepts and their tokens, from which `concept_tokens` makes its tensors.
 
     Arguments and errors are those of `concept_tokens`; there are no warnings."""
+    return _said_and_cut(pipeline, prompts, concepts, source, brackets, max_sequence_length, call)[0]
+
+
+def _said_and_cut(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    concepts: Sequence[Marks | None] | None,
+    source: str,
+    brackets: bool,
+    max_sequence_length: int | None,
+    call: Call | None,
+) -> tuple[list[list[Said]], bool]:
+    """`said`, and whether some prompt has an end that no encoder reads."""
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, expected a list of them")
     texts, spans = _concepts(prompts, concepts, source, brackets)
@@ -75,10 +88,11 @@ def said(
     options = (
         {**(call or {}), **length} if call is None or isinstance(call, Mapping) else [{**one, **length} for one in call]
     )
-    return [
-        [_said(text, parts, concept) for concept in row]
-        for text, parts, row in zip(texts, read_prompts(pipeline, texts, options), spans, strict=True)
+    read = read_prompts(pipeline, texts, options)
+    found = [
+        [_said(text, parts, concept) for concept in row] for text, parts, row in zip(texts, read, spans, strict=True)
     ]
+    return found, any(parts and all(part.cut for part in parts) for parts in read)
 
 
 def concept_tokens(
@@ -115,27 +129,26 @@ def concept_tokens(
 
     Warns:
         UserWarning: a concept has no token and so no map, mostly because its prompt is longer than the pipeline reads.
-            `star.concepts.said` and `star check` show which. And what `parse` warns of.
+            `star.concepts.said` and `star check` show which. Or a prompt is cut behind its concepts, in every encoder.
+            And what `parse` warns of.
 
     Raises:
         TypeError: another pipeline, a slow tokenizer, prompts that are one str.
         ValueError: concepts that the prompts do not have, concepts together with a source or brackets, brackets that do
             not pair, embeddings of other texts than the prompts, or an error of the pipeline's call.
     """
-    found = said(
-        pipeline,
-        prompts,
-        concepts=concepts,
-        source=source,
-        brackets=brackets,
-        max_sequence_length=max_sequence_length,
-        call=call,
-    )
+    found, cut = _said_and_cut(pipeline, prompts, concepts, source, brackets, max_sequence_length, call)
+    # The same words each time: Python then says them once.
     if any(not one.tokens for row in found for one in row):
-        # The same words each time: Python then says them once.
         warnings.warn(
             f"concepts: some have no text token of {type(pipeline).__name__} and so no map, as in a prompt that is "
             "cut. `star check` and star.concepts.said show which",
+            stacklevel=2,
+        )
+    elif cut:
+        warnings.warn(
+            f"prompts: some are longer than {type(pipeline).__name__} reads, and their ends are cut; shorten them, or "
+            "raise max_sequence_length if its call takes it",
             stacklevel=2,
         )
     return _tensors([[[[row for row, _ in part] for part in one.tokens] for one in row] for row in found])
