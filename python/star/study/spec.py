@@ -206,7 +206,7 @@ def credit() -> Study:
             "topk_late": _allocation("topk", noise_window=(0.0, 0.8)),
             "location_attention": {"loss": location, **_allocation("attention")},
             "location_oracle": {"loss": location, **_allocation("oracle")},
-            # In the strict score half the rate is worth as much as some arms.
+            # Whether a lower rate alone does as much.
             "uniform_half_rate": half_rate,
             "location_and_image_half_rate": {"loss": both, **half_rate},
             "concept_double": {"loss": concept | {"concept_strength": 2.0}},
