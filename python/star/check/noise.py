@@ -136,6 +136,6 @@ def _checkpointing(transformer: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _autocast(device: str) -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        # That mixed types miss a fused kernel of torch is no news to who asked for autocast.
+        # torch warns that mixed types miss a fused kernel; here they are mixed on purpose.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield

@@ -127,4 +127,7 @@ def load_pipeline(path: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32
         path, text_encoder_3=None, tokenizer_3=None, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(dtype)  # what loads it in a type is named differently from version to version
+    for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae):
+        if part.dtype != dtype:  # the argument that loads a type has another name in every library's version
+            part.to(dtype)
+    return pipeline
