@@ -416,6 +416,7 @@ def _check_maps_arguments(
 def _without_common_part(key_bias: Tensor) -> Tensor:
     """A bias whose largest value is 0 in each row, unless it is infinite. Softmax does not see what all keys share, and
     beside a bias as large as -1e38 float32 has no room for the scores and their sum."""
+    key_bias = key_bias.to(torch.promote_types(key_bias.dtype, torch.float32))
     largest = key_bias.amax(1, keepdim=True)
     return key_bias - torch.where(largest.isfinite(), largest, 0)
 

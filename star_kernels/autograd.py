@@ -76,10 +76,6 @@ class Loss(torch.autograd.Function):
         run = Gradient.apply if torch.is_grad_enabled() else Gradient.forward
         return None, None, run(ctx.name, ctx.implementation, grad_loss, extra, velocity, (*rest, *ctx.options)), None
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{ctx.name}: no derivative in forward mode; use torch.func.grad or backward()")
-
 
 class LossWithGradient(Loss):
     """The same with the gradient made beside the loss, while the inputs are in the processor's cache.
@@ -126,10 +122,6 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{ctx.name}: no second derivative; its gradient is a constant")
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"{ctx.name}: no second derivative; its gradient is a constant")
 
 

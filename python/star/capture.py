@@ -379,7 +379,7 @@ class Maps:
         Raises RuntimeError if no pass was made, or one that skipped a captured block; and what `layers` raises."""
         layers = self.layers()
         missing = [block for block, done in zip(self.blocks, self.written, strict=True) if not done]
-        if self._shown is None:
+        if missing and self._shown is None:
             raise RuntimeError(
                 f"maps: no pass has run the captured blocks {missing}; call the model inside the capture first"
             )

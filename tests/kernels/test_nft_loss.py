@@ -366,7 +366,7 @@ def test_functional_gradients_are_those_of_autograd(impl):
     gradient = torch.func.grad(lambda v: sk.nft_loss(v, **arguments, impl=impl).loss)
     assert torch.equal(gradient(velocity), expected)
     assert torch.equal(torch.vmap(gradient)(velocity.expand(2, *velocity.shape).clone()), torch.stack([expected] * 2))
-    with pytest.raises(RuntimeError, match=r"nft_loss: no derivative in forward mode; use torch\.func\.grad"):
+    with pytest.raises(RuntimeError, match="forward mode"):
         torch.func.jvp(lambda v: sk.nft_loss(v, **arguments, impl=impl).loss, (velocity,), (velocity,))
 
 

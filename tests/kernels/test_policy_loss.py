@@ -549,7 +549,7 @@ def test_vmap_and_forward_mode(impl):
     of_s = lambda s: loss(velocity, transition=arguments["transition"]._replace(s=s))
     assert torch.equal(torch.vmap(of_s)(deviations), loss(velocity).expand(2))
     for derivative in (torch.func.jacfwd(loss), lambda v: torch.func.jvp(loss, (v,), (v,))):
-        with pytest.raises(RuntimeError, match=r"policy_loss: no derivative in forward mode; use torch\.func\.grad"):
+        with pytest.raises(RuntimeError, match="forward mode"):
             derivative(velocity)
 
 
