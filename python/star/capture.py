@@ -580,7 +580,7 @@ def _given_rows(
 class Passes:
     """Begins the passes of a captured model: what each shows decides where its maps are read.
 
-    read: of the layout. grid, rows: as asked for in `capture`."""
+    read: of the layout. grid, rows: those of `capture`."""
 
     def __init__(
         self,
