@@ -36,7 +36,6 @@ from builders import (
     small_transformer,
     t5_tokenizer,
 )
-from pipelines import ENCODINGS
 from star.capture import Maps, allocated, capture, record
 from star.concepts import ConceptTokens, concept_tokens
 from star.objective import Allocation, allocation_weights
@@ -316,6 +315,8 @@ def test_record_keeps_the_maps_of_every_pass():
 @pytest.mark.parametrize("name", ["qwen_image", "wan"])
 def test_record_of_a_sampler_that_guides_in_two_passes(name):
     """Of each step the pass of the prompts alone: a shorter negative prompt lacks their tokens."""
+    from pipelines import ENCODINGS  # skips the test where an older diffusers lacks one of them
+
     pipeline = ENCODINGS[name].build()
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a red bench left of two green cats"]
