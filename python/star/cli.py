@@ -571,12 +571,12 @@ def main(arguments: list[str] | None = None) -> int:
         **{"train": train, "plan": plan, "probe": probe, "check": check, "eval": evaluate},
         **{"compare": compare, "maps": maps, "app": app, "report": report, "info": info},
     }
-    text = usage(shutil.get_terminal_size().columns)
+    width = shutil.get_terminal_size().columns
     if arguments in ([], ["--help"], ["-h"]):
-        print(text)
+        print(usage(width))
         return 0
     if arguments[0] not in commands:
-        print(f"{text}\n\nstar: got {arguments[0]!r}, expected a command from above", file=sys.stderr)
+        print(f"{usage(width)}\n\nstar: got {arguments[0]!r}, expected a command from above", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # torch says so when it is loaded; a command that needs NumPy names the extra that has it.

@@ -6,7 +6,9 @@ two CLIP text encoders whose features are concatenated. Left out: T5 (call the p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -127,7 +129,13 @@ def load_pipeline(path: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32
         path, text_encoder_3=None, tokenizer_3=None, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae):
-        if part.dtype != dtype:  # the argument that loads a type has another name in every library's version
-            part.to(dtype)
+    # The argument that loads a type has another name in every library's version.
+    cast((pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae), dtype)
     return pipeline
+
+
+def cast(parts: Iterable[Any], dtype: torch.dtype) -> None:
+    """Give models a type; those that have it are left alone, about which diffusers would warn."""
+    for part in parts:
+        if part.dtype != dtype:
+            part.to(dtype)

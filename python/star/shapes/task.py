@@ -16,9 +16,7 @@ from star.training.task import ImageOptions, Split, Task
 def load_pipeline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
     """The embedded model; its autoencoder stays in float32."""
     pipeline = model.load_pipeline()
-    for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
-        if part.dtype != dtype:
-            part.to(dtype)
+    model.cast((pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer), dtype)
     return pipeline.to(device)
 
 
