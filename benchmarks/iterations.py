@@ -113,7 +113,7 @@ def arms(trainer: Trainer):
 
     def step(strategy):
         allocation = dataclasses.replace(trainer.config.allocation, strategy=strategy)
-        trainer.config = dataclasses.replace(trainer.config, allocation=allocation)
+        trainer.config = trainer.objective.config = dataclasses.replace(trainer.config, allocation=allocation)
         return trainer.step()
 
     return (lambda: step("uniform")), (lambda: step("attention"))

@@ -316,6 +316,14 @@ def test_every_file_is_imported(name):
     __import__(name)
 
 
+def test_an_iteration_is_compared_with_one_that_has_no_weights():
+    from iterations import overhead, shapes_trainer
+
+    sides = overhead(shapes_trainer)
+    for _ in range(2):  # they alternate
+        sides.equal(sides.ours(), sides.other())
+
+
 def test_the_public_way_is_our_iteration_without_weights(tmp_path):
     """The loop in Flow-GRPO's manner that ours is timed against."""
     from eager_loop import EagerLoop
