@@ -219,7 +219,7 @@ def make_image(
     tell: Progress,
     limits: Limits,
 ) -> Trace:
-    """What a visitor asked for, with images of at most LARGEST pixels. Raises what `trace` raises, and ValueError for a
+    """The trace of what a visitor typed, with images of at most LARGEST pixels. Raises what `trace` raises, and ValueError for a
     field: whoever calls the page's functions without the page is bound by none of its widgets."""
     if not model or not model.strip():
         raise ValueError(f"model: empty, expected {EMBEDDED!r}, a pipeline's folder or a hub id")

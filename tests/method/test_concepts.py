@@ -1,5 +1,7 @@
 """Prompts to concepts to text tokens, with tokenizers that split words as CLIP's and T5's do."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -141,11 +143,18 @@ def test_no_begin_end_or_padding(clip):
     assert picked.isdisjoint(clip.all_special_ids)
 
 
-def test_what_is_cut_off_and_what_has_no_concept_is_empty(clip):
+def test_what_is_cut_off_is_empty_and_told(clip, t5):
     long = "a dog " * 30 + "the blue bear"
     concepts = parse(long)
-    found = locate([long, "of and"], clip, concepts=[concepts[-1:], []])
+    with pytest.warns(UserWarning, match="concepts: some have no text token of the tokenizers"):
+        found = locate([long, "of and"], clip, concepts=[concepts[-1:], []])
     assert (found.index == -1).all() and (found.weight == 0).all()
+    with pytest.warns(UserWarning, match="prompts: some are longer than the tokenizers read"):
+        locate(["a dog", long], clip, concepts=[["dog"], [(0, 5)]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        locate([long], clip, t5, concepts=[[(0, 5)]])  # T5 reads all of it
+        assert (locate(["of and"], clip).index == -1).all()  # there is no concept
 
 
 def test_errors_name_the_argument(clip):

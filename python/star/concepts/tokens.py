@@ -243,8 +243,8 @@ def _overlapping_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     name: str,
-) -> list[list[list[int]]]:
-    """For each prompt and concept the indices of the tokens that overlap it."""
+) -> tuple[list[list[list[int]]], list[bool]]:
+    """For each prompt and concept the indices of the tokens that overlap it, and whether the prompt is cut."""
     if not tokenizer.is_fast:
         raise TypeError(f"{name}: {type(tokenizer).__name__} gives no offsets, expected a fast tokenizer")
     # Prompts without special tokens' help: begin, end and padding have an empty offset or are marked as special.
@@ -262,7 +262,7 @@ def _overlapping_tokens(
     ):
         spans = [(i, start, end) for i, (start, end) in enumerate(offsets) if not special[i] and end > start]
         overlapping.append([[i for i, start, end in spans if start < c.end and end > c.start] for c in wanted])
-    return overlapping
+    return overlapping, [bool(one.overflowing) for one in encoded.encodings]
 
 
 def locate(
@@ -293,6 +293,9 @@ def locate(
         ConceptTokens with G the largest number of concepts (at least 1). It has no begin, end and padding tokens,
         and none that the tokenizers cut off.
 
+    Warns:
+        UserWarning: as `concept_tokens`.
+
     Raises:
         TypeError, ValueError, ImportError: as `parse`.
         TypeError: a slow tokenizer, or prompts that are one str.
@@ -310,16 +313,25 @@ def locate(
     if tokens == "clip" and clip_tokenizer is None:
         raise ValueError("tokens: 'clip' needs clip_tokenizer")
     texts, spans = _concepts(prompts, concepts, source, brackets)
-    parts = []
+    parts, cuts = [], []
     clip_length = 0 if clip_tokenizer is None else clip_tokenizer.model_max_length
     if tokens != "t5" and clip_tokenizer is not None:
-        parts.append((0, _overlapping_tokens(texts, spans, clip_tokenizer, clip_length, "clip_tokenizer")))
+        in_clip, cut = _overlapping_tokens(texts, spans, clip_tokenizer, clip_length, "clip_tokenizer")
+        parts.append((0, in_clip))
+        cuts.append(cut)
     if tokens != "clip" and t5_tokenizer is not None and max_sequence_length > 0:
-        in_t5 = _overlapping_tokens(texts, spans, t5_tokenizer, max_sequence_length, "t5_tokenizer")
+        in_t5, cut = _overlapping_tokens(texts, spans, t5_tokenizer, max_sequence_length, "t5_tokenizer")
         parts.append((clip_length, in_t5))
-    return _tensors(
-        [
-            [[[first + i for i in of_part[b][g]] for first, of_part in parts if of_part[b][g]] for g in range(len(row))]
-            for b, row in enumerate(spans)
-        ]
-    )
+        cuts.append(cut)
+    found = [
+        [[[first + i for i in of_part[b][g]] for first, of_part in parts if of_part[b][g]] for g in range(len(row))]
+        for b, row in enumerate(spans)
+    ]
+    if any(not tokens for row in found for tokens in row):
+        warnings.warn(
+            "concepts: some have no text token of the tokenizers and so no map, as in a prompt that is cut",
+            stacklevel=2,
+        )
+    elif any(map(all, zip(*cuts, strict=True))):
+        warnings.warn("prompts: some are longer than the tokenizers read, and their ends are cut", stacklevel=2)
+    return _tensors(found)
