@@ -222,7 +222,7 @@ def losses() -> Iterator[Row]:
 
 def iteration(folder: str) -> Iterator[Row]:
     """What allocation adds to an iteration of the whole of SD3.5-medium, with random weights."""
-    from iterations import arms, medium_trainer
+    from iterations import arms, medium_trainer, only_one_allocates
 
     check_time()
     trainer = medium_trainer(Path(folder), blocks=24, images=9, dtype="bfloat16")
@@ -239,6 +239,7 @@ def iteration(folder: str) -> Iterator[Row]:
         function()
         peaks.append(torch.cuda.max_memory_allocated())
     scalar_arm, star_arm = functions
+    only_one_allocates(metrics[1][0], metrics[0][0])
     measured = measure([Sides(star_arm, scalar_arm)], UNITS["%"], limit=1.0, seconds=60)
     parts = []
     for part in ("rollout", "update"):
