@@ -219,8 +219,8 @@ def make_image(
     tell: Progress,
     limits: Limits,
 ) -> Trace:
-    """The trace of what a visitor typed, with images of at most LARGEST pixels. Raises what `trace` raises, and ValueError for a
-    field: whoever calls the page's functions without the page is bound by none of its widgets."""
+    """The trace of what a visitor typed, with images of at most LARGEST pixels. Raises what `trace` raises, and
+    ValueError for a field: whoever calls the page's functions without the page is bound by none of its widgets."""
     if not model or not model.strip():
         raise ValueError(f"model: empty, expected {EMBEDDED!r}, a pipeline's folder or a hub id")
     name = model.strip()

@@ -180,7 +180,7 @@ def credit() -> Study:
     }
     return Study(
         preset="shapes-nft",
-        baselines=("uniform", "concept_other"),
+        baselines=("uniform", "concept_other", "shuffled"),
         changes={
             # Every checkpoint is kept: the drift at equal score is measured on them.
             "scoring": {"every": 8, "count": 512},
