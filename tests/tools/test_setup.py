@@ -1,6 +1,7 @@
 """setup.py: what is missing is named on one line, nothing is guessed, and names with spaces are names."""
 
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -157,6 +158,44 @@ def test_folders_with_spaces_and_compilers_of_two_words(commands):
         assert len(list((folder / "star_kernels").glob(f"{name}*.so"))) == 1
     record = runpy.run_path(str(folder / "star_kernels" / "_build.py"))
     assert record["CPU"] is None and record["CUDA"] is None and re.fullmatch(r"2\.\d+", record["TORCH"])
+
+
+def compile_again(compiler: str, call: list[str], changes: dict[str, str | None], folder: Path) -> Path:
+    """Another compiler runs a recorded command. changes: of its arguments, None for one that is left out."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    at = call.index("-c")
+    changed = [changes.get(argument, argument) for argument in call[:at]]
+    target = folder / f"{Path(call[call.index('-o') + 1]).stem}.{compiler}.o"
+    command = [compiler, *(one for one in changed if one is not None), "-w", *call[at : at + 2], "-o", str(target)]
+    result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    return target
+
+
+def of_instruction_set(calls: list[list[str]], name: str) -> list[list[str]]:
+    """The commands that compile kernels for it, and those of what is compiled once."""
+    compiled = [call for call in calls if "-c" in call and not call[call.index("-c") + 1].endswith(".cu")]
+    sets = [[argument for argument in call if argument.startswith("-DSTAR_ISA=")] for call in compiled]
+    return [call for call, isa in zip(compiled, sets, strict=True) if isa in ([], [f"-DSTAR_ISA={name}"])]
+
+
+@pytest.mark.parametrize("compiler", ["g++-11", "g++-13", "g++-14", "g++-15", "clang++"])
+def test_the_operators_compile_with(compiler, commands, tmp_path):
+    widest = "avx512" if platform.machine() == "x86_64" else "baseline"
+    calls = [call for call in of_instruction_set(commands[1], widest) if not any("cuda" in part for part in call)]
+    assert len(calls) > 10
+    for call in calls:
+        compile_again(compiler, call, {"-O3": "-O0"}, tmp_path)
+
+
+def test_arm_processors_round_a_fused_multiply_add_once(commands, tmp_path):
+    compiler = "aarch64-linux-gnu-g++"
+    calls = [call for call in of_instruction_set(commands[1], "baseline") if "-DSTAR_ISA=baseline" in call]
+    (call,) = (call for call in calls if "attention_maps_kernel.cpp" in call[call.index("-c") + 1])
+    target = compile_again(compiler, call, {"-DSTAR_HAS_AVX2": None, "-DSTAR_HAS_AVX512": None, "-O3": "-O1"}, tmp_path)
+    code = subprocess.run(["aarch64-linux-gnu-objdump", "-d", target], text=True, stdout=subprocess.PIPE).stdout
+    assert "fmla" in code
 
 
 def test_a_module_of_an_earlier_build_does_not_come_along(tmp_path):
