@@ -75,8 +75,8 @@ def of_losses() -> list[Row]:
             Row(f"loss_memory_{size}", "KiB", partial(losses.memory, size), 16),
             Row(f"nft_loss_vs_eager_{size}", "x", partial(nft_losses.against_diffusion_nft, size), 6, True),
             Row(f"nft_loss_vs_compiled_{size}", "x", partial(nft_losses.against_diffusion_nft, size, True), 1.3),
-            Row(f"nft_loss_bandwidth_{size}", "x", partial(nft_losses.bandwidth, size)),
-            Row(f"nft_loss_bandwidth_{size}_operator", "x", partial(nft_losses.bandwidth, size, True)),
+            Row(f"nft_loss_bandwidth_{size}", "x", partial(nft_losses.bandwidth, size), 0.7),
+            Row(f"nft_loss_bandwidth_{size}_operator", "x", partial(nft_losses.bandwidth, size, True), 0.8),
         ]
     return [*rows, Row("loss_host", "us", losses.host, 55, True)]
 
@@ -86,8 +86,8 @@ def of_steps() -> list[Row]:
     for size in SIZES:
         half = partial(steps.step, size, torch.bfloat16)
         rows += [
-            Row(f"step_vs_reference_{size}", "x", partial(steps.step, size), 1, True),
-            Row(f"step_vs_reference_{size}_bfloat16", "x", half, 1, True),
+            Row(f"step_vs_reference_{size}", "x", partial(steps.step, size), 2.1, True),
+            Row(f"step_vs_reference_{size}_bfloat16", "x", half, 2.2, True),
             Row(f"allocate_vs_reference_{size}", "x", partial(steps.allocation, size, smooth=0.0), 1, True),
             Row(f"allocate_vs_reference_{size}_smooth", "x", partial(steps.allocation, size, smooth=1.0), 5.7, True),
         ]
