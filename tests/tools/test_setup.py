@@ -141,6 +141,12 @@ def commands(tmp_path):
     return folder, [eval(line) for line in log.read_text().splitlines()]
 
 
+def of_the_compiler(calls: list[list[str]]) -> list[list[str]]:
+    """The commands that compile a source, without those of nvcc."""
+    compiled = [call for call in calls if "-c" in call and call[call.index("-c") + 1].endswith(".cpp")]
+    return [call for call in compiled if not any(argument.startswith("-ccbin=") for argument in call)]
+
+
 def test_folders_with_spaces_and_compilers_of_two_words(commands):
     folder, calls = commands
     sources = {Path(call[call.index("-c") + 1]).name for call in calls if "-c" in call}
@@ -150,8 +156,7 @@ def test_folders_with_spaces_and_compilers_of_two_words(commands):
             if argument.startswith("-ccbin="):  # one file that calls both words
                 host = Path(argument.removeprefix("-ccbin="))
                 assert os.access(host, os.X_OK) and "exec env compiler " in host.read_text()
-    compiled = [call for call in calls if "-c" in call and call[call.index("-c") + 1].endswith(".cpp")]
-    plain = [call for call in compiled if not any(argument.startswith("-ccbin=") for argument in call)]  # not by nvcc
+    plain = of_the_compiler(calls)
     assert len(plain) > len(list((folder / "csrc/cpu").glob("*.cpp")))  # some once for each instruction set
     assert not [call for call in plain if "-DWORDS=two words" not in call]
     for name in ("_C", "_cuda"):
@@ -160,40 +165,43 @@ def test_folders_with_spaces_and_compilers_of_two_words(commands):
     assert record["CPU"] is None and record["CUDA"] is None and re.fullmatch(r"2\.\d+", record["TORCH"])
 
 
-def compile_again(compiler: str, call: list[str], changes: dict[str, str | None], folder: Path) -> Path:
-    """Another compiler runs a recorded command. changes: of its arguments, None for one that is left out."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"needs {compiler}")
+def compile_again(compiler: str, call: list[str], folder: Path, optimization: str, but: tuple[str, ...] = ()) -> Path:
+    """Another compiler runs a recorded command, without some of its arguments."""
     at = call.index("-c")
-    changed = [changes.get(argument, argument) for argument in call[:at]]
+    kept = [argument for argument in call[:at] if argument not in but]
     target = folder / f"{Path(call[call.index('-o') + 1]).stem}.{compiler}.o"
-    command = [compiler, *(one for one in changed if one is not None), "-w", *call[at : at + 2], "-o", str(target)]
+    command = [compiler, *kept, optimization, "-w", *call[at : at + 2], "-o", target]
     result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
     return target
 
 
-def of_instruction_set(calls: list[list[str]], name: str) -> list[list[str]]:
-    """The commands that compile kernels for it, and those of what is compiled once."""
-    compiled = [call for call in calls if "-c" in call and not call[call.index("-c") + 1].endswith(".cu")]
-    sets = [[argument for argument in call if argument.startswith("-DSTAR_ISA=")] for call in compiled]
-    return [call for call, isa in zip(compiled, sets, strict=True) if isa in ([], [f"-DSTAR_ISA={name}"])]
+def needs(compiler: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(compiler) is None, reason=f"needs {compiler}")
 
 
-@pytest.mark.parametrize("compiler", ["g++-11", "g++-13", "g++-14", "g++-15", "clang++"])
+COMPILERS = ("g++-11", "g++-13", "g++-14", "g++-15", "clang++")
+ARM = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.parametrize("compiler", [pytest.param(name, marks=needs(name)) for name in COMPILERS])
 def test_the_operators_compile_with(compiler, commands, tmp_path):
+    """Each source once, kernels for the widest instruction set."""
     widest = "avx512" if platform.machine() == "x86_64" else "baseline"
-    calls = [call for call in of_instruction_set(commands[1], widest) if not any("cuda" in part for part in call)]
+    others = {f"-DSTAR_ISA={name}" for name in ("baseline", "avx2", "avx512") if name != widest}
+    calls = [call for call in of_the_compiler(commands[1]) if others.isdisjoint(call)]
+    calls = [call for call in calls if not any("cuda" in part for part in call)]
     assert len(calls) > 10
     for call in calls:
-        compile_again(compiler, call, {"-O3": "-O0"}, tmp_path)
+        compile_again(compiler, call, tmp_path, "-O0")
 
 
+@needs(ARM)
 def test_arm_processors_round_a_fused_multiply_add_once(commands, tmp_path):
-    compiler = "aarch64-linux-gnu-g++"
-    calls = [call for call in of_instruction_set(commands[1], "baseline") if "-DSTAR_ISA=baseline" in call]
-    (call,) = (call for call in calls if "attention_maps_kernel.cpp" in call[call.index("-c") + 1])
-    target = compile_again(compiler, call, {"-DSTAR_HAS_AVX2": None, "-DSTAR_HAS_AVX512": None, "-O3": "-O1"}, tmp_path)
+    source = "attention_maps_kernel.cpp"
+    calls = [call for call in of_the_compiler(commands[1]) if "-DSTAR_ISA=baseline" in call]
+    (call,) = (call for call in calls if Path(call[call.index("-c") + 1]).name == source)
+    target = compile_again(ARM, call, tmp_path, "-O1", but=("-DSTAR_HAS_AVX2", "-DSTAR_HAS_AVX512"))
     code = subprocess.run(["aarch64-linux-gnu-objdump", "-d", target], text=True, stdout=subprocess.PIPE).stdout
     assert "fmla" in code
 

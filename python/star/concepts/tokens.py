@@ -138,20 +138,27 @@ def concept_tokens(
             not pair, embeddings of other texts than the prompts, or an error of the pipeline's call.
     """
     found, cut = _said_and_cut(pipeline, prompts, concepts, source, brackets, max_sequence_length, call)
-    # The same words each time: Python then says them once.
-    if any(not one.tokens for row in found for one in row):
-        warnings.warn(
-            f"concepts: some have no text token of {type(pipeline).__name__} and so no map, as in a prompt that is "
-            "cut. `star check` and star.concepts.said show which",
-            stacklevel=2,
-        )
+    rows = [[[[i for i, _ in part] for part in one.tokens] for one in row] for row in found]
+    name = type(pipeline).__name__
+    _warn(
+        rows,
+        cut,
+        f"concepts: some have no text token of {name} and so no map, as in a prompt that is cut. `star check` and "
+        "star.concepts.said show which",
+        f"prompts: some are longer than {name} reads, and their ends are cut; shorten them, or raise "
+        "max_sequence_length if its call takes it",
+    )
+    return _tensors(rows)
+
+
+def _warn(rows: Sequence[Sequence[Sequence]], cut: bool, without_token: str, of_cut: str) -> None:
+    """Tell the caller's caller of concepts without a token, or else of prompts that are cut.
+
+    Each in the same words every time: Python then says them once."""
+    if any(not parts for row in rows for parts in row):
+        warnings.warn(without_token, stacklevel=3)
     elif cut:
-        warnings.warn(
-            f"prompts: some are longer than {type(pipeline).__name__} reads, and their ends are cut; shorten them, or "
-            "raise max_sequence_length if its call takes it",
-            stacklevel=2,
-        )
-    return _tensors([[[[row for row, _ in part] for part in one.tokens] for one in row] for row in found])
+        warnings.warn(of_cut, stacklevel=3)
 
 
 def _concepts(
@@ -313,25 +320,21 @@ def locate(
     if tokens == "clip" and clip_tokenizer is None:
         raise ValueError("tokens: 'clip' needs clip_tokenizer")
     texts, spans = _concepts(prompts, concepts, source, brackets)
-    parts, cuts = [], []
+    readers: list[tuple[int, PreTrainedTokenizerBase, int, str]] = []  # first row, tokenizer, most tokens, argument
     clip_length = 0 if clip_tokenizer is None else clip_tokenizer.model_max_length
     if tokens != "t5" and clip_tokenizer is not None:
-        in_clip, cut = _overlapping_tokens(texts, spans, clip_tokenizer, clip_length, "clip_tokenizer")
-        parts.append((0, in_clip))
-        cuts.append(cut)
+        readers.append((0, clip_tokenizer, clip_length, "clip_tokenizer"))
     if tokens != "clip" and t5_tokenizer is not None and max_sequence_length > 0:
-        in_t5, cut = _overlapping_tokens(texts, spans, t5_tokenizer, max_sequence_length, "t5_tokenizer")
-        parts.append((clip_length, in_t5))
-        cuts.append(cut)
-    found = [
-        [[[first + i for i in of_part[b][g]] for first, of_part in parts if of_part[b][g]] for g in range(len(row))]
+        readers.append((clip_length, t5_tokenizer, max_sequence_length, "t5_tokenizer"))
+    parts = [(first, *_overlapping_tokens(texts, spans, *reader)) for first, *reader in readers]
+    rows = [
+        [[[first + i for i in found[b][g]] for first, found, _ in parts if found[b][g]] for g in range(len(row))]
         for b, row in enumerate(spans)
     ]
-    if any(not tokens for row in found for tokens in row):
-        warnings.warn(
-            "concepts: some have no text token of the tokenizers and so no map, as in a prompt that is cut",
-            stacklevel=2,
-        )
-    elif any(map(all, zip(*cuts, strict=True))):
-        warnings.warn("prompts: some are longer than the tokenizers read, and their ends are cut", stacklevel=2)
-    return _tensors(found)
+    _warn(
+        rows,
+        any(map(all, zip(*(cut for _, _, cut in parts), strict=True))),
+        "concepts: some have no text token of the tokenizers and so no map, as in a prompt that is cut",
+        "prompts: some are longer than the tokenizers read, and their ends are cut",
+    )
+    return _tensors(rows)
