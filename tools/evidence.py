@@ -6,6 +6,7 @@ the same differences beside weights over images of the embedded model.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ DOCUMENT, MARKS = ROOT / "docs" / "evidence.md", "differences to uniform"
 PAGES = ROOT / "docs" / "evidence"
 STUDIES = {"shapes": "small batches", "large_batch": "large batches", "credit": "DiffusionNFT"}
 """Studies whose arms are shown, and what each is called in a label."""
+SCORES = {"reward, final": "held-out reward", "strict, final": "share of correct images"}
+"""Columns of the studies' tables that are shown, and what a reader calls them."""
 LEAST_SEEDS = 3  # of an arm that is shown
 COLOR, GRAY = "tab:blue", "0.6"
 WIDTH = 6.4  # inches
@@ -35,20 +38,30 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Difference:
-    """Of an arm to `uniform` in the reward at the end. seeds: of both arms. shown: interval and t-test agree."""
+    """Of an arm to `uniform` in a score at the end. shown: interval and t-test agree."""
 
-    study: str
-    arm: str
     mean: float
     low: float
     high: float
-    ahead: int
-    seeds: int
     shown: bool
+
+    def __str__(self) -> str:
+        mark = " \\*" if self.shown else ""
+        return f"{self.mean:+.3f}{mark} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm's differences, one for each of SCORES. seeds: that it shares with `uniform`."""
+
+    study: str
+    arm: str
+    seeds: int
+    differences: tuple[Difference, ...]
 
     @property
     def label(self) -> str:
-        return f"{self.arm}, {STUDIES[self.study]} (n={self.seeds})"
+        return f"{self.arm} (n={self.seeds})"
 
 
 def table(page: Path, title: str) -> dict[str, list[str]]:
@@ -63,29 +76,34 @@ def numbers(cell: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(cell)]
 
 
-def differences(study: str, least_seeds: int = LEAST_SEEDS) -> list[Difference]:
+def differences(study: str, least_seeds: int = LEAST_SEEDS) -> list[Row]:
     """Of a study's arms with at least so many seeds, the best first."""
     found = []
-    for arm, (reward, _, seeds_ahead, *_) in table(PAGES / f"{study}.md", "difference to uniform").items():
-        if "/" in seeds_ahead:  # neither the titles nor uniform itself
-            mean, low, high = numbers(reward)
-            ahead, seeds = map(int, seeds_ahead.split("/"))
-            found.append(Difference(study, arm, mean, low, high, ahead, seeds, reward.endswith("*")))
-    found = [one for one in found if one.seeds >= least_seeds]
-    return sorted(found, key=lambda one: -one.mean)
+    lines = table(PAGES / f"{study}.md", "difference to uniform")
+    for arm, cells in lines.items():
+        of_arm = dict(zip(lines["arm"], cells, strict=True))
+        _, is_arm, seeds = of_arm["seeds ahead"].partition("/")  # the titles and uniform itself have none
+        if is_arm and int(seeds) >= least_seeds:
+            found.append(Row(study, arm, int(seeds), tuple(difference(of_arm[score]) for score in SCORES)))
+    return sorted(found, key=lambda row: -row.differences[0].mean)
 
 
-def all_differences() -> list[Difference]:
-    return [one for study in STUDIES for one in differences(study)]
+def difference(cell: str) -> Difference:
+    """Of a cell such as `+0.038 [+0.016, +0.060] *`."""
+    mean, low, high = numbers(cell)
+    return Difference(mean, low, high, cell.endswith("*"))
+
+
+def all_differences() -> list[Row]:
+    return [row for study in STUDIES for row in differences(study)]
 
 
 def main_table() -> str:
     """Markdown."""
-    lines = ["| arm | difference to `uniform` | 95 % interval | seeds ahead |", "|---|---:|---:|---:|"]
-    for one in all_differences():
-        name, mark = f"[{one.label}](evidence/{one.study}.md)", " \\*" if one.shown else ""
-        interval = f"{one.low:+.3f} to {one.high:+.3f}"
-        lines.append(f"| {name} | {one.mean:+.3f}{mark} | {interval} | {one.ahead}/{one.seeds} |")
+    lines = [f"| arm | {' | '.join(SCORES.values())} |", "|---|---:|---:|"]
+    for row in all_differences():
+        name = f"[{row.arm}, {STUDIES[row.study]} (n={row.seeds})](evidence/{row.study}.md)"
+        lines.append(f"| {name} | {' | '.join(map(str, row.differences))} |")
     return "\n".join(lines)
 
 
@@ -97,21 +115,45 @@ def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_forest(axes: Axes, rows: list[Difference], labels: list[str]) -> None:
-    """Differences with their intervals, the first on top."""
-    for y, one in enumerate(rows):
+def draw_differences(axes: Axes, heights: Sequence[int], differences: Sequence[Difference]) -> None:
+    """Each with its interval at its height; filled where a difference is shown."""
+    for y, one in zip(heights, differences, strict=True):
         axes.plot([one.low, one.high], [y, y], color=COLOR, linewidth=2.5)
         axes.plot(one.mean, y, "o", color=COLOR, markerfacecolor=COLOR if one.shown else "white", markersize=7)
     axes.axvline(0, color=GRAY, linewidth=1)
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("held-out reward, difference to uniform")
+
+
+def draw_forest(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
+    """A panel for each score; the arms of a study below its name, the first on top."""
+    labels: list[str] = []
+    names, heights = [], []
+    for study, of_study in itertools.groupby(rows, key=lambda row: row.study):
+        names.append(len(labels))
+        labels.append(STUDIES[study])
+        for row in of_study:
+            heights.append(len(labels))
+            labels.append(row.label)
+    for panel, which, score in zip(panels, range(len(SCORES)), SCORES.values(), strict=True):
+        draw_differences(panel, heights, [row.differences[which] for row in rows])
+        panel.set_xlabel(f"{score},\ndifference to uniform")
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
+    for y in names:
+        panels[0].get_yticklabels()[y].set_fontweight("bold")
+
+
+def lines_of(rows: Sequence[Row]) -> int:
+    """How many lines `draw_forest` has."""
+    return len(rows) + len({row.study for row in rows})
 
 
 def forest() -> Figure:
     rows = all_differences()
-    figure, axes = new_figure(0.34 * len(rows) + 0.9)
-    draw_forest(axes, rows, [one.label for one in rows])
+    figure = Figure(figsize=(WIDTH, 0.3 * lines_of(rows) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw_forest(figure.subplots(1, len(SCORES), sharey=True), rows)
     return figure
 
 
@@ -145,9 +187,12 @@ def noise() -> Figure:
     """What training on rewards that are noise costs."""
     rows = differences("noise", 1)
     concentration = table(PAGES / "noise.md", "means over the iterations")
-    shown = [f"{one.arm} (n={one.seeds})\n{concentration[one.arm][0]}" for one in rows]
+    shown = [f"{row.label}\n{concentration[row.arm][0]}" for row in rows]
     figure, axes = new_figure(0.5 * len(rows) + 0.9)
-    draw_forest(axes, rows, shown)
+    draw_differences(axes, range(len(rows)), [row.differences[0] for row in rows])
+    axes.set_yticks(range(len(rows)), shown)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("held-out reward, difference to uniform")
     return figure
 
 
@@ -155,7 +200,7 @@ def face(shown: figures.Shown) -> Figure:
     """Images with the weights of their steps, and below them the differences."""
     assert shown.weights is not None
     steps, rows = len(shown.weights), all_differences()
-    heights = (1.85 * len(shown.images), 0.26 * len(rows) + 0.7)
+    heights = (1.85 * len(shown.images), 0.26 * lines_of(rows) + 0.8)
     figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
@@ -167,9 +212,7 @@ def face(shown: figures.Shown) -> Figure:
             figures.overlay(images[row, step + 1], image, shown.weights[step, row], float(shown.weights.max()))
             if row == 0:
                 figures.set_text(images[row, step + 1], title=shown.labels[step])
-    axes = below.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw_forest(axes, rows, [one.label for one in rows])
+    draw_forest(below.subplots(1, len(SCORES), sharey=True), rows)
     return figure
 
 

@@ -10,7 +10,7 @@ import pytest
 from star import config as configuration
 from star.config import ConfigError
 from star.reports.evaluations import Evaluation, write_evaluation
-from star.study import command, intervals, page, results, spec
+from star.study import command, intervals, page, results, spec, tables
 
 CHANGES = {"optimization": {"iterations": 20}, "scoring": {"every": 10, "count": 4}}
 STUDY = spec.Study(seeds=(0, 1), baselines=("slow",), changes=CHANGES, arms={"slow": {}, "quick": {}})
@@ -48,6 +48,16 @@ def test_a_prompt_whose_reward_failed_once_is_left_out_of_all_runs_and_told(tmp_
         page.reading_notes(found)
     )
     assert not any("Left out" in note for note in page.reading_notes(whole))
+
+
+def test_each_run_is_in_a_table_so_that_others_can_be_compared_with_it(tmp_path):
+    """The runs themselves are not in the repository."""
+    out = finished(tmp_path / "study")
+    (STUDY.config("quick", 1, out).run.out / "summary.json").write_text(json.dumps({"iterations": 10, "seconds": 1.0}))
+    table = tables.run_table(results.load(STUDY, out), ["slow", "quick"])
+    assert table.columns == ["arm", "seed 0", "seed 1"] and table.title == "each run at the end: reward"
+    assert table.rows == [["slow", "0.4000", "0.4100"], ["quick", "0.4500", "-"]]
+    assert f"**{table.title}**" in page.write(STUDY, results.load(STUDY, out), out)
 
 
 def test_a_scoring_in_which_every_reward_failed_is_none(tmp_path, caplog):

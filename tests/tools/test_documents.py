@@ -59,22 +59,25 @@ def test_the_evidence_page_has_the_differences_of_the_studies_pages():
 def test_a_studys_page_is_read_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "PAGES", tmp_path)
     monkeypatch.setattr(evidence, "STUDIES", {"one": "first"})
-    row = "| {} | {} | 0.1 | {} | +9.000 [+8.000, +9.900] |"
-    rows = [row.format("uniform", "-", "-"), row.format("few", "+0.300 [+0.100, +0.500]", "1/2")]
-    rows += [row.format("a", "-0.020 [-0.030, -0.010] *", "0/3"), row.format("b", "+0.001 [-0.010, +0.013]", "2/4")]
-    titles = "| arm | reward, final | p | seeds ahead | reward, area |\n| --- | --- | --- | --- | --- |\n"
+    row = "| {} | {} | 0.1 | {} | +9.000 [+8.000, +9.900] | {} |"
+    strict = "+0.200 [+0.100, +0.300] *"
+    rows = [row.format("uniform", "-", "-", "-"), row.format("few", "+0.300 [+0.100, +0.500]", "1/2", strict)]
+    rows += [row.format("a", "-0.020 [-0.030, -0.010] *", "0/3", strict)]
+    rows += [row.format("b", "+0.001 [-0.010, +0.013]", "2/4", "+0.002 [-0.001, +0.005]")]
+    titles = "| arm | reward, final | p | seeds ahead | reward, area | strict, final |\n|---|---|---|---|---|---|\n"
     heading = "**difference to uniform, paired by seed and prompt**\n\n"
     (tmp_path / "one.md").write_text(heading + titles + "\n".join(rows) + "\n\n" + heading + titles)
     assert evidence.main_table().splitlines()[2:] == [
-        "| [b, first (n=4)](evidence/one.md) | +0.001 | -0.010 to +0.013 | 2/4 |",
-        "| [a, first (n=3)](evidence/one.md) | -0.020 \\* | -0.030 to -0.010 | 0/3 |",
+        "| [b, first (n=4)](evidence/one.md) | +0.001 (-0.010 to +0.013) | +0.002 (-0.001 to +0.005) |",
+        "| [a, first (n=3)](evidence/one.md) | -0.020 \\* (-0.030 to -0.010) | +0.200 \\* (+0.100 to +0.300) |",
     ]
     (tmp_path / "one.md").write_text("not run yet\n")
     assert evidence.all_differences() == []
 
 
 def test_every_figure_of_the_evidence_page_can_be_drawn():
-    assert len(evidence.forest().axes[0].lines) == 2 * len(evidence.all_differences()) + 1
+    for panel in evidence.forest().axes:
+        assert len(panel.lines) == 2 * len(evidence.all_differences()) + 1
     gains = [bar.get_height() for bar in evidence.optimizer().axes[0].patches]
     assert gains[0] > 0.0005 > abs(gains[1])  # what the page says of them
     shares = [bar.get_height() for bar in evidence.extra_objects().axes[0].patches]

@@ -95,7 +95,7 @@ def _tables_of(study: Study, results: Results, drift: Drift, arms: Sequence[str]
     tables += [drift_differences(results, drift, arms, baseline) for baseline in baselines[:1]]
     tables += [drift_table(results, drift, arms)]
     tables += score_tables(results, arms)
-    tables += [logged_table(results, arms)]
+    tables += [run_table(results, arms), logged_table(results, arms)]
     return [table for table in tables if table.rows]
 
 
@@ -118,6 +118,23 @@ def score_table(results: Results, arms: Sequence[str], metric: str, summary: str
         rows.append([arm, str(results.seed_count(arm)), *cells])
     columns = ["arm", "seeds", *_spaced(name or "all" for name in categories)]
     return Table(f"{metric} {LABELS[summary]}", columns, rows)
+
+
+def run_table(results: Results, arms: Sequence[str]) -> Table:
+    """What each run scored at the end, for tests of the reader's own."""
+    seeds = sorted({seed for arm in arms for seed in results.scores[METRIC][arm]})
+    rows = [[arm, *(_run_cell(results, arm, seed) for seed in seeds)] for arm in arms]
+    title = f"each run at the end: {' / '.join(results.metrics)}"
+    return Table(title, ["arm", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def _run_cell(results: Results, arm: str, seed: int) -> str:
+    if seed not in results.scores[METRIC][arm]:
+        return "-"
+    curves = [results.curves(metric, arm, None, [seed]) for metric in results.metrics]
+    return " / ".join(
+        format_number(intervals.summarize(curve, results.iterations, "final").mean(), digits=4) for curve in curves
+    )
 
 
 def difference_table(results: Results, arms: Sequence[str], baseline: str) -> Table:
