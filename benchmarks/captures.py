@@ -24,7 +24,8 @@ from machine import fastest
 from medium import HEADS, WIDTH, medium_transformer
 from memory import in_a_process
 from runner import Counted, Sides
-from star.capture import Maps, Observer, capture
+from star.capture import Maps, capture
+from star.capture.blocks import Observer
 from star.concepts import ConceptTokens
 from star.layouts import Pass
 from star.tap import Tapped, attention_with_lse

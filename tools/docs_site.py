@@ -22,7 +22,7 @@ PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGE
 """Pages of the repository outside docs/, and what they are called on the site."""
 MODULES = {
     "star": "python/star/__init__.py",
-    "star.capture": "python/star/capture.py",
+    "star.capture": "python/star/capture/__init__.py",
     "star.concepts": "python/star/concepts/__init__.py",
     "star.objective": "python/star/objective/__init__.py",
     "star.rewards": "python/star/rewards/__init__.py",

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from star.capture import Maps, capture, unwrapped
+from star.capture import Maps, capture
+from star.capture.blocks import unwrapped
 from star.check import Question, words
 from star.check.passes import first_tensor
 from star.concepts import ConceptTokens, said, unbracket

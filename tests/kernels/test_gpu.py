@@ -12,7 +12,8 @@ from diffusers.models.attention import JointTransformerBlock
 import star_kernels as sk
 from builders import GRID, flux_inputs, small_flux, small_inputs, small_transformer
 from star import config as configuration
-from star.capture import Maps, Observer, capture
+from star.capture import Maps, capture
+from star.capture.blocks import Observer
 from star.concepts import ConceptTokens
 from star.layouts import Pass
 from star.presets import preset

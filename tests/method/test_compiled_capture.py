@@ -8,7 +8,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import star.capture
+import star.capture.maps
 from builders import GRID, TEXT, flux_inputs, small_flux, small_inputs, small_transformer
 from models import CASES
 from star.capture import Maps, allocated, capture
@@ -286,8 +286,8 @@ def test_guidance_that_is_none_is_told_when_the_maps_are_read(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen_image_masked", "z_image_masked"])
 def test_a_mask_is_made_a_bias_once_a_pass(name, monkeypatch):
     case, made = CASES[name], []
-    make = star.capture._key_bias
-    monkeypatch.setattr(star.capture, "_key_bias", lambda *arguments: made.append(1) or make(*arguments))
+    make = star.capture.maps._key_bias
+    monkeypatch.setattr(star.capture.maps, "_key_bias", lambda *arguments: made.append(1) or make(*arguments))
     model, inputs = built_or_skip(case.build), case.inputs(2, case.grid)
     tokens = ConceptTokens(torch.tensor([[[1, 2]]] * 2), torch.ones(2, 1, 2))
     with torch.no_grad(), capture(model, tokens) as maps:
@@ -314,7 +314,7 @@ def test_blocks_with_masks_of_their_own_have_their_own_bias():
 def test_a_mask_expanded_to_the_queries_is_one_of_the_keys():
     """PRX of diffusers 0.40 gives one."""
     mask, key = torch.rand(2, 1, 1, 6) > 0.3, torch.randn(2, 4, 6, 8)
-    expected = star.capture._key_bias(mask, 2, key, slice(None))
-    assert torch.equal(star.capture._key_bias(mask.expand(2, 4, 5, 6), 2, key, slice(None)), expected)
+    expected = star.capture.maps._key_bias(mask, 2, key, slice(None))
+    assert torch.equal(star.capture.maps._key_bias(mask.expand(2, 4, 5, 6), 2, key, slice(None)), expected)
     with pytest.raises(ValueError, match="the same for every query"):
-        star.capture._key_bias(mask.expand(2, 4, 5, 6).contiguous(), 2, key, slice(None))
+        star.capture.maps._key_bias(mask.expand(2, 4, 5, 6).contiguous(), 2, key, slice(None))

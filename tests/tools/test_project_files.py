@@ -17,6 +17,7 @@ ON_NODE_24 = {
     "checkout": 5, "setup-python": 6, "upload-artifact": 6, "download-artifact": 7,
     "upload-pages-artifact": 5, "deploy-pages": 5,
 }  # fmt: skip
+NO_DATA = {".py", ".pyc", ".so"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -39,6 +40,20 @@ def test_versions_agree():
     citation = read(ROOT / "CITATION.cff")
     assert released == version == citation["version"]
     assert date == str(citation["date-released"])
+
+
+def test_a_wheel_has_every_package_and_its_data():
+    """An editable install finds what is left out here: nobody would notice before a release."""
+    settings, packages, data, listed = PYPROJECT["tool"]["setuptools"], {}, set(), set()
+    for top, folder in settings["package-dir"].items():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            inner = path.parent.relative_to(ROOT / folder).parts
+            packages[".".join((top, *inner))] = path.parent
+        data |= {path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in NO_DATA}
+    assert sorted(settings["packages"]) == sorted(packages)
+    for package, patterns in settings["package-data"].items():
+        listed |= {path for pattern in patterns for path in packages[package].glob(pattern) if path.is_file()}
+    assert listed == data
 
 
 def test_a_release_is_tagged_with_its_version():

@@ -170,7 +170,8 @@ def layer_overhead(shape, images: int) -> float:
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
     import cost_model as model
-    from star.capture import Maps, Observer
+    from star.capture import Maps
+    from star.capture.blocks import Observer
     from star.concepts import ConceptTokens
     from star.layouts import Pass
     from star.tap import tapped

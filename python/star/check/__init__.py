@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from star.capture import capture, unwrapped
+from star.capture import capture
+from star.capture.blocks import unwrapped
 from star.check.noise import AUTOCAST, BATCH, Floor, evaluating, floors
 from star.check.passes import Arguments, Passes, record
 from star.concepts import ConceptTokens, Said, concept_tokens, said, unbracket

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from star.capture import unwrapped
+from star.capture.blocks import unwrapped
 from star.check.passes import Passes
 from star.messages import one_line
 from star.transition import schedule

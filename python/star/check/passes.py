@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star.capture import unwrapped
+from star.capture.blocks import unwrapped
 from star.layouts import Layout, Pass, layout_of
 
 

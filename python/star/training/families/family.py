@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from star.capture import unwrapped
+from star.capture.blocks import unwrapped
 from star.config import ConfigError
 from star_kernels import Transition, gaussian_step
 
