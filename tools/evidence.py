@@ -65,11 +65,14 @@ class Row:
 
 
 def table(page: Path, title: str) -> dict[str, list[str]]:
-    """The rows of a page's first table whose bold title begins so: the other cells by the first one."""
-    _, found, rest = page.read_text().partition(f"**{title}")
-    lines = rest.split("\n\n")[1].splitlines() if found else []
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {first: others for first, *others in cells}
+    """The rows of a page's tables whose bold titles begin so: the other cells by the first one, of two rows of an arm
+    those of the first row."""
+    rows: dict[str, list[str]] = {}
+    for rest in page.read_text().split(f"**{title}")[1:]:
+        for line in rest.split("\n\n")[1].splitlines():
+            first, *others = (cell.strip() for cell in line.strip("|").split("|"))
+            rows.setdefault(first, others)
+    return rows
 
 
 def numbers(cell: str) -> list[float]:
