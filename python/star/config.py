@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,15 +37,20 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
         return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)) or "finite"
+        return (
+            " and ".join(f"{word} {limit:.10g}" for word, limit in limits.items() if math.isfinite(limit)) or "finite"
+        )
 
 
 Count = Annotated[int, Range(least=0)]
 Positive = Annotated[int, Range(least=1)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # NumPy takes no larger one
 Finite = Annotated[float, Range()]
 NotNegative = Annotated[float, Range(least=0)]
 AboveZero = Annotated[float, Range(above=0)]
@@ -63,7 +69,7 @@ class Model:
     """Folder or hub id of a StableDiffusion3Pipeline, a FluxPipeline (FLUX.1) or a QwenImagePipeline. None: the
     task's."""
     max_sequence_length: Count = 128
-    """Tokens of the T5 part, 0 for an SD3 without T5; of Qwen-Image the most tokens of a prompt."""
+    """Tokens of the T5 part, of which an SD3 without T5 has none; of Qwen-Image the most tokens of a prompt."""
     height: Positive = 512
     """Height of the images, in pixels."""
     width: Positive = 512
@@ -228,6 +234,7 @@ class Loss:
 # Options of `loss` that only these objectives use.
 OBJECTIVES_BY_OPTION = {
     "ratio": ("grpo", "awm"),
+    "clip_range": ("grpo", "awm"),
     "guard": ("grpo",),
     "noise_levels": ("nft", "awm"),
     "beta": ("nft",),
@@ -298,7 +305,7 @@ class Scoring:
     """Scale of classifier-free guidance. None: that of sampling.guidance_scale."""
     batch: Positive | None = None
     """Images per forward pass. None: the task's; without a task that of `star eval`."""
-    seed: Count = 2026
+    seed: Seed = 2026
     """Seed of noise and prompts; runs with equal seeds can be compared image by image."""
 
 
@@ -308,7 +315,7 @@ class Run:
 
     out: Path = Path("runs/star")
     """The run's folder."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of prompts, noise and adapters."""
     reward: str | dict[str, float] | None = None
     """A reward's name, "module:function", or several with their weights: "ocr:1.0,pickscore:0.5", in YAML also as a
@@ -662,7 +669,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

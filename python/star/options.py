@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from star.config import AboveZero, Count, Finite, NotNegative, Positive, Range
+from star.config import AboveZero, Count, Finite, NotNegative, Positive, Range, Seed
 from star.training.task import NO_TASK
 
 HELD_OUT = 512  # prompts of a task
@@ -64,7 +64,7 @@ class Eval:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; the autoencoder stays in float32."""
     batch: Annotated[Positive | None, _images("Images per forward pass.", "batch")] = None
-    seed: Count = NO_TASK.images.seed
+    seed: Seed = NO_TASK.images.seed
     """Seed of noise and of a task's prompts."""
     out: Path | None = None
     """A new folder for evaluations.jsonl, as a run has it, and results.jsonl, a line for each image."""
@@ -98,7 +98,7 @@ class Maps:
     width: Width = None
     layers: tuple[Count, ...] | None = None
     """Blocks to show. None: all."""
-    seed: Count = 1
+    seed: Seed = 1
     """Seed of the noise."""
 
 
@@ -147,7 +147,7 @@ class Check:
     """Clip range of the run; the noise of the log-ratio should lie well below it."""
     noise_level: AboveZero = 0.7
     """Noise level of the run's stochastic steps."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of all noise."""
     json: Path | None = None
     """File for the verdicts, as JSON."""

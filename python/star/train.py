@@ -16,7 +16,6 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from star import config as configuration
 from star import files, rewards
 from star.config import Config, ConfigError
 from star.messages import one_line
@@ -33,7 +32,7 @@ from star.training.credit import Credit, masks_or_nothing
 from star.training.distributed import LostProcess, Share, Termination, is_lost_process, make_accelerator, on_main
 from star.training.exploration import explore_maps, explore_masks
 from star.training.families import family_of
-from star.training.folder import compare_with_saved, held_folder, prepare_folder
+from star.training.folder import compare_with_saved, held_folder, prepare_folder, save_config
 from star.training.objectives import make_objective
 from star.training.pipeline import check_model, check_size, latent_size, model_shape
 from star.training.policy import Policy
@@ -93,9 +92,9 @@ class Trainer:
             config.model.offload_encoders,
             sampling.concepts,
         )
-        on_main(self.accelerator, lambda: prepare_folder(config))
         set_seed(config.run.seed)
         self.policy = Policy(self.pipeline, config, self.accelerator)
+        on_main(self.accelerator, lambda: prepare_folder(config))  # when nothing that was given can be wrong any more
         images = sampling.prompts_per_iteration * sampling.images_per_prompt
         # Neighbors are of different prompts, so that every chunk sees every prompt.
         self.groups = torch.arange(images) % sampling.prompts_per_iteration
@@ -120,8 +119,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.iteration)
         prompts = draw_prompts(self.task, config, self.iteration)
         rollout, own = self.scored_rollout(prompts, generator, seconds)
-        self.worker.count_failures()  # raises if every reward failed
         scores = self.share.gather_scores(own)
+        self.worker.count_failures(bool(scores.reward.isfinite().any()))  # raises in all processes, or in none
         advantages = compute_advantages(scores, self.groups, config.loss, self.reward.weights, self.size)
         concepts = compute_concept_advantages(scores, self.groups, config.loss, self.reward.weights)
         device = rollout.latents.device
@@ -249,7 +248,9 @@ class Trainer:
             start,
             rows=self.share.rows[rows],
         )
-        return find(rows, first.latents)[member]
+        # As many at a time as a reward scores elsewhere.
+        found = [find(rows[part], first.latents[part]) for part in torch.arange(len(rows)).split(self.chunk)]
+        return torch.cat(found)[member]
 
     def found_masks(self, prompts: list[Prompt], rows: Tensor, latents: Tensor) -> Tensor:
         """What the reward finds in some of this process' images, (n, height, width); nothing where it failed."""
@@ -366,8 +367,13 @@ class Trainer:
                     f"checkpoint: {found[-1]} holds no state of a run ({type(error).__name__}: {one_line(error)}); "
                     f"{checkpoint.EARLIER}"
                 ) from error
+            if self.iteration > self.config.optimization.iterations:
+                raise ConfigError(
+                    f"optimization.iterations: got {self.config.optimization.iterations}, the run has had "
+                    f"{self.iteration}; set at least as many"
+                )
             self.seconds_before = checkpoint.elapsed(found[-1])
-        on_main(self.accelerator, lambda: configuration.save(self.config, run.out / "config.yaml"))
+        on_main(self.accelerator, lambda: save_config(self.config))
 
 
 def train(config: Config, command: Sequence[str] = ()) -> dict:
@@ -425,7 +431,7 @@ def run(trainer: Trainer, termination: Termination) -> dict:
         checkpoint.export(trainer.pipeline, out, main)
         if config.run.figures:
             preview.draw_run(trainer.pipeline, config, prompts, write=main)
-    summary = {"iterations": trainer.iteration, "held_out": evaluations.compare_run(out)}
+    summary = {"iterations": trainer.iteration, "held_out": evaluations.compare_run(out, trainer.iteration)}
     summary["seconds"] = round(trainer.seconds(), 1)
     if main:
         files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")

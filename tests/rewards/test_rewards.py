@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from star import rewards
-from star.rewards import RewardError, Scores, ocr
+from star.rewards import RewardError, Scores, as_scores, ocr
 from star.rewards.worker import RewardWorker, score
 from star.training.advantage import group_advantages, location_advantages, weighted_advantages
 
@@ -403,3 +403,47 @@ def test_a_reward_that_never_worked_ends_the_run_and_strict_ends_it_at_once():
         RewardWorker(mean_and_bad_prompts).submit(images, ["a"])
     with pytest.raises(RewardError, match="its worker is closed"):
         worker.submit(images, ["a", "b"])
+
+
+def test_what_a_reward_does_to_its_arguments_is_not_seen_by_the_next():
+    seen = []
+
+    def careless(images, prompts, metadata):
+        seen.append((images.mean().item(), list(prompts), metadata[0]["of"]["count"]))
+        images.mul_(0)
+        prompts.clear()
+        metadata[0]["of"]["count"] = 9
+        return torch.ones(len(images))
+
+    images, metadata = torch.full((2, 3, 4, 4), 0.5), [{"of": {"count": 1}}, {}]
+    both = rewards.Weighted({"a": careless, "b": careless}, {"a": 1.0, "b": 1.0})
+    both(images, ["x", "y"], metadata)
+    with RewardWorker(careless) as worker:
+        worker.submit(images, ["x", "y"], metadata).result()
+    assert seen == [(0.5, ["x", "y"], 1)] * 3
+    assert images.mean() == 0.5 and metadata == [{"of": {"count": 1}}, {}]
+
+
+@pytest.mark.parametrize("name", ["reward", "std", "failed"])
+def test_a_detail_does_not_take_a_name_of_the_log(name):
+    with pytest.raises(RewardError, match=rf"a detail '{name}', which the log has already; give it another name"):
+        as_scores(Scores(torch.zeros(1), {name: torch.ones(1)}), 1)
+
+
+def test_scores_may_hold_lists_and_arrays():
+    found = as_scores(Scores([0.1, 0.2], {"x": [1, 2]}, masks=np.zeros((2, 4, 4))), 2, (4, 4))
+    assert torch.equal(found.reward, torch.tensor([0.1, 0.2])) and found.details["x"].tolist() == [1.0, 2.0]
+    assert found.masks.shape == (2, 4, 4)
+
+
+def test_a_reward_that_scored_in_another_process_does_not_end_this_one():
+    """All of them end, or none: those that wait for a lost one would wait for long."""
+
+    def broken(images, prompts, metadata):
+        raise ValueError("of this prompt")
+
+    with RewardWorker(broken) as worker:
+        worker.submit(torch.zeros(2, 3, 4, 4), ["x", "y"], [{}, {}]).result()
+        with pytest.raises(RewardError, match="it failed for every image"):
+            worker.count_failures()
+        assert worker.count_failures(scored_elsewhere=True) == 2

@@ -1,6 +1,7 @@
 """What is read back of a study's runs, where rewards failed and where files are not those of the study."""
 
 import copy
+import dataclasses
 import json
 import logging
 
@@ -43,7 +44,7 @@ def test_a_prompt_whose_reward_failed_once_is_left_out_of_all_runs_and_told(tmp_
     whole = results.load(STUDY, finished(tmp_path / "whole"))
     assert whole.left_out == 0 and whole.prompts[[1, 3]].tolist() == found.prompts.tolist()
     one = intervals.difference(found, "quick", "slow")
-    assert one.estimate.mean == pytest.approx((0 + 0.05 + 0.1) / 3)
+    assert one.estimate.mean == pytest.approx((0.05 + 0.1) / 2)
     assert "Left out everywhere: 2 of 4 held-out images, whose reward failed in some scoring of some run." in (
         page.reading_notes(found)
     )
@@ -56,7 +57,7 @@ def test_each_run_is_in_a_table_so_that_others_can_be_compared_with_it(tmp_path)
     (STUDY.config("quick", 1, out).run.out / "summary.json").write_text(json.dumps({"iterations": 10, "seconds": 1.0}))
     table = tables.run_table(results.load(STUDY, out), ["slow", "quick"])
     assert table.columns == ["arm", "seed 0", "seed 1"] and table.title == "each run at the end: reward"
-    assert table.rows == [["slow", "0.4000", "0.4100"], ["quick", "0.4500", "-"]]
+    assert table.rows == [["slow", "0.4000", "0.4100"], ["quick", "0.4750", "-"]]
     assert f"**{table.title}**" in page.write(STUDY, results.load(STUDY, out), out)
 
 
@@ -90,3 +91,24 @@ def test_a_study_keeps_its_prompts(tmp_path):
     with pytest.raises(ConfigError, match=r"prompts: .* was started with others; choose another --out"):
         command.prepare(study, tmp_path / "study")
     assert (tmp_path / "study/prompts.txt").read_text() == "a red circle\na ring\n"
+
+
+def test_what_is_final_leaves_out_the_score_before_training():
+    curves = np.arange(5.0)[None, :, None]
+    assert [intervals.final(curves[:, :count]).item() for count in (2, 3, 4, 5)] == [1.0, 1.5, 2.0, 3.0]
+
+
+def test_arms_that_are_scored_in_other_ways_are_refused_and_other_judges_told(tmp_path):
+    scored = spec.Study(baselines=("a",), changes=CHANGES, arms={"a": {}, "b": {"scoring": {"seed": 1}}})
+    with pytest.raises(ConfigError, match=r"arms.b.scoring.seed: got 1, expected 2026 as of a: scores are compared"):
+        scored.check()
+    judged = {"slow": {}, "quick": {"run": {"reward": "star.shapes.reward:every_object"}}}
+    study, found = dataclasses.replace(STUDY, arms=judged), results.load(STUDY, finished(tmp_path / "study"))
+    study.check()
+    (note,) = page.judge_notes(study, found)
+    assert "quick (star.shapes.reward:every_object)" in note and page.judge_notes(STUDY, found) == []
+
+
+def test_a_bar_in_a_name_ends_no_column():
+    table = tables.Table("one", ["arm", "a|b"], [["x", "1"]])
+    assert table.markdown().splitlines()[2] == "| arm | a\\|b |"

@@ -15,6 +15,7 @@ from star.config import ConfigError
 from star.presets import preset
 from star.reports.evaluations import read_evaluations
 from star.rewards import Scores
+from star.shapes.model import load_pipeline as load_embedded
 from star.train import Trainer, train
 from star.training import plan as planning
 from star.training.conditions import PromptEncoder, encode
@@ -311,3 +312,15 @@ def test_published_settings():
         assert config.optimization.mixed_precision == config.model.frozen_dtype == "bfloat16"
         for gpus in (1, 2, 4, 8, 16, 32):
             config.check(gpus)
+
+
+def test_an_sd3_without_t5_trains_on_the_text_that_it_is_scored_with():
+    """diffusers would append zeros in T5's place to one of the two."""
+    pipeline = load_embedded()
+    assert pipeline.text_encoder_3 is None
+    call = family_of(pipeline).settings(pipeline, 1.0, 32, 1)
+    length, (prompt,) = call["max_sequence_length"], PROMPTS[:1]
+    embeds, *_ = pipeline.encode_prompt(
+        prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    assert torch.equal(encode(pipeline, [prompt], 32, 1.0).text.embeds, embeds)

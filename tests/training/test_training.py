@@ -704,3 +704,69 @@ def test_prompts_mark_their_concepts_with_brackets(tmp_path):
     with pytest.raises(ConfigError, match=r"prompts: 'red \[circle' has a '\[' that nothing closes"):
         wrong = dict(prompts_per_iteration=1, prompts=str(files["marked"]), brackets=True)
         Trainer(small_run(tmp_path / "wrong", sampling=wrong))
+
+
+def test_overwrite_spares_what_the_run_itself_needs(tmp_path):
+    out = tmp_path / "run"
+    training.train(small_run(out, optimization={"iterations": 1}))
+    kept = sorted(path for path in out.rglob("*") if path.is_file())
+    needs = [{"model": {"adapter": str(out / "lora")}}, {"sampling": {"prompts": str(out / "held_out/prompts.jsonl")}}]
+    for changes in needs:
+        config = small_run(out, run={"overwrite": True}, **changes)
+        with pytest.raises(
+            ConfigError, match=r"run.overwrite: .* holds (model.adapter|sampling.prompts) .*move it away"
+        ):
+            folder.prepare_folder(config)
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == kept
+
+
+def test_a_runs_configuration_may_be_used_again(tmp_path):
+    """With overwrite in it, the next run with that file would delete this one."""
+    for how in ("overwrite", "resume"):
+        training.train(
+            small_run(tmp_path / "run", optimization={"iterations": 1}, run={how: (tmp_path / "run").exists()})
+        )
+    again = configuration.load(tmp_path / "run/config.yaml")
+    assert (again.run.overwrite, again.run.resume) == (False, False)
+    with pytest.raises(ConfigError, match="is not empty"):
+        training.train(again)
+
+
+def test_a_slip_leaves_no_folder_that_blocks_the_corrected_command(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="matches no linear layer"):
+        training.train(small_run(out, model={"lora_targets": ["attn.to_kk"]}))
+    assert not out.exists()
+    assert training.train(small_run(out, optimization={"iterations": 1}))["iterations"] == 1
+
+
+def test_a_resumed_run_cannot_end_before_it_is(tmp_path):
+    training.train(small_run(tmp_path / "run", optimization={"iterations": 2}))
+    before = (tmp_path / "run/config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"optimization.iterations: got 1, the run has had 2; set at least as many"):
+        training.train(small_run(tmp_path / "run", optimization={"iterations": 1}, run={"resume": True}))
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+def test_a_run_that_ends_without_a_scoring_has_no_score_of_an_earlier_one(tmp_path):
+    once = training.train(small_run(tmp_path / "run", optimization={"iterations": 1}, scoring={"count": 2}))
+    assert once["held_out"]
+    changes = {"optimization": {"iterations": 2}, "scoring": {"count": 0}, "run": {"resume": True}}
+    assert training.train(small_run(tmp_path / "run", **changes))["held_out"] == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"run": {"seed": 2**32}}, r"run.seed: got 4294967296, expected a number at least 0 and at most 4294967295"),
+        ({"run": {"seed": 10**400}}, r"run.seed: got 10+, expected a number"),
+        ({"optimization": {"learning_rate": 10**400}}, r"optimization.learning_rate: got 10+, expected float"),
+        (
+            {"loss": {"objective": "nft", "clip_range": 0.3}},
+            r"loss.clip_range: got 0.3, expected 0.0001: .* nft",
+        ),
+    ],
+)
+def test_numbers_that_nothing_takes(tmp_path, values, words):
+    with pytest.raises(ConfigError, match=words):
+        small_run(tmp_path, **values).check()

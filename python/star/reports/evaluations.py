@@ -192,7 +192,7 @@ def format_left_out(found: Mapping[str, float | None]) -> str:
     return f"; {count} prompt{'s'[: count != 1]} left out" if count else ""
 
 
-def compare_run(run: Path) -> dict[str, dict[str, float | None]]:
-    """`compare` of the first and the last scoring of a run; nothing if it has fewer than two."""
+def compare_run(run: Path, iterations: int) -> dict[str, dict[str, float | None]]:
+    """`compare` of the first scoring of a run and the one after so many iterations; nothing if it lacks one of them."""
     found = read_evaluations(run)
-    return compare(found[0], found[-1]) if len(found) > 1 else {}
+    return compare(found[0], found[-1]) if len(found) > 1 and found[-1].iteration == iterations else {}

@@ -5,6 +5,7 @@ Each reward lives in a file of its own; `worker.py` runs them beside the rollout
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import math
@@ -36,6 +37,7 @@ WEIGHTS = {
 NAMES = tuple(WEIGHTS)
 """Rewards that `load` knows by name."""
 SERVERS = ("http://", "https://")
+LOGGED = {"reward", "std", "failed"}  # as reward, reward_std and reward_failed
 ROUNDING = 1e-3  # by which values may lie outside 0..1
 
 
@@ -127,6 +129,8 @@ def as_scores(result: object, count: int, size: Sequence[int] | None = None, nam
     for column, value in {"reward": fields["reward"], **fields["details"], **fields["terms"]}.items():
         if value.shape != (count,):
             raise RewardError(f"{said} shape {tuple(value.shape)} of {column!r}, expected ({count},)")
+    for column in LOGGED & fields["details"].keys():
+        raise RewardError(f"{said} a detail {column!r}, which the log has already; give it another name")
     height, width = size or ("H", "W")
     for column in maps.keys() & fields.keys():
         shape = tuple(fields[column].shape)
@@ -171,7 +175,8 @@ def _numbers(result: Any) -> Tensor:
     return torch.as_tensor([math.nan if value is None else value for value in result], dtype=torch.float32)
 
 
-def _real(value: Tensor) -> Tensor:
+def _real(value: Any) -> Tensor:
+    value = torch.as_tensor(value)
     if value.is_complex():
         raise TypeError("complex numbers")
     return value.detach().float().cpu()
@@ -277,7 +282,9 @@ class Weighted:
         found: dict[str, Scores] = {}
         for name, reward in self.rewards.items():
             try:
-                found[name] = as_scores(reward(images, prompts, metadata), count, size, name)
+                # Copies: what a reward does to its arguments is not seen by the next one.
+                result = reward(images.clone(), list(prompts), [copy.deepcopy(dict(item)) for item in metadata])
+                found[name] = as_scores(result, count, size, name)
             except Exception as error:
                 if len(self.rewards) > 1 and not isinstance(error, RewardError):  # which names its reward itself
                     error.add_note(f"{TERM} {name!r}")

@@ -16,6 +16,7 @@ their reward (NaN) and so their advantage. It is logged with its prompt, and cou
 from __future__ import annotations
 
 import collections
+import copy
 import logging
 import threading
 import time
@@ -46,7 +47,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
     count = len(prompts)
     try:
         with torch.no_grad():  # copies: what a reward does to its arguments stays with it
-            result = reward(images, list(prompts), [dict(item) for item in metadata])
+            result = reward(images.clone(), list(prompts), [copy.deepcopy(dict(item)) for item in metadata])
             scores = as_scores(result, count, images.shape[-2:])
     except RewardError as error:
         return failed(count), [f"{one_line(error)}; prompts from {_quoted(prompts[0])} on"] * count
@@ -167,9 +168,10 @@ class RewardWorker:
             log.warning("reward: failed for %d more images of this batch", len(lines) - LOGGED)
         return scores
 
-    def count_failures(self) -> int:
+    def count_failures(self, scored_elsewhere: bool = False) -> int:
         """Images whose reward failed since the last call, once an iteration. Raises RewardError if the reward has
-        failed for every image so far: nothing could be learned."""
+        failed for every image so far: nothing could be learned. scored_elsewhere: another process has scored some."""
+        self.scored = self.scored or scored_elsewhere
         if self.failures and not self.scored:
             raise RewardError(f"{self.first_line}; it failed for every image")
         count, self.failures = self.failures, 0

@@ -112,7 +112,7 @@ def localization(maps: Tensor, verdicts: Sequence[Verdict], grid: tuple[int, int
     maps: (T, B, G, N). An object that was not found, or that fills the image, is left out.
     """
     by_step: list[list[tuple[float, float]]] = [[] for _ in maps]
-    relative = (maps / maps.mean(-1, keepdim=True).clamp_min(1e-30)).numpy()
+    relative = (maps / maps.mean(-1, keepdim=True).clamp_min(1e-30)).cpu().numpy()
     for b, verdict in enumerate(verdicts):
         inside = object_tokens(torch.from_numpy(verdict.masks).float()[None], grid)[0].flatten(1).numpy()
         for g, mask in enumerate(inside):

@@ -21,7 +21,6 @@ from star.shapes.model import GRID, load_pipeline
 from star.shapes.scenes import parse_scene, prompts, render
 
 STEPS = 4  # the demo's sampling: four Euler steps, no guidance
-DEFAULT_LAYERS = (2, 3)  # those that localize best
 OBJECT_SHARE = 0.4  # coverage from which an image token belongs to the object
 
 

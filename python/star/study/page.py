@@ -21,7 +21,12 @@ def write(study: Study, results: Results, out: Path) -> str:
     """Write report.png, report.html and report.md into `out`. Returns the Markdown."""
     drifts = drift.load(study, results, out)
     tables = report_tables(study, results, drifts)
-    notes = reading_notes(results) + drift.notes(drifts) + prediction.notes(study, results, out)
+    notes = (
+        reading_notes(results)
+        + judge_notes(study, results)
+        + drift.notes(drifts)
+        + prediction.notes(study, results, out)
+    )
     figure.draw(results, study.baselines[0], out / "report.png")
     text = markdown(tables, notes)
     values = {
@@ -40,6 +45,12 @@ def write(study: Study, results: Results, out: Path) -> str:
 
 def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n\n".join([*notes, *(table.markdown() for table in tables)]) + "\n"
+
+
+def judge_notes(study: Study, results: Results) -> list[str]:
+    """That an arm is scored by another reward than those it is compared with."""
+    own = [f"{arm} ({reward})" for arm, reward in study.own_judges().items() if arm in results.arms]
+    return [f"Scored by a reward of its own, so that only equal rewards compare: {', '.join(own)}."] if own else []
 
 
 def reading_notes(results: Results) -> list[str]:

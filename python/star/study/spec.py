@@ -50,6 +50,7 @@ class Study:
             raise ConfigError(f"baselines: got {self.baselines}, expected some of the arms {list(self.arms)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds: got {self.seeds}, expected different ones, at least one")
+        scored = scored_by(self.config(self.baselines[0], self.seeds[0], Path()))
         for arm in self.arms:
             if not arm.replace("_", "").isalnum():
                 raise ConfigError(f"arms: got the name {arm!r}, expected letters, digits and '_'")
@@ -57,6 +58,24 @@ class Study:
             if not config.scoring.every or not config.scoring.count:
                 got = f"{config.scoring.every} and {config.scoring.count}"
                 raise ConfigError(f"scoring.every, scoring.count: got {got}, expected both above 0 in a study")
+            for name, value in scored_by(config).items():
+                if value != scored[name]:
+                    raise ConfigError(
+                        f"arms.{arm}.{name}: got {value!r}, expected {scored[name]!r} as of {self.baselines[0]}: "
+                        "scores are compared image by image"
+                    )
+
+    def own_judges(self) -> dict[str, str]:
+        """The arms whose held-out images another reward scores than the first baseline's, with that reward."""
+        configs = {arm: self.config(arm, self.seeds[0], Path()) for arm in self.arms}
+        rewards = {arm: str(config.scoring.reward or config.run.reward) for arm, config in configs.items()}
+        return {arm: reward for arm, reward in rewards.items() if reward != rewards[self.baselines[0]]}
+
+
+def scored_by(config: Config) -> dict[str, Any]:
+    """What must be equal for scores of two runs to be paired, by the names of the settings."""
+    scoring = configuration.flatten({"scoring": configuration.to_dict(config.scoring)})
+    return {"task": config.task, **scoring}
 
 
 def load_study(path: Path, base: Study | None = None) -> Study:

@@ -38,7 +38,8 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]  # it would end its column
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def format_number(value: float | None, digits: int = 3, sign: bool = False) -> str:

@@ -50,8 +50,8 @@ def encode(
     source: str = "rules",
     concepts: Sequence[Marks | None] | None = None,
 ) -> Conditions:
-    """Encode distinct prompts once. max_sequence_length: of the T5 part, 0 for an SD3 without T5, or of the whole text.
-    source: of the concepts, see star.concepts.parse. concepts: of each prompt, or None for one whose concepts are to be
+    """Encode distinct prompts once. max_sequence_length: of the T5 part, if there is one, or of the whole text. source:
+    of the concepts, see star.concepts.parse. concepts: of each prompt, or None for one whose concepts are to be
     found."""
     family, negative = family_of(pipeline), None
     text = family.encode(pipeline, prompts, max_sequence_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -61,8 +62,7 @@ WRITTEN = (
 def compare_with_saved(config: Config) -> None:
     """Compare a resumed run's configuration with the one in its folder. One line names what changes from here on.
 
-    Raises:
-        ConfigError: a setting that the run cannot take any more, or fewer iterations than it has had.
+    Raises ConfigError for a setting that the run cannot take any more.
     """
     path = config.run.out / "config.yaml"
     earlier = configuration.update_from(Config(), configuration.read(path), path)
@@ -106,6 +106,7 @@ def prepare_folder(config: Config) -> None:
     out = config.run.out
     if config.run.overwrite and not files.is_empty(out):
         check_deletable(out)
+        check_own_input(config)
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -121,7 +122,30 @@ def prepare_folder(config: Config) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.yaml").is_file():
-        configuration.save(config, out / "config.yaml")
+        save_config(config)
+
+
+def save_config(config: Config) -> None:
+    """Write what the run is made of. How a command came to its folder is no part of that: another run with this file
+    must not delete it."""
+    run = dataclasses.replace(config.run, resume=False, overwrite=False)
+    configuration.save(dataclasses.replace(config, run=run), config.run.out / "config.yaml")
+
+
+def check_own_input(config: Config) -> None:
+    """Raise ConfigError if the folder to delete holds what the run needs."""
+    needed: dict[str, str | Path | None] = {
+        "model.path": config.model.path,
+        "model.adapter": config.model.adapter,
+        "sampling.prompts": config.sampling.prompts,
+        "scoring.prompts": config.scoring.prompts,
+        **{f"run.reward_models {name}": path for name, path in config.run.reward_models.items()},
+    }
+    for name, path in needed.items():
+        if path is not None and Path(path).resolve().is_relative_to(config.run.out.resolve()):
+            raise ConfigError(
+                f"run.overwrite: {config.run.out} holds {name} {path}; move it away, or choose another --out"
+            )
 
 
 def check_deletable(out: Path) -> None:

@@ -147,9 +147,9 @@ def evaluate(
                 collect()
         while waiting:
             collect()
-    worker.count_failures()
     if processes > 1:
         rows = gather_object(rows)
+    worker.count_failures(any(math.isfinite(row.scores["reward"]) for row in rows))
     return summarize(prompts, rows, iteration)
 
 

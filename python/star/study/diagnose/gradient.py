@@ -97,6 +97,7 @@ def batch_gradients(
     """For each field of weights the chosen coordinates of the first update's gradient."""
     parameters = list(trainer.policy.parameters.values())
     trained, loss = len(rollout.steps.trained), trainer.config.loss
+    advantages, coordinates = (x.to(rollout.latents.device) for x in (advantages, coordinates))
     totals = {name: torch.zeros(len(coordinates)) for name in fields}
     chunks = torch.arange(len(rollout.groups)).split(trainer.chunk)
     for rows in chunks:
@@ -122,7 +123,7 @@ def batch_gradients(
                     allow_unused=True,
                     materialize_grads=True,
                 )
-                totals[name] += torch.cat([g.flatten() for g in gradients])[coordinates].float()
+                totals[name] += torch.cat([g.flatten() for g in gradients])[coordinates].float().cpu()
     return {name: total.numpy() for name, total in totals.items()}
 
 

@@ -32,7 +32,7 @@ class SD3(Family):
             prompt_3=None,
             device=pipeline.transformer.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=_t5_tokens(pipeline, max_sequence_length),
         )
         return Text(embeds, pooled)
 
@@ -42,5 +42,9 @@ class SD3(Family):
         return transformer(latents, text.embeds, text.pooled, timesteps, return_dict=False)[0]
 
     def settings(self, pipeline: Any, guidance_scale: float, max_sequence_length: int, count: int) -> dict[str, Any]:
-        length = 0 if pipeline.text_encoder_3 is None else max_sequence_length
-        return {"guidance_scale": guidance_scale, "max_sequence_length": length}
+        return {"guidance_scale": guidance_scale, "max_sequence_length": _t5_tokens(pipeline, max_sequence_length)}
+
+
+def _t5_tokens(pipeline: Any, max_sequence_length: int) -> int:
+    """Without a T5 diffusers would append so many tokens of zeros."""
+    return 0 if pipeline.text_encoder_3 is None else max_sequence_length
