@@ -167,7 +167,7 @@ class Loss:
     """What is clipped. token: the sample's ratio, with the gradient of each location. location: the ratio of each
     location. sample: one ratio of the sample, of the weighted log-ratios."""
     clip_range: NotNegative = 1e-4
-    """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
+    """grpo, awm: the ratio is clipped to 1 - clip_range .. 1 + clip_range."""
     adv_clip: AboveZero = 5.0
     """Advantages are clamped to +-adv_clip. nft: at these ends the probability that an image is good is 1 and 0. awm:
     they are divided by it too."""
@@ -234,7 +234,6 @@ class Loss:
 # Options of `loss` that only these objectives use.
 OBJECTIVES_BY_OPTION = {
     "ratio": ("grpo", "awm"),
-    "clip_range": ("grpo", "awm"),
     "guard": ("grpo",),
     "noise_levels": ("nft", "awm"),
     "beta": ("nft",),
