@@ -29,6 +29,7 @@ STUDIES = {"shapes": "small batches", "large_batch": "large batches", "credit": 
 SCORES = {"reward, final": "held-out reward", "strict, final": "share of correct images"}
 """Columns of the studies' tables that are shown, and what a reader calls them."""
 LEAST_SEEDS = 3  # of an arm that is shown
+OTHER_OBJECTIVE = ("grpo", "grpo_explore")  # arms that say nothing of locations: they differ from uniform in more
 COLOR, GRAY = "tab:blue", "0.6"
 WIDTH = 6.4  # inches
 FACE = ROOT / "docs" / "face.png"
@@ -86,7 +87,7 @@ def differences(study: str, least_seeds: int = LEAST_SEEDS) -> list[Row]:
     for arm, cells in lines.items():
         of_arm = dict(zip(lines["arm"], cells, strict=True))
         _, is_arm, seeds = of_arm["seeds ahead"].partition("/")  # the titles and uniform itself have none
-        if is_arm and int(seeds) >= least_seeds:
+        if is_arm and int(seeds) >= least_seeds and arm not in OTHER_OBJECTIVE:
             found.append(Row(study, arm, int(seeds), tuple(difference(of_arm[score]) for score in SCORES)))
     return sorted(found, key=lambda row: -row.differences[0].mean)
 

@@ -21,7 +21,7 @@ class Study:
     preset: str = EMBEDDED
     """The preset of `star train` that every run starts from."""
     baselines: tuple[str, ...] = ("uniform", "shuffled", "random")
-    """The arms that all others are compared with. The report counts the iterations until an arm reaches the final score
+    """The arms that all others are compared with. The report counts the images until an arm reaches the final score
     of the first one."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """A seed decides prompts, noise and adapters; runs of one seed share all of these."""
@@ -188,7 +188,7 @@ def large_batch() -> Study:
 def credit() -> Study:
     """Whether knowing the locations helps in DiffusionNFT: what each location or concept earned, where the reward's
     masks are, where the maps look. Flow-GRPO runs beside it. Learning rates are those at which the scalar arm
-    of each objective does best; see docs/evidence/credit.md."""
+    of each objective does best; see docs/evidence/method.md."""
     location, concept = {"advantage": "location"}, {"advantage": "concept"}
     both, half_rate = location | {"location_share": 0.5}, {"optimization": {"learning_rate": 1e-4}}
     grpo: dict[str, Any] = {
