@@ -168,7 +168,7 @@ def demand_setuptools():
 def too_old():
     """Why this torch has no compiled operators, or None."""
     if TORCH_FOLDER is not None and INSTALLED < OLDEST:
-        return f"built beside torch {TORCH_VERSION['__version__']}, the compiled operators need 2.13"
+        return f"built beside torch {TORCH_VERSION['__version__']}, the compiled operators need {OLDEST[0]}.{OLDEST[1]}"
     return None
 
 

@@ -182,7 +182,7 @@ def resolve(operator: str, impl: str, device: torch.device) -> str:
     if not isinstance(impl, str):
         raise TypeError(f"impl: got {type(impl).__name__}, expected 'auto' or the name of an implementation")
     if impl == "auto":
-        impl = os.environ.get("STAR_IMPL", "auto")
+        impl = os.environ.get("STAR_IMPL") or "auto"
     if torch.compiler.is_compiling():  # which looks once in any case, and would warn of a cache
         return choose.__wrapped__(operator, impl, device)
     return choose(operator, impl, device, os.environ.get("TRITON_INTERPRET"))
@@ -459,6 +459,11 @@ def checked_attention_maps(
         if impl == "triton" or os.environ.get("STAR_IMPL") == "triton":
             raise TypeError("query: got torch.float64, which impl='triton' does not take")
         chosen = "reference"
+        if not torch.compiler.is_compiling():
+            warn_once(
+                "attention_maps runs as plain PyTorch on torch.float64 tensors, which Triton does not take: capture in "
+                "float32"
+            )
     if key_bias is not None and lse is None and key_bias.shape[1]:
         key_bias = _without_common_part(key_bias.detach())
     dtype, eager = compute_dtype(query, key), not torch.compiler.is_compiling()

@@ -121,6 +121,17 @@ def checked_integer(name: str, value: Any, expected: str) -> int:
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}") from None
 
 
+def checked_integers(name: str, values: Any, expected: str) -> list[int]:
+    """values, a sequence or a tensor of integers, as a list. expected: words for what it should be."""
+    if isinstance(values, torch.Tensor) and values.dtype == torch.bool:
+        raise TypeError(f"{name}: got a tensor of booleans, expected {expected}")
+    try:
+        found = values.tolist() if isinstance(values, torch.Tensor) else list(values)
+    except TypeError:
+        raise TypeError(f"{name}: got {shown(values)}, expected {expected}") from None
+    return [checked_integer(name, value, expected) for value in found]
+
+
 def checked_clip_range(value: Any) -> tuple[float, float]:
     """(low, high), from e or (low, high)."""
     expected = "e >= 0 or (low, high), both >= 0"

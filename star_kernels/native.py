@@ -73,7 +73,8 @@ def load(name: str, device: str, left_out: str | None, remedy: str) -> tuple[Any
         if sys.platform != "linux":
             return None, "the compiled operators are for Linux"
         if numbers(version) < OLDEST_TORCH:
-            return None, f"the compiled operators need torch 2.13 or later, and this is torch {version}"
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            return None, f"the compiled operators need torch {oldest} or later, and this is torch {version}"
         return None, f"{left_out or f'nothing was built in {HERE}'}; {remedy}"
     if RECORD is not None and numbers(version) < numbers(RECORD.TORCH):
         return None, f"built for torch {RECORD.TORCH} and later, but this is torch {version}; {remedy}"

@@ -385,7 +385,7 @@ def policy_loss_gradient(
         factor = 2 * kl_coef * kl_precision * b * b / (batch * channels * count) * grad_loss
         gradient = gradient + factor[..., None] * (v - _pixels(reference_velocity, dtype))
     gradient = gradient.transpose(1, 2) if velocity.ndim == 3 else gradient
-    return gradient.reshape(velocity.shape).to(velocity.dtype)
+    return gradient.reshape(velocity.shape).to(velocity.dtype).contiguous()  # whatever strides the latents have
 
 
 def policy_loss_with_gradient(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

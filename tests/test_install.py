@@ -85,7 +85,7 @@ def test_binaries_of_other_sources_are_named_and_not_called(before, tmp_path):
 def test_a_torch_without_the_stable_abi_is_named_with_the_one_that_is_needed(tmp_path):
     folder = copy(tmp_path, {"TORCH": "2.13", "CPU": "built beside torch 2.6.0", "CUDA": None})
     (told,) = warnings_of(run(folder, "import torch; torch.__version__ = '2.6.0+cu124'\n" + CALL))
-    assert told.endswith("the compiled operators need torch 2.13 or later, and this is torch 2.6.0+cu124")
+    assert told.endswith("the compiled operators need torch 2.11 or later, and this is torch 2.6.0+cu124")
 
 
 def test_binaries_that_do_not_load_are_named(tmp_path):

@@ -131,21 +131,6 @@ STAR_INLINE Vector<T> magnitude(Vector<T> value) {
   return (Vector<T>)((Integers)value & broadcast(std::numeric_limits<IntegerOf<T>>::max()));
 }
 
-// Whether a comparison holds in any lane.
-template <typename I>
-STAR_INLINE bool any(I mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask);
-#else
-  int64_t bits[sizeof(mask) / 8], together = 0;
-  std::memcpy(bits, &mask, sizeof(mask));
-  for (const int64_t part : bits) together |= part;
-  return together;
-#endif
-}
-
 // e^x to about one unit in the last place, with 0, infinity, NaN and subnormal results where they belong.
 template <typename T>
 STAR_INLINE Vector<T> exponential(Vector<T> x) {

@@ -107,7 +107,8 @@ def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     if not autocasts(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query, key, value
 
 
 def active_backend(backend: Any) -> str:
@@ -149,9 +150,9 @@ def probed_lse_argument(
     if name is None:
         return None
     batch, heads, length = 2, 3, 40
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, batch, length, heads, width, generator=generator)
-    query = query * torch.rand(batch, length, heads, 1, generator=generator) * 3  # so that no two rows are alike
+    cpu: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}  # whatever the default device is
+    query, key, value = torch.randn(3, batch, length, heads, width, **cpu)
+    query = query * torch.rand(batch, length, heads, 1, **cpu) * 3  # so that no two rows are alike
     query, key, value = (x.to(device, dtype) for x in (query, key, value))
     expected = torch.logsumexp(torch.einsum("bihd,bjhd->bhij", query.double(), key.double()) * width**-0.5, -1)
     try:

@@ -103,7 +103,7 @@ class Trainer:
         self.grid = (self.size[0] // patch, self.size[1] // patch)
         self.objective = make_objective(config, self.policy, self.share, self.groups, patch)
         self.chunk = config.optimization.micro_batch or len(self.share.rows) // updates
-        self.iteration = 0
+        self.iteration, self.saved = 0, -1
         self.preview: preview.Preview | None = None
         self.warned_uniform = False
         self.held_out_score: float | None = None
@@ -342,6 +342,7 @@ class Trainer:
         on_main(
             self.accelerator, lambda: checkpoint.save(run.out, self.iteration, state, run.keep_checkpoints, seconds)
         )
+        self.saved = self.iteration
 
     def seconds(self) -> float:
         """Of the run so far, with what it took before it was resumed."""
@@ -361,7 +362,7 @@ class Trainer:
                 self.policy.load_state_dict(state)
                 if self.accelerator.process_index < len(state["random"]):
                     checkpoint.set_random_state(state["random"][self.accelerator.process_index])
-                self.iteration = int(state["iteration"])
+                self.iteration = self.saved = int(state["iteration"])
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise checkpoint.CheckpointError(
                     f"checkpoint: {found[-1]} holds no state of a run ({type(error).__name__}: {one_line(error)}); "
@@ -406,7 +407,8 @@ def run(trainer: Trainer, termination: Termination) -> dict:
     with tqdm(total=total, initial=trainer.iteration, desc="training", dynamic_ncols=True, disable=not main) as bar:
         while trainer.iteration < total:
             if termination.agreed(accelerator):
-                trainer.save()
+                if trainer.saved != trainer.iteration:  # to replace a checkpoint by itself could lose it
+                    trainer.save()
                 if tracker is not None:
                     tracker.close()
                 return {"iterations": trainer.iteration, "stopped": termination.received or "another process"}

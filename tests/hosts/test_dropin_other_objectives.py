@@ -232,6 +232,8 @@ def test_awm_errors():
         awm_loss(x, x, x, 1000 * t, t)
     with pytest.raises(ValueError, match="error_power: got 0"):
         awm_loss(x, x, x, t, t, error_power=0)
+    with pytest.raises(ValueError, match="adv_clip_max: got inf, expected a finite number > 0"):
+        awm_loss(x, x, x, t, t, adv_clip_max=float("inf"))
     with pytest.raises(ValueError, match=r"target: got shape \(1, 3, 4, 5\), expected \(2, 3, 4, 5\)"):
         awm_loss(x, x, x[:1], t, t)
     with pytest.raises(ValueError, match=r"advantages: got shape \(2, 1\), expected \(2,\) or \(2, 4, 5\)"):

@@ -900,3 +900,18 @@ def test_bad_arguments_are_one_clear_line(change, error, words):
     with pytest.raises(error, match=words) as caught:
         sk.policy_loss(**{**BASE, **change})
     assert "\n" not in str(caught.value)
+
+
+@each_implementation
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_is_contiguous_whatever_the_latents_are(impl, packed):
+    """As the fake says: compiled code reads it by those strides."""
+    arguments = make((2, 12, 3) if packed else (2, 3, 4, 8))
+    for name in ("velocity", "sample", "prev_sample", "old_mean"):
+        if packed:
+            arguments[name] = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            arguments[name] = arguments[name].to(memory_format=torch.channels_last)
+        assert not arguments[name].is_contiguous()
+    *_, gradient = run(arguments, impl=impl)
+    assert gradient.is_contiguous()

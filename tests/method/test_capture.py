@@ -859,6 +859,19 @@ def test_head_weights():
     [
         (dict(layers=[3]), ValueError, r"layers: got \[3\], expected distinct blocks in 0..2"),
         (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
+        (dict(layers=1), TypeError, "layers: got 1, expected numbers of blocks"),
+        (dict(layers=[0.5]), TypeError, "layers: got float, expected numbers of blocks"),
+        (dict(layer_weights=1.0), ValueError, r"layer_weights: got 1.0, expected one for each of 3 layers"),
+        (
+            dict(layer_weights=["a", "b", "c"]),
+            TypeError,
+            r"layer_weights: got \['a', 'b', 'c'\], expected one for each",
+        ),
+        (dict(head_weight=[0.5, 0.5]), TypeError, r"head_weight: got list, expected a tensor \(H,\)"),
+        (dict(rows=0), TypeError, "rows: got 0, expected numbers of rows, or a slice"),
+        (dict(rows=[0.0, 1.0]), TypeError, "rows: got float, expected numbers of rows, or a slice"),
+        (dict(rows=torch.ones(2).bool()), TypeError, "rows: got a tensor of booleans, expected numbers of rows"),
+        (dict(grid=15), TypeError, r"grid: got 15, expected \(rows, columns\)"),
         (dict(normalize="minmax"), ValueError, "normalize: got 'minmax'"),
         (dict(tokens=None), TypeError, "tokens: got NoneType, expected ConceptTokens; star.concept_tokens makes"),
         (dict(tokens=(TOKENS.index.int(), TOKENS.weight)), TypeError, "tokens: got an index of torch.int32 and"),
@@ -945,3 +958,31 @@ def test_two_processes(kind, tmp_path):
         if kind == "fsdp" and numbers(torch.__version__) < (2, 9):
             rank_gradient = rank_gradient / 2  # its fully_shard adds what newer ones average, over gloo
         torch.testing.assert_close(rank_gradient, gradient)
+
+
+def test_a_deep_copy_is_neither_weighted_nor_recorded():
+    """Of a model for an average or a reference: it takes the hooks along, and outlives the context."""
+    model, inputs = small_transformer(), small_inputs()
+    with allocated(model, TOKENS, grid=GRID):
+        early = deepcopy(model)
+        model(**inputs)
+        late = deepcopy(model)
+    plain = torch.autograd.grad(model(**inputs).sample.square().sum(), next(iter(model.parameters())))
+    for twin in (early, late):
+        own = torch.autograd.grad(twin(**inputs).sample.square().sum(), next(iter(twin.parameters())))
+        assert torch.equal(own[0], plain[0])
+    with torch.no_grad(), record(model, TOKENS, grid=GRID) as recorded:
+        model(**inputs)
+        twin = deepcopy(model)
+    with torch.no_grad():
+        twin(**inputs)
+    assert len(recorded.maps) == 1
+
+
+def test_autocast_leaves_float64_alone_with_capture_as_without():
+    model = small_transformer().double()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in small_inputs().items()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = model(**inputs).sample
+        with capture(model, TOKENS, grid=GRID):
+            assert torch.equal(model(**inputs).sample, plain)

@@ -167,6 +167,9 @@ def test_errors_name_the_argument(clip):
     for bad in ("cat", (2, 2), (0, 6), (-1, 3), ""):
         with pytest.raises(ValueError, match=r"concepts: got .* expected a part of the prompt 'a dog'"):
             locate(["a dog"], clip, concepts=[[bad]])
+    for wrong in (5, (1, 2, 3), b"cat", (0.5, 2), ["a", "b"]):
+        with pytest.raises(ValueError, match=r"concepts: got .* expected a text of the prompt or its characters"):
+            locate(["a dog"], clip, concepts=[[wrong]])
     with pytest.raises(ValueError, match="tokens: got 'all'"):
         locate(["a dog"], clip, tokens="all")
     with pytest.raises(ValueError, match="'t5' needs t5_tokenizer"):

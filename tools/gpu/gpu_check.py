@@ -122,7 +122,8 @@ def operators(shape, images: int, device) -> list[tuple[str, Callable[[], object
     spots = torch.ones(size[0], *(size[2:] if shape.patch > 1 else size[1:2]))
     arguments = (velocity, sample, prev_sample, *transition, advantages, spots, noise, None, None, None)
     arguments += ("token", 1e-4, 1e-4, 5.0, 0.0, False)
-    loss, gradient, one = POLICY_LOSS.run("native"), POLICY_LOSS.gradient.run("native"), torch.ones(())
+    impl = sk.api.resolve("policy_loss", "auto", velocity.device)  # Triton's where nothing was compiled
+    loss, gradient, one = POLICY_LOSS.run(impl), POLICY_LOSS.gradient.run(impl), torch.ones(())
     attention = (images, shape.heads, shape.image, shape.width, *concepts[1:], model.SLOTS, device.processors)
     return [
         (

@@ -1,7 +1,7 @@
 """The operators on this machine's GPU: right first, then how long the kernels and the calls from Python take.
 
     TORCH_CUDA_ARCH_LIST=9.0 STAR_CUDA=1 python setup.py build_ext --inplace
-    PYTHONPATH=.:benchmarks python tools/gpu/kernel_times.py [FOLDER]    # default $OUT, else build/kernel_times
+    PYTHONPATH=.:python:benchmarks python tools/gpu/kernel_times.py [FOLDER]    # default $OUT, else build/kernel_times
 
 Writes kernel_times.json and kernel_times.md into the folder, anew after every row, and ends within four minutes. Needs
 torch and Triton; the comparison with Flow-GRPO's loss needs benchmarks/, numpy and scipy. With --once it calls

@@ -18,6 +18,7 @@ from star.concepts import ConceptTokens
 from star.layouts import Arguments, Layout, layout_of
 from star.tap import PARALLEL, Tapped, tapped
 from star_kernels.api import Implementation
+from star_kernels.checks import checked_integers, shown
 
 NORMALIZATIONS = ("raw", "content", "concepts")
 
@@ -87,10 +88,23 @@ def _chosen_attentions(layout: Layout, model: torch.nn.Module, layers: Sequence[
     """The attention modules to capture by the numbers of their blocks."""
     attentions = layout.attentions(model)
     default = len(attentions) if layout.default is None else layout.default(model)
-    layers = range(default) if layers is None else list(layers)
+    layers = range(default) if layers is None else checked_integers("layers", layers, "numbers of blocks")
     if not layers or not all(0 <= layer < len(attentions) for layer in layers) or len(set(layers)) != len(layers):
         raise ValueError(f"layers: got {list(layers)}, expected distinct blocks in 0..{len(attentions) - 1}")
     return {layer: attentions[layer] for layer in layers}
+
+
+def _checked_shares(layer_weights: Any, layers: int) -> Tensor:
+    """(L,) float32 of as many numbers as there are layers."""
+    expected = f"one for each of {layers} layers"
+    try:
+        shares = torch.as_tensor(layer_weights, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError):
+        raise TypeError(f"layer_weights: got {shown(layer_weights)}, expected {expected}") from None
+    if shares.shape != (layers,):
+        got = len(shares) if shares.ndim else shown(layer_weights)
+        raise ValueError(f"layer_weights: got {got}, expected {expected}")
+    return shares
 
 
 @contextmanager
@@ -133,7 +147,7 @@ def capture(
         Maps. The model's output has the same bits as without it.
 
     Raises:
-        TypeError: a model or an attention processor that is not known.
+        TypeError: a model or an attention processor that is not known, options that are no numbers.
         ValueError: wrong layers or options; in the pass a grid or rows that do not fit it.
     """
     model, tokens = unwrapped(transformer), checked_tokens(tokens)
@@ -141,8 +155,13 @@ def capture(
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: got {normalize!r}, expected one of {list(NORMALIZATIONS)}")
     blocks = _chosen_attentions(layout, model, layers)
-    if layer_weights is not None and len(layer_weights) != len(blocks):
-        raise ValueError(f"layer_weights: got {len(layer_weights)}, expected one for each of {len(blocks)} layers")
+    shares = None if layer_weights is None else _checked_shares(layer_weights, len(blocks))
+    if head_weight is not None and not isinstance(head_weight, Tensor):
+        raise TypeError(f"head_weight: got {type(head_weight).__name__}, expected a tensor (H,)")
+    if grid is not None:
+        grid = tuple(checked_integers("grid", grid, "(rows, columns) or (frames, rows, columns)"))
+    if rows is not None and not isinstance(rows, slice):
+        rows = checked_integers("rows", rows, "numbers of rows, or a slice")
     if getattr(model, "_parallel_config", None) is not None:
         raise TypeError(f"transformer: {PARALLEL}")
     device = next(model.parameters()).device
@@ -151,9 +170,7 @@ def capture(
     maps = Maps(
         tokens=tokens,
         blocks=tuple(blocks),
-        layer_weights=None
-        if layer_weights is None
-        else torch.tensor(layer_weights, dtype=torch.float32).to(device, non_blocking=True),
+        layer_weights=None if shares is None else shares.to(device, non_blocking=True),
         head_weight=None if head_weight is None else head_weight.to(device, non_blocking=True),
         normalize=normalize,
         lse=lse,

@@ -164,6 +164,8 @@ def record(
 
         def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
             nonlocal maps, passes
+            if module is not transformer:  # a deep copy takes its hooks along
+                return
             first = passes % passes_per_step == 0
             passes += 1
             if first:
@@ -215,6 +217,7 @@ def allocated(
             noise_pred = transformer(...)
 
     For an update whose loss is made elsewhere: nothing else changes, and nothing has to be stored. Also a decorator.
+    Where the whole transformer is checkpointed, and not its blocks, the backward pass belongs inside as well.
 
     Args:
         transformer: the very module that is called, in whatever wrapper.
@@ -249,6 +252,8 @@ def allocated(
 
         def weight(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
             nonlocal weights
+            if module is not transformer:  # a deep copy takes its hooks along
+                return None
             velocity = _batch(output[0])
             if not (velocity.requires_grad or first_pass):
                 return None

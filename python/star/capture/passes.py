@@ -72,7 +72,7 @@ def _given_rows(
     if isinstance(rows, slice):
         chosen = list(range(batch))[rows]
     else:
-        chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        chosen = list(rows)
     if len(chosen) != images or not all(0 <= row < batch for row in chosen):
         raise ValueError(
             f"rows: got {chosen} of the {batch} rows of the pass, expected one for each of the {images} rows of tokens"

@@ -34,7 +34,10 @@ def mark(prompt: str, concept: Concept | str | tuple[int, int]) -> Concept:
         start, kind = prompt.find(concept), "object"
         end = start + len(concept)
     else:
-        (start, end), kind = concept, "object"
+        numbers = concept if isinstance(concept, tuple | list) else ()
+        if len(numbers) != 2 or not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"concepts: got {concept!r}, expected a text of the prompt or its characters (start, end)")
+        (start, end), kind = numbers, "object"
     if not 0 <= start < end <= len(prompt):
         raise ValueError(f"concepts: got {concept!r}, expected a part of the prompt {prompt!r}")
     return Concept(prompt[start:end], start, end, kind)

@@ -255,8 +255,8 @@ def temporal_weights(temporal: str, noise: Tensor, weights: Tensor | None) -> Te
 
 def permute_across_groups(groups: Tensor | None, batch: int, generator: torch.Generator | None) -> Tensor:
     """(batch,) int64, a random permutation that gives each sample one of another group, as far as there are enough."""
-    order = torch.randperm(batch, generator=generator)
-    groups = torch.zeros(batch, dtype=torch.int64) if groups is None else groups.cpu()
+    order = torch.randperm(batch, generator=generator, device="cpu")
+    groups = torch.zeros(batch, dtype=torch.int64, device="cpu") if groups is None else groups.cpu()
     by_group = order[groups[order].argsort(stable=True)]
     # Samples sorted by group and shifted by the largest group's size meet another group, unless that holds over half.
     shift = int(groups.unique(return_counts=True)[1].max()) if len(groups.unique()) > 1 else 1

@@ -12,7 +12,7 @@ import star_kernels
 from star.objective.weighting import WeightedGradient, with_channel_axis
 from star_kernels import PolicyLoss, Transition
 from star_kernels.api import Implementation
-from star_kernels.checks import LEAST_POSITIVE, check_latents, check_tensor, checked_adv_clip, checked_number
+from star_kernels.checks import LEAST_POSITIVE, check_latents, check_tensor, checked_number
 
 LEAST_ERROR = 1e-10  # added to a mean squared error before its power: AWM's number
 
@@ -137,7 +137,8 @@ def awm_loss(
     check_tensor("advantages", advantages, None, velocity.device)
     sigma_power = checked_number("sigma_power", sigma_power, 0.0, expected="a number >= 0")
     error_power = checked_number("error_power", error_power, LEAST_POSITIVE, expected="a number > 0")
-    adv_clip_max = checked_adv_clip("adv_clip_max", adv_clip_max)
+    # Advantages are divided by it: infinity would leave nothing of them.
+    adv_clip_max = checked_number("adv_clip_max", adv_clip_max, LEAST_POSITIVE, expected="a finite number > 0")
     time_weight = sigma.double() ** sigma_power
     if error_power == 1:
         precision = time_weight
