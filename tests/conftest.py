@@ -27,8 +27,14 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
+LONG = ("test_triton_offline", "test_cuda_offline", "test_distributed", "test_recovery")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ROOMS.index(item.path.parent.name) if item.path.parent.name in ROOMS else -1)
+    # Several processes share the tests: files that take minutes come first, or one process would work alone at the end.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -671,7 +671,7 @@ def test_maps_of_an_earlier_iteration_are_not_shown_over_newer_images(runs, tmp_
         def result(self):
             return training.Scores(torch.ones(self.count))
 
-        def count_failures(self):
+        def count_failures(self, scored_elsewhere):
             return 0
 
     held_out.score(TASK.pipeline("cpu", torch.float32), Judge(), 3, Alone())

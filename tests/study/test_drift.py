@@ -280,10 +280,10 @@ def test_one_seed_has_no_interval():
 def test_an_arm_with_fewer_images_is_compared_at_equal_images():
     results, _ = two_arms(0.4, 0.6)
     results.images["quick"] = 64
-    # The slow arm has two thirds of its images, where the quick one ends, after 26.7 iterations: it is compared at 0,
-    # 10 and 20, when it is as far as the quick one is after 0, 15 and 30.
+    # The slow arm has two thirds of its images, where the quick one ends, after 26.7 iterations: it is compared at 10
+    # and 20, when it is as far as the quick one is after 15 and 30.
     one = intervals.difference(results, "quick", "slow")
-    assert one.estimate.mean == pytest.approx(0.8 * (0 + 15 + 30) / 3 / 40 - 0.4 * (0 + 10 + 20) / 3 / 40, abs=0.001)
+    assert one.estimate.mean == pytest.approx(0.8 * (15 + 30) / 2 / 40 - 0.4 * (10 + 20) / 2 / 40, abs=0.001)
     assert intervals.difference(results, "slow", "slow").estimate.mean == 0
 
 

@@ -94,8 +94,11 @@ def test_a_study_keeps_its_prompts(tmp_path):
 
 
 def test_what_is_final_leaves_out_the_score_before_training():
-    curves = np.arange(5.0)[None, :, None]
-    assert [intervals.final(curves[:, :count]).item() for count in (2, 3, 4, 5)] == [1.0, 1.5, 2.0, 3.0]
+    steps = np.arange(5.0)
+    curves = steps[None, :, None]
+    found = [intervals.final(curves[:, :count], steps[:count]).item() for count in (2, 3, 4, 5)]
+    assert found == [1.0, 1.5, 2.0, 3.0]
+    assert intervals.final(curves[:, 1:3], steps[1:3]) == 1.5  # of an arm that was not scored before training
 
 
 def test_arms_that_are_scored_in_other_ways_are_refused_and_other_judges_told(tmp_path):

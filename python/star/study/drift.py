@@ -194,7 +194,7 @@ def at_equal_score(results: Results, drift: Drift, name: str, arm: str, baseline
     found = []
     for draw in draws:
         curves = {one: draw @ scores[one] / draw.sum() for one in both}
-        level = min(intervals.final(curve[None]).item() for curve in curves.values())
+        level = min(intervals.final(curve[None], results.iterations).item() for curve in curves.values())
         found.append([_at_score(curves[one], level, results, drift, one, values[one]) for one in both])
     by_seed = np.array([ours - theirs for ours, theirs in found])  # (1 + R, S)
     if not np.isfinite(by_seed).all():

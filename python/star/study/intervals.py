@@ -38,13 +38,14 @@ def summarize(scores: np.ndarray, steps: np.ndarray, summary: str) -> np.ndarray
     """(S, E, P) curves at (E,) steps -> (S, P). final: mean of the last scorings. area: the area
     under the curve divided by its length, which is a score."""
     if summary == "final":
-        return final(scores)
+        return final(scores, steps)
     return np.trapezoid(scores, steps, axis=1) / (steps[-1] - steps[0])
 
 
-def final(scores: np.ndarray) -> np.ndarray:
-    """(S, E, ...) -> (S, ...): the mean of the last scorings, but never of the first, which is before training."""
-    return scores[:, max(1, scores.shape[1] - LAST) :].mean(1)
+def final(scores: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """(S, E, ...) at (E,) steps -> (S, ...): the mean of the last scorings, but never of one before training."""
+    last = np.flatnonzero(steps > 0)[-LAST:]
+    return scores[:, last].mean(1)
 
 
 def interval(values: np.ndarray, prompts: np.ndarray) -> Estimate:
@@ -149,7 +150,7 @@ def images_to_reach(results: Results, arm: str, baseline: str) -> Estimate | Non
         for name in (arm, baseline)
     )
     images = results.iterations * results.images[arm]
-    levels = final(theirs)
+    levels = final(theirs, results.iterations)
     found = [first_crossing(curve, images, level) for curve, level in zip(ours, levels, strict=True)]
     estimate = drawn_interval(np.array([np.inf if count is None else count for count in found]))
     return estimate if len(seeds) * len(names) > 1 else Estimate(estimate.mean, np.nan, np.nan)
