@@ -151,11 +151,7 @@ def checked_adv_clip(name: str, value: Any) -> float:
 def checked_grid(value: Any, tokens: int) -> tuple[int, ...]:
     """(rows, columns) of the tokens, or (frames, rows, columns)."""
     expected = f"(rows, columns) or (frames, rows, columns) of product {tokens}"
-    try:
-        sizes = tuple(value)
-    except TypeError:
-        raise TypeError(f"grid: got {shown(value)}, expected {expected}") from None
-    sizes = tuple(checked_integer("grid", size, expected) for size in sizes)
+    sizes = tuple(checked_integers("grid", value, expected))
     if len(sizes) not in (2, 3) or min(sizes) < 1 or math.prod(sizes) != tokens:
         raise ValueError(f"grid: got {shown(sizes)}, expected {expected}")
     return sizes

@@ -111,9 +111,14 @@ def main_table() -> str:
     return "\n".join(lines)
 
 
-def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+def empty_figure(height: float, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    figure = empty_figure(height, width)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -137,7 +142,7 @@ def draw_forest(panels: Sequence[Axes], rows: Sequence[Row]) -> None:
         for row in of_study:
             heights.append(len(labels))
             labels.append(row.label)
-    for panel, which, score in zip(panels, range(len(SCORES)), SCORES.values(), strict=True):
+    for which, (panel, score) in enumerate(zip(panels, SCORES.values(), strict=True)):
         draw_differences(panel, heights, [row.differences[which] for row in rows])
         panel.set_xlabel(f"{score},\ndifference to uniform")
         panel.spines[["top", "right", "left"]].set_visible(False)
@@ -155,8 +160,7 @@ def lines_of(rows: Sequence[Row]) -> int:
 
 def forest() -> Figure:
     rows = all_differences()
-    figure = Figure(figsize=(WIDTH, 0.3 * lines_of(rows) + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(0.3 * lines_of(rows) + 0.9)
     draw_forest(figure.subplots(1, len(SCORES), sharey=True), rows)
     return figure
 
@@ -205,8 +209,7 @@ def face(shown: figures.Shown) -> Figure:
     assert shown.weights is not None
     steps, rows = len(shown.weights), all_differences()
     heights = (1.85 * len(shown.images), 0.26 * lines_of(rows) + 0.8)
-    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(sum(heights), 7)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     images = above.subplots(len(shown.images), steps + 1, squeeze=False)
     for row, image in enumerate(shown.images):

@@ -37,9 +37,8 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        if isinstance(value, int) and abs(value) > sys.float_info.max:
-            return False
-        return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
+        # Neither infinity, NaN nor an integer that is no float.
+        return abs(value) <= sys.float_info.max and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from star.capture.graph import in_backward, numbered, observe_attention, outside
 from star.capture.maps import Maps, checked_tokens
-from star.capture.passes import Passes, Rows
+from star.capture.passes import Passes
 from star.concepts import ConceptTokens
 from star.layouts import Arguments, Layout, layout_of
 from star.tap import PARALLEL, Tapped, tapped
@@ -21,6 +21,7 @@ from star_kernels.api import Implementation
 from star_kernels.checks import checked_integers, shown
 
 NORMALIZATIONS = ("raw", "content", "concepts")
+Rows = slice | Sequence[int] | Tensor
 
 
 class Observer:
@@ -160,8 +161,9 @@ def capture(
         raise TypeError(f"head_weight: got {type(head_weight).__name__}, expected a tensor (H,)")
     if grid is not None:
         grid = tuple(checked_integers("grid", grid, "(rows, columns) or (frames, rows, columns)"))
-    if rows is not None and not isinstance(rows, slice):
-        rows = checked_integers("rows", rows, "numbers of rows, or a slice")
+    chosen = rows
+    if chosen is not None and not isinstance(chosen, slice):
+        chosen = checked_integers("rows", chosen, "numbers of rows, or a slice")
     if getattr(model, "_parallel_config", None) is not None:
         raise TypeError(f"transformer: {PARALLEL}")
     device = next(model.parameters()).device
@@ -178,7 +180,7 @@ def capture(
         device=device,
         query_mask=layout.query_mask,
     )
-    passes = Passes(maps, layout.reader(model), layout.conditional, grid, rows)
+    passes = Passes(maps, layout.reader(model), layout.conditional, grid, chosen)
     names = [*inspect.signature(type(model).forward).parameters][1:]
 
     def begin(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from star.capture.blocks import capture, unwrapped
+from star.capture.blocks import Rows, capture, unwrapped
 from star.capture.maps import Maps
-from star.capture.passes import Rows
 from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.layouts import layout_of
 from star.objective import Allocation, allocation_weights, weighted_gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,22 +12,20 @@ from star.capture.graph import begin_pass, in_backward, numbered, outside
 from star.capture.maps import Maps
 from star.layouts import Arguments, Batch, Pass
 
-Rows = slice | Sequence[int] | Tensor
-
 
 def _grid(asked: tuple[int, ...] | None, shown: Pass) -> tuple[int, ...]:
     """The grid of a pass: that which it shows, or the given one; the two must agree."""
-    if asked is not None and shown.grid is not None and tuple(asked) != shown.grid:
+    if asked is not None and shown.grid is not None and asked != shown.grid:
         axes = ("frames", "rows", "columns")[-len(shown.grid) :]
-        raise ValueError(f"grid: got {tuple(asked)}, expected ({', '.join(axes)}) = {shown.grid}, that of the pass")
+        raise ValueError(f"grid: got {asked}, expected ({', '.join(axes)}) = {shown.grid}, that of the pass")
     grid = asked or shown.grid
     if grid is None:
         raise ValueError(
             f"grid: got None, which the pass does not show; give (rows, columns) of its {shown.tokens} image tokens"
         )
     if math.prod(grid) != shown.tokens:
-        raise ValueError(f"grid: got {tuple(grid)} of {math.prod(grid)} tokens, expected {shown.tokens} tokens")
-    return tuple(grid)
+        raise ValueError(f"grid: got {grid} of {math.prod(grid)} tokens, expected {shown.tokens} tokens")
+    return grid
 
 
 def _equal(rows: Batch, others: Batch) -> Tensor:
@@ -65,14 +63,11 @@ def _inferred_rows(images: int, shown: Pass, conditional: int, require: Callable
 
 
 def _given_rows(
-    rows: Rows, images: int, shown: Pass, conditional: int, require: Callable[[Tensor, str], None]
+    rows: slice | list[int], images: int, shown: Pass, conditional: int, require: Callable[[Tensor, str], None]
 ) -> slice | Tensor:
     """The given rows, as a slice where they are neighbors: those are read where they are."""
     batch = len(shown.latents)
-    if isinstance(rows, slice):
-        chosen = list(range(batch))[rows]
-    else:
-        chosen = list(rows)
+    chosen = list(range(batch))[rows] if isinstance(rows, slice) else rows
     if len(chosen) != images or not all(0 <= row < batch for row in chosen):
         raise ValueError(
             f"rows: got {chosen} of the {batch} rows of the pass, expected one for each of the {images} rows of tokens"
@@ -94,7 +89,7 @@ def _given_rows(
 class Passes:
     """Begins the passes of a captured model: what each shows decides where its maps are read.
 
-    read: of the layout. grid, rows: those of `capture`."""
+    read: of the layout. grid, rows: those of `capture`, checked."""
 
     def __init__(
         self,
@@ -102,7 +97,7 @@ class Passes:
         read: Callable[[Arguments], Pass],
         conditional: int,
         grid: tuple[int, ...] | None,
-        rows: Rows | None,
+        rows: slice | list[int] | None,
     ) -> None:
         self.maps, self.read, self.conditional, self.grid, self.rows = maps, read, conditional, grid, rows
         self.chosen: dict[tuple[int, int], slice | Tensor] = {}  # by rows of tokens and of the pass

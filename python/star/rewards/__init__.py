@@ -182,6 +182,11 @@ def _real(value: Any) -> Tensor:
     return value.detach().float().cpu()
 
 
+def call(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> object:
+    """What a reward returns. It gets copies: what it does to its arguments is seen by nobody else."""
+    return reward(images.clone(), list(prompts), [copy.deepcopy(dict(item)) for item in metadata])
+
+
 def failed(count: int) -> Scores:
     """Scores of images whose reward failed."""
     return Scores(torch.full((count,), torch.nan))
@@ -282,9 +287,7 @@ class Weighted:
         found: dict[str, Scores] = {}
         for name, reward in self.rewards.items():
             try:
-                # Copies: what a reward does to its arguments is not seen by the next one.
-                result = reward(images.clone(), list(prompts), [copy.deepcopy(dict(item)) for item in metadata])
-                found[name] = as_scores(result, count, size, name)
+                found[name] = as_scores(call(reward, images, prompts, metadata), count, size, name)
             except Exception as error:
                 if len(self.rewards) > 1 and not isinstance(error, RewardError):  # which names its reward itself
                     error.add_note(f"{TERM} {name!r}")

@@ -16,7 +16,6 @@ their reward (NaN) and so their advantage. It is logged with its prompt, and cou
 from __future__ import annotations
 
 import collections
-import copy
 import logging
 import threading
 import time
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from star.messages import one_line
-from star.rewards import TERM, Metadata, Reward, RewardError, Scores, as_scores, concatenate, failed
+from star.rewards import TERM, Metadata, Reward, RewardError, Scores, as_scores, call, concatenate, failed
 
 log = logging.getLogger("star")
 HUNG = 3  # batches from which a reward does not return before the run ends
@@ -46,9 +45,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
     """
     count = len(prompts)
     try:
-        with torch.no_grad():  # copies: what a reward does to its arguments stays with it
-            result = reward(images.clone(), list(prompts), [copy.deepcopy(dict(item)) for item in metadata])
-            scores = as_scores(result, count, images.shape[-2:])
+        with torch.no_grad():
+            scores = as_scores(call(reward, images, prompts, metadata), count, images.shape[-2:])
     except RewardError as error:
         return failed(count), [f"{one_line(error)}; prompts from {_quoted(prompts[0])} on"] * count
     except BaseException as error:
