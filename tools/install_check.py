@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def install_lines() -> dict[str, list[str]]:
     for line in messages():
         found.setdefault(line, []).append(MESSAGES)
     return {line: list(dict.fromkeys(places)) for line, places in found.items()}
+
+
+def trains(line: str) -> bool:
+    """Whether a line asks for an extra that brings what `star train` needs."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = {name for names in re.findall(r"\[([\w,]+)\]", line) for name in names.split(",")}
+    return "train" in asked or any("star-kernels[train]" in extras[name] for name in asked)
 
 
 def obstacle(line: str) -> str | None:
@@ -124,7 +132,7 @@ def check(line: str, environment: Environment) -> str:
     assert compiled == ("STAR_BUILD=none" not in line), said
     if "STAR_CUDA=1" in line:
         assert re.search(r"^cuda +sm_", said, re.M), said
-    if "[" in line:
+    if trains(line):
         environment.run("star train --help", environment.folder)
     elif "--no-deps" not in line:
         follow_message(environment)

@@ -68,6 +68,11 @@ def test_the_line_that_a_message_names_is_found(monkeypatch, capsys):
         install_check.named_line("star: gradio is missing, of star-kernels[app]")
 
 
+def test_an_extra_that_does_not_train_gets_the_messages_line_too():
+    lines = "pip install '.[app]'", "pip install '.[train,rewards]'", "pip install '.[spacy]'", "pip install ."
+    assert [install_check.trains(line) for line in lines] == [True, True, False, False]
+
+
 def test_no_line_presumes_that_an_index_has_the_package():
     for path in [*install_check.PAGES, *ROOT.glob("python/star/**/*.py"), *ROOT.glob("star_kernels/**/*.py")]:
         assert not re.search(r"pip install '?star[-_]kernels", path.read_text()), path
