@@ -7,10 +7,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test fuzz lint links docs install-check compat bench bench-quick gpu-check sanitize wheel clean
+.PHONY: help setup demo test test-slow fuzz lint links docs install-check compat bench bench-quick gpu-check sanitize wheel clean
 help:
 	@echo "make demo      train the embedded model; a page of the run in runs/demo/report.html"
-	@echo "make test      lint, build, all tests"
+	@echo "make test      lint, build, all tests but the slow ones"
+	@echo "make test-slow machine code for every GPU, and what else takes minutes; for releases"
 	@echo "make fuzz      random calls of the operators against the reference; CASES=20000"
 	@echo "make lint      ruff and mypy"
 	@echo "make links     the links of all Markdown pages"
@@ -65,6 +66,9 @@ compat: setup
 # As many processes as cores, of one thread each; a file's tests stay together, for they share what it sets up.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Kernels in an interpreter, or run as fibers, take a hundred times as long: a smaller share.
 CASES ?= 20000

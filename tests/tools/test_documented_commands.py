@@ -42,7 +42,7 @@ NOT_RUN = {
     r"git apply|cp (verl_star|star_adapter)\.py": HOST,
     r"make (test|docs|links|lint)$": "a job of the continuous integration",
     r"make wheel": "a job of the continuous integration",
-    r"make (demo|bench|sanitize|fuzz|compat|install-check)": HOURS,
+    r"make (demo|bench|sanitize|fuzz|compat|install-check|test-slow)": HOURS,
     r"make gpu-check": GPU,
     r"python examples/diffusers_loop\.py": "run by tests/hosts/test_dropin_diffusers_loop.py",
     r"python tools/evidence\.py": "tests/tools/test_documents.py calls it",

@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def build(folder: Path) -> Path:
-    """star_kernels._cuda for every GPU of a release, as `STAR_CUDA=1 pip install .` builds it."""
+def build(folder: Path, gpus: str | None = None) -> Path:
+    """star_kernels._cuda as `STAR_CUDA=1 pip install .` builds it, for a TORCH_CUDA_ARCH_LIST or a release's GPUs."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment |= {} if gpus is None else {"TORCH_CUDA_ARCH_LIST": gpus}
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", folder / "temp", "--build-lib", folder]
     result = subprocess.run(
         command, cwd=ROOT, env=environment | {"STAR_BUILD": "none", "STAR_CUDA": "1"}, capture_output=True, text=True
