@@ -129,6 +129,8 @@ def checked_integers(name: str, values: Any, expected: str) -> list[int]:
         found = values.tolist() if isinstance(values, torch.Tensor) else list(values)
     except TypeError:
         raise TypeError(f"{name}: got {shown(values)}, expected {expected}") from None
+    if any(isinstance(value, bool) for value in found):
+        raise TypeError(f"{name}: got {shown(values)} of booleans, expected {expected}")
     return [checked_integer(name, value, expected) for value in found]
 
 

@@ -339,6 +339,7 @@ def serve(
     interrupted."""
     blocks = page(models, only, dtype, largest).queue(max_size=WAITING)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(block_info_text_color="*neutral_500")  # gradio's own is too pale to read on white
     blocks.launch(
         server_name=host,
         server_port=port,

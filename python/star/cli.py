@@ -234,7 +234,8 @@ def plan(arguments: list[str]) -> None:
     if known.gpus < 1:
         raise ValueError(f"gpus: got {known.gpus}, expected at least 1")
     plan = predict(config, known.gpus, known.fsdp)
-    table = Table("", "", title=f"{config.model.path or config.task}: one iteration on {known.gpus} GPUs, predicted")
+    gpus = f"{known.gpus} GPU{'s' * (known.gpus > 1)}"
+    table = Table("", "", title=f"{config.model.path or config.task}: one iteration on {gpus}, predicted")
     table.add_row("images", f"{plan.images:,} ({plan.images_per_gpu:,} per GPU)")
     trained = "noise levels of an image" if config.loss.is_forward_process else "trained steps"
     table.add_row(trained, f"{plan.trained_steps} of {config.sampling.steps}")

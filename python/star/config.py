@@ -607,6 +607,8 @@ def modernize(values: dict) -> tuple[dict, dict[str, str]]:
             keys = new.setdefault(place, {})
             if not isinstance(keys, dict):
                 raise ConfigError(f"{place}: got {keys!r}, expected keys and values")
+            if key in keys:
+                raise ConfigError(f"{name}: got it twice, under its old and its new name; leave one of them out")
             keys[key] = value
     return new, renamed
 
@@ -674,10 +676,21 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     raise ConfigError(f"{name}: got {value!r}, expected {kind.__name__}")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise yaml.composer.ComposerError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return node
+
+
 def read(path: str | Path) -> dict:
     """The keys and values of a YAML file. Raises ConfigError if it cannot be read."""
     try:
-        values = yaml.safe_load(files.read_text(Path(path)))
+        values = yaml.load(files.read_text(Path(path)), _UniqueKeys)  # a safe loader
     except files.Unreadable as error:
         raise ConfigError(f"config: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none

@@ -109,7 +109,7 @@ def _tokens_of(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
 
 def _flux(model: Any) -> Reader:
     """The text first, then packed latents, then those of reference images; img_ids have the grid."""
-    last: tuple[Tensor | None, tuple[int, int] | None] = (None, None)
+    last: tuple[Tensor | None, int | None, tuple[int, int] | None] = (None, None, None)
 
     def read(argument: Arguments) -> Pass:
         nonlocal last
@@ -118,9 +118,12 @@ def _flux(model: Any) -> Reader:
             raise ValueError("kv_cache_mode: got a mode, expected None: kept reference images stand before the image")
         grid = None
         if ids is not None and not torch.compiler.is_compiling():
-            if ids is not last[0]:  # reading them waits for the device, so the steps of a sampler do it once
-                last = (ids, _grid_of_ids(ids))
-            grid = last[1]
+            # Reading them waits for the device, so the steps of a sampler do it once. A buffer may be written again,
+            # which only a tensor of inference mode does not tell.
+            version = None if ids.is_inference() else ids._version
+            if ids is not last[0] or version != last[1]:
+                last = (ids, version, _grid_of_ids(ids))
+            grid = last[2]
         tokens = latents.shape[1] if grid is None else grid[0] * grid[1]
         return Pass(latents[:, :tokens], embeds, tokens, grid, image=embeds.shape[1], text=0)
 

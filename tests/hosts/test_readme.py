@@ -8,7 +8,6 @@ import torch
 from builders import scheduler, small_sd35
 from star.capture import capture
 from star.concepts import concept_tokens
-from star.objective import scheduler_transition
 from star_kernels import allocate, policy_loss
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +29,9 @@ def given():
         for block in pipeline.transformer.transformer_blocks:
             block.attn.to_q.weight *= 3  # sharper attention than fresh weights have
         embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPTS, None, None)
-    plan = scheduler()
+    plan = pipeline.scheduler = scheduler()
     names = dict(pipeline=pipeline, transformer=pipeline.transformer, prompts=PROMPTS, embeds=embeds, pooled=pooled)
-    names |= dict(latents=torch.randn(2, 16, 8, 12), noise=torch.randn(2, 16, 8, 12))
-    names |= dict(
-        timesteps=plan.timesteps[3].expand(2), transition=scheduler_transition(plan, plan.timesteps[3]).expand(2)
-    )
+    names |= dict(latents=torch.randn(2, 16, 8, 12), timesteps=plan.timesteps[3].expand(2))
     names |= dict(advantages=torch.tensor([1.0, -1.0]))
     return names, negative, negative_pooled
 

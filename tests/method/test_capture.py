@@ -399,6 +399,145 @@ def test_record_of_a_module_that_is_not_called_says_so():
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+def test_allocated_around_another_module_says_so():
+    """Else the run is trained without weights."""
+    model = small_transformer()
+    other = deepcopy(model)
+    with pytest.raises(RuntimeError, match="transformer: made no pass inside `allocated`"), allocated(model, TOKENS):
+        other(**small_inputs())
+    with pytest.raises(KeyError), allocated(model, TOKENS):
+        raise KeyError
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def whole_checkpoint(model, inputs, reentrant):
+    names = list(inputs)
+    call = lambda *values: model(**dict(zip(names, values, strict=True)), return_dict=False)[0]
+    return torch.utils.checkpoint.checkpoint(call, *inputs.values(), use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_passes_of_a_checkpointed_transformer(reentrant):
+    """One after the other they have their own weights; two that wait would both have those of the last."""
+    model, passes = small_transformer(), []
+    for sigma in (900.0, 500.0):
+        inputs = small_inputs() | {"timestep": torch.full((2,), sigma)}
+        inputs["hidden_states"] = torch.randn(inputs["hidden_states"].shape, requires_grad=True)
+        passes.append(inputs)
+
+    def gradients(checkpointed):
+        model.zero_grad()
+        with allocated(model, TOKENS):
+            for inputs in passes:
+                if checkpointed:
+                    velocity = whole_checkpoint(model, inputs, reentrant)
+                else:
+                    velocity = model(**inputs, return_dict=False)[0]
+                velocity.square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+    waiting = pytest.raises(RuntimeError, match="2 passes of a checkpointed transformer wait inside one `allocated`")
+    with waiting, allocated(model, TOKENS):
+        sum(whole_checkpoint(model, inputs, reentrant).square().mean() for inputs in passes).backward()
+    with record(model, TOKENS) as recorded:
+        whole_checkpoint(model, passes[0], reentrant).sum().backward()
+    assert len(recorded.maps) == 1
+
+
+def test_the_output_may_be_changed_in_place():
+    model, inputs = small_transformer(), small_inputs()
+    scale = torch.linspace(0.5, 2.0, inputs["hidden_states"].numel()).view_as(inputs["hidden_states"])
+
+    def gradients(in_place):
+        model.zero_grad()
+        with allocated(model, TOKENS):
+            velocity = model(**inputs, return_dict=False)[0]
+        velocity = velocity.mul_(scale) if in_place else velocity * scale
+        velocity.sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+class CallsTwice:
+    """Joint attention, and attention to other tokens after it, as image prompts have."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        image, text = hidden_states, encoder_hidden_states
+
+        def heads(linear, norm, states):
+            out = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return out if norm is None else norm(out)
+
+        query, key, value = (
+            torch.cat([heads(of_image, norm, image), heads(of_text, of_text_norm, text)], 2)
+            for of_image, norm, of_text, of_text_norm in (
+                (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
+                (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
+                (attn.to_v, None, attn.add_v_proj, None),
+            )
+        )
+        out = F.scaled_dot_product_attention(query, key, value)
+        out = out + 0.0 * F.scaled_dot_product_attention(query, key[:, :, :9], value[:, :, :9])
+        out = out.transpose(1, 2).flatten(2)
+        return attn.to_out[0](out[:, : image.shape[1]]), attn.to_add_out(out[:, image.shape[1] :])
+
+
+def test_a_processor_that_attends_twice_is_refused():
+    """The second call would overwrite the first one's map."""
+    model = small_transformer()
+    model.transformer_blocks[1].attn.set_processor(CallsTwice())
+    message = "transformer: block 1 calls its attention twice in a pass"
+    with pytest.raises(RuntimeError, match=message), capture(model, TOKENS):
+        model(**small_inputs())
+    with capture(model, TOKENS, layers=[0, 2]) as maps:
+        model(**small_inputs())
+    assert maps.read().isfinite().all()
+
+
+def test_a_processor_that_is_set_inside_a_capture_stays():
+    model = small_transformer()
+    before = dict(model.attn_processors)
+    mine = JointAttnProcessor2_0()
+    with capture(model, TOKENS):
+        model.transformer_blocks[1].attn.processor = mine
+    after = {**before, "transformer_blocks.1.attn.processor": mine}
+    assert all(model.attn_processors[name] is processor for name, processor in after.items())
+
+
+def test_a_buffer_of_ids_that_is_written_again_shows_its_new_grid():
+    model, grids = small_flux(), [(3, 5), (5, 3)]
+    ids = flux_inputs(grid=grids[0])["img_ids"].clone()
+    with capture(model, TOKENS) as maps, torch.no_grad():
+        for grid in grids:
+            inputs = flux_inputs(grid=grid)
+            model(**inputs | {"img_ids": ids.copy_(inputs["img_ids"])})
+            assert maps.grid == grid
+
+
+@pytest.mark.parametrize("steps", [[True, False], torch.tensor([True, False]), [0.5], 1])
+def test_steps_of_a_record_are_numbers_of_passes(steps):
+    model = small_transformer()
+    with record(model, TOKENS) as recorded:
+        for _ in range(2):
+            model(**small_inputs())
+    with pytest.raises(TypeError, match=r"steps: got .*, expected numbers of passes"):
+        recorded.weights(steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(allocation="random"), "allocation: got 'random', expected an Allocation"),
+        (dict(allocation=Allocation(noise_window=0.5)), "noise_window: got 0.5, expected two numbers"),
+    ],
+)
+def test_wrong_allocations_are_one_line(options, message):
+    with pytest.raises(TypeError, match=message), allocated(small_transformer(), TOKENS, **options):
+        pass
+
+
 def test_the_passes_of_a_record_have_one_grid():
     model = small_transformer()
     with (
@@ -775,6 +914,10 @@ def test_a_batch_of_several_images_for_each_row_of_tokens_is_refused():
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=words), capture(model, tokens, rows=rows):
             model(**inputs)
+    words = "tokens: got 2 rows, the pass has 4 and no guidance"
+    with torch.no_grad(), capture(model, TOKENS), pytest.raises(ValueError, match=words):
+        model(**four)
+        model(**small_inputs(4))  # each pass is looked at
     for rows in ([3], [2]):  # one of the conditional rows
         with torch.no_grad(), capture(model, tokens, rows=rows) as maps:
             model(**four)
@@ -861,6 +1004,9 @@ def test_head_weights():
         (dict(layers=[0], layer_weights=[1.0, 2.0]), ValueError, "layer_weights: got 2, expected one for each of 1"),
         (dict(layers=1), TypeError, "layers: got 1, expected numbers of blocks"),
         (dict(layers=[0.5]), TypeError, "layers: got float, expected numbers of blocks"),
+        (dict(layer_weights=[-1.0, 1.0, 1.0]), ValueError, r"layer_weights: got \[-1.0, 1.0, 1.0\], expected finite"),
+        (dict(layer_weights=[0, 0, 0]), ValueError, r"layer_weights: .* expected finite numbers >= 0, not all 0"),
+        (dict(layer_weights=[float("nan"), 1, 1]), ValueError, r"layer_weights: .* expected finite numbers"),
         (dict(layer_weights=1.0), ValueError, r"layer_weights: got 1.0, expected one for each of 3 layers"),
         (
             dict(layer_weights=["a", "b", "c"]),

@@ -218,3 +218,8 @@ def test_concepts_that_the_user_marks(clip, t5):
         concept_tokens(pipeline, [prompt], concepts=[["bench"]]),
         locate([prompt], pipeline.tokenizer, pipeline.tokenizer_3, concepts=[["bench"]]),
     )
+
+
+def test_one_text_where_a_list_of_them_belongs_is_no_row_of_letters():
+    with pytest.raises(TypeError, match=r"concepts: got 'red bench' for a prompt, expected a list of texts"):
+        concept_tokens(small_sd35(CORPUS), ["a red bench"], concepts=["red bench"])

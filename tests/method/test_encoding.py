@@ -255,7 +255,7 @@ def test_brackets(prompt, text, words):
     [
         ("a [red [bench]]", "a '\\[' within brackets at character 7"),
         ("a red] bench", "a ']' that closes nothing at character 5"),
-        ("a [red bench", "a '\\[' that nothing closes at character 12"),
+        ("a [red bench", "a '\\[' that nothing closes at character 2"),
         ("a [ ] bench", "brackets around nothing at character 4"),
     ],
 )

@@ -370,3 +370,35 @@ def test_temporal_errors():
         temporal_weights("late", torch.ones(2, 1), None)
     with pytest.raises(ValueError, match="weights: got None, expected weights for temporal 'concentration'"):
         temporal_weights("concentration", torch.ones(2, 1), None)
+
+
+@pytest.mark.parametrize("strategy", ["attention", "topk", "random", "shuffled", "inverted"])
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+def test_the_default_type_changes_no_weights(strategy, other):
+    expected = weights(strategy)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(other)
+    try:
+        found = weights(strategy)
+        strength = Allocation(warmup=4).strength(torch.full((2,), 0.5, dtype=torch.float32), 1)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert strength.dtype == torch.float32 and strength.tolist() == [0.25, 0.25]
+
+
+def test_a_number_as_timestep_is_found_under_another_default_type():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from star.objective import scheduler_transition
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    timestep = float(scheduler.timesteps[1])
+    expected = scheduler_transition(scheduler, timestep)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = scheduler_transition(scheduler, timestep)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

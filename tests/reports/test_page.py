@@ -780,3 +780,10 @@ def test_only_its_own_pages_are_overwritten(tmp_path, capsys, monkeypatch):
     assert main(["report", str(one), str(other), f"{one}/"]) == 0
     assert "2 runs" in capsys.readouterr().out.splitlines()[-1]
     assert read_page(Path("report.html")).all("h1")[0]["text"] == "one, other"
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "a" / "b")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"star: runs: {tmp_path / 'a' / 'b'} is no run (there is no such folder)"
+    assert not (tmp_path / "a").exists()

@@ -427,6 +427,7 @@ def test_what_cannot_run_is_one_clear_line(tmp_path, changes, words):
         ("allocation: {strategy: best}", "allocation.strategy: got 'best', expected one of"),
         ("sampling: 3", "sampling: got 3, expected keys and values"),
         ("a: [", "is not YAML"),
+        ("model: {lora_rank: 4}\nmodel: {lora_rank: 8}", "is not YAML .the key 'model' is there twice"),
         (
             "optimisation: 5\noptimization: {iterations: 3}",
             "optimization: got 5, expected keys and values .in .*config.yaml",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -105,6 +106,9 @@ def _checked_shares(layer_weights: Any, layers: int) -> Tensor:
     if shares.shape != (layers,):
         got = len(shares) if shares.ndim else shown(layer_weights)
         raise ValueError(f"layer_weights: got {got}, expected {expected}")
+    numbers = shares.tolist()
+    if not all(0 <= number < math.inf for number in numbers) or not any(numbers):
+        raise ValueError(f"layer_weights: got {numbers}, expected finite numbers >= 0, not all 0")
     return shares
 
 
@@ -197,5 +201,6 @@ def capture(
         yield maps
     finally:
         handle.remove()
-        for layer, attention in blocks.items():
-            attention.processor = before[layer]
+        for (layer, attention), processor in zip(blocks.items(), during, strict=True):
+            if attention.processor is processor:  # else another was set meanwhile
+                attention.processor = before[layer]

@@ -13,10 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from star.capture.blocks import Rows, capture, unwrapped
+from star.capture.graph import in_backward
 from star.capture.maps import Maps
 from star.concepts import ConceptTokens, Marks, concept_tokens
 from star.layouts import layout_of
 from star.objective import Allocation, allocation_weights, weighted_gradient
+from star_kernels.checks import checked_integer, checked_integers, shown
 
 
 def _tokens(
@@ -44,6 +46,9 @@ def _tokens(
 def _own_maps_allocation(allocation: Allocation | None) -> Allocation:
     """The allocation, which must need nothing but a sample's own maps."""
     allocation = Allocation() if allocation is None else allocation
+    if not isinstance(allocation, Allocation):
+        raise TypeError(f"allocation: got {shown(allocation)}, expected an Allocation, as Allocation('topk')")
+    allocation.check()
     if allocation.strategy not in ("attention", "topk", "random"):
         raise ValueError(f"allocation: got strategy {allocation.strategy!r}, expected 'attention', 'topk' or 'random'")
     if allocation.is_limited():
@@ -106,7 +111,7 @@ class Record:
         allocation = _own_maps_allocation(allocation)
         if self.grid is None:
             raise RuntimeError("weights: no pass was made inside `record` yet; call the sampler first")
-        chosen = range(len(self.maps)) if steps is None else [int(step) for step in steps]
+        chosen = range(len(self.maps)) if steps is None else checked_integers("steps", steps, "numbers of passes")
         if not chosen or not all(0 <= step < len(self.maps) for step in chosen):
             raise ValueError(f"steps: got {list(chosen)}, expected numbers of passes in 0..{len(self.maps) - 1}")
         maps = torch.stack([self.maps[step] for step in chosen])
@@ -148,7 +153,7 @@ def record(
         TypeError, ValueError, RuntimeError: as `capture` and `Maps.read`.
         RuntimeError: no pass was made through this module.
     """
-    if passes_per_step < 1:
+    if checked_integer("passes_per_step", passes_per_step, "an integer") < 1:
         raise ValueError(f"passes_per_step: got {passes_per_step}, expected at least 1")
     result = Record()
     tokens = _tokens(prompts, pipeline, concepts, brackets)
@@ -163,7 +168,7 @@ def record(
 
         def keep(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
             nonlocal maps, passes
-            if module is not transformer:  # a deep copy takes its hooks along
+            if module is not transformer or in_backward():  # a deep copy, or a pass that is computed again
                 return
             first = passes % passes_per_step == 0
             passes += 1
@@ -183,6 +188,25 @@ def record(
             handle.remove()
     if not result.maps:
         raise RuntimeError("transformer: made no pass inside `record`; give it the module that the sampler calls")
+
+
+class _Recomputed:
+    """Whether a pass that is computed again, because the whole transformer is checkpointed, is surely the last one."""
+
+    def __init__(self) -> None:
+        self.passes, self.again = 0, False
+
+    def begin(self) -> None:
+        """A pass was made, or computed again. Raises RuntimeError where several passes wait for their recomputation."""
+        if not in_backward():
+            self.passes, self.again = (1 if self.again else self.passes + 1), False
+            return
+        self.again = True
+        if self.passes > 1:
+            raise RuntimeError(
+                f"transformer: {self.passes} passes of a checkpointed transformer wait inside one `allocated`, which "
+                "keeps the weights of the last; use one context and backward pass for each, or checkpoint the blocks"
+            )
 
 
 def _repeat_for_rows(weights: Tensor, rows: slice | Tensor, batch: int) -> Tensor:
@@ -216,7 +240,8 @@ def allocated(
             noise_pred = transformer(...)
 
     For an update whose loss is made elsewhere: nothing else changes, and nothing has to be stored. Also a decorator.
-    Where the whole transformer is checkpointed, and not its blocks, the backward pass belongs inside as well.
+    Where the whole transformer is checkpointed, and not its blocks, the backward pass belongs inside as well, one for
+    each pass.
 
     Args:
         transformer: the very module that is called, in whatever wrapper.
@@ -237,6 +262,7 @@ def allocated(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `capture` and `Maps.read`.
+        RuntimeError: no pass was made through this module, or several passes of a checkpointed transformer wait.
         ValueError: another strategy, prompts without a pipeline or a pipeline without prompts; in the pass an output
             that does not fit the grid.
     """
@@ -244,6 +270,7 @@ def allocated(
     tokens = _tokens(prompts, pipeline, concepts, brackets)
     last = layout_of(unwrapped(transformer)).last
     weights: Tensor | None = None  # of the last pass, or with first_pass of the first
+    recomputed = _Recomputed()
     with ExitStack() as capturing:
         maps = capturing.enter_context(
             capture(transformer, tokens, grid=grid, rows=rows, layers=layers, normalize=normalize)
@@ -253,6 +280,8 @@ def allocated(
             nonlocal weights
             if module is not transformer:  # a deep copy takes its hooks along
                 return None
+            if not (first_pass or torch.compiler.is_compiling()):
+                recomputed.begin()
             velocity = _batch(output[0])
             if not (velocity.requires_grad or first_pass):
                 return None
@@ -276,3 +305,5 @@ def allocated(
             yield maps
         finally:
             handle.remove()
+    if maps.grid is None:
+        raise RuntimeError("transformer: made no pass inside `allocated`; give it the module that is called")

@@ -198,6 +198,11 @@ class Maps:
         """The map of a captured block, from its attention call: see `star.tap.Observer`.
 
         What is checked and chosen for one block holds for those that follow with the same shapes."""
+        if self.written[number]:
+            raise RuntimeError(
+                f"transformer: block {self.blocks[number]} calls its attention twice in a pass, and which one reads "
+                "the text is not known; set the processor that the model came with, or leave the block out of layers"
+            )
         if not self.lse:
             lse = None
         if mask is not None and self.query_mask and mask.ndim == 4 and mask.shape[2] == query.shape[2]:

@@ -44,7 +44,16 @@ def _is_guidance(shown: Pass) -> Tensor:
     return _equal(latents[:half], latents[half:]) & ~_equal(embeds[:half], embeds[half:])
 
 
-def _inferred_rows(images: int, shown: Pass, conditional: int, require: Callable[[Tensor, str], None]) -> slice:
+def _require_guidance(images: int, shown: Pass, require: Callable[[Tensor, str], None]) -> None:
+    """ValueError for a pass of more rows than tokens that does not guide."""
+    message = (
+        f"tokens: got {images} rows, the pass has {len(shown.latents)} and no guidance (the same latents with two "
+        "texts); give one row for each image, or rows="
+    )
+    require(_is_guidance(shown), message)
+
+
+def _inferred_rows(images: int, shown: Pass, conditional: int) -> slice:
     """All rows of a pass, or of twice as many the half with the prompts in diffusers' order."""
     batch = len(shown.latents)
     if batch not in (images, 2 * images):
@@ -52,12 +61,6 @@ def _inferred_rows(images: int, shown: Pass, conditional: int, require: Callable
             f"tokens: got {images} rows, expected {batch}, one for each row of the pass, or {batch / 2:g} with "
             "guidance; for another order give rows="
         )
-    if batch > images:
-        message = (
-            f"tokens: got {images} rows, the pass has {batch} and no guidance (the same latents with two texts); "
-            "give one row for each image, or rows="
-        )
-        require(_is_guidance(shown), message)
     first = 0 if batch == images else conditional * images
     return slice(first, first + images)
 
@@ -127,10 +130,14 @@ class Passes:
         maps.grid = _grid(self.grid, shown)
         images, batch = len(maps.tokens.index), len(shown.latents)
         if (images, batch) not in self.chosen:
-            options = (images, shown, self.conditional, maps.require)
+            options = (images, shown, self.conditional)
             self.chosen[images, batch] = (
-                _inferred_rows(*options) if self.rows is None else _given_rows(self.rows, *options)
+                _inferred_rows(*options) if self.rows is None else _given_rows(self.rows, *options, maps.require)
             )
+        # Of each pass, since the next one of as many rows may not guide. A graph would check nothing but its capture.
+        recorded = shown.latents[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.rows is None and batch > images and not recorded:
+            _require_guidance(images, shown, maps.require)
         maps.rows = self.chosen[images, batch]
         maps.begin(shown)
 

@@ -25,6 +25,7 @@ def unbracket(prompts: Sequence[str]) -> tuple[list[str], list[list[Concept] | N
 def _unbracketed(prompt: str) -> tuple[str, list[Concept] | None]:
     text, spans, at = "", [], 0
     start: int | None = None  # in the text, of an open bracket
+    opened = 0  # where it is in the prompt
     for mark in _MARK.finditer(prompt):
         text += prompt[at : mark.start()]
         at = mark.end()
@@ -33,7 +34,7 @@ def _unbracketed(prompt: str) -> tuple[str, list[Concept] | None]:
         elif mark[2] == "[":
             if start is not None:
                 raise ValueError(_wrong(prompt, mark.start(), "a '[' within brackets"))
-            start = len(text)
+            start, opened = len(text), mark.start()
         elif start is None:
             raise ValueError(_wrong(prompt, mark.start(), "a ']' that closes nothing"))
         else:
@@ -43,7 +44,7 @@ def _unbracketed(prompt: str) -> tuple[str, list[Concept] | None]:
             spans.append((start + len(inner) - len(inner.lstrip()), start + len(inner.rstrip())))
             start = None
     if start is not None:
-        raise ValueError(_wrong(prompt, len(prompt), "a '[' that nothing closes"))
+        raise ValueError(_wrong(prompt, opened, "a '[' that nothing closes"))
     text += prompt[at:]
     return text, [Concept(text[first:end], first, end, "object") for first, end in spans] or None
 

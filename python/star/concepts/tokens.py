@@ -174,6 +174,9 @@ def _concepts(
             raise ValueError("brackets: got True together with concepts; leave one of them out")
         if len(concepts) != len(texts):
             raise ValueError(f"concepts: got {len(concepts)} lists, expected one for each of {len(texts)} prompts")
+        for row in concepts:
+            if isinstance(row, str):
+                raise TypeError(f"concepts: got {row!r} for a prompt, expected a list of texts, as [{row!r}]")
         given = concepts
     elif brackets:
         texts, given = unbracket(texts)

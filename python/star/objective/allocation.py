@@ -65,10 +65,12 @@ class Allocation:
             raise ValueError(f"share: got {self.share}, expected a number above 0 and at most 1")
         if not 0 < self.factor < math.inf:
             raise ValueError(f"factor: got {self.factor}, expected a finite number above 0")
+        if not isinstance(self.noise_window, tuple | list) or len(self.noise_window) != 2:
+            raise TypeError(f"noise_window: got {self.noise_window!r}, expected two numbers (lowest, highest)")
         low, high = self.noise_window
         if not 0 <= low <= high <= 1:
             raise ValueError(f"noise_window: got {self.noise_window}, expected lowest <= highest, both in 0..1")
-        if not self.warmup >= 0:
+        if not isinstance(self.warmup, int | float) or not self.warmup >= 0:
             raise ValueError(f"warmup: got {self.warmup}, expected a number of iterations, at least 0")
 
     def is_limited(self) -> bool:
@@ -84,7 +86,7 @@ class Allocation:
         """
         low, high = self.noise_window
         grown = min(iteration / self.warmup, 1.0) if self.warmup else 1.0
-        return torch.where((sigma >= low) & (sigma <= high), grown, 0.0)
+        return torch.where((sigma >= low) & (sigma <= high), sigma.new_full((), grown, dtype=torch.float32), 0.0)
 
 
 def uniform_rows(weights: Tensor) -> int:
@@ -145,7 +147,8 @@ def allocation_weights(
     if maps is None:
         raise ValueError(f"maps: got None, expected maps for strategy {strategy!r}")
     if strategy == "topk":
-        raised = torch.where(top_locations(allocation, maps, grid), allocation.factor, 1.0)
+        top = top_locations(allocation, maps, grid)
+        raised = torch.where(top, top.new_full((), allocation.factor, dtype=torch.float32), 1.0)
         return repeat_tokens(raised / raised.mean(tuple(range(-len(grid), 0)), keepdim=True), patch)
     weights = allocate(
         maps,
@@ -260,7 +263,7 @@ def permute_across_groups(groups: Tensor | None, batch: int, generator: torch.Ge
     by_group = order[groups[order].argsort(stable=True)]
     # Samples sorted by group and shifted by the largest group's size meet another group, unless that holds over half.
     shift = int(groups.unique(return_counts=True)[1].max()) if len(groups.unique()) > 1 else 1
-    source = torch.empty(batch, dtype=torch.int64)
+    source = torch.empty(batch, dtype=torch.int64, device="cpu")
     source[by_group] = by_group.roll(-shift)
     return source
 
@@ -295,12 +298,14 @@ def random_like(weights: Tensor, generator: torch.Generator | None, draws: int =
     best, error = weights.clone(), torch.full_like(target, torch.inf)
     # Filtered on twice the size, then cut: noise that is periodic in its own frame would be less smooth across it.
     size = tuple(2 * length for length in grid)
-    frequency = torch.fft.rfftfreq(size[-1]) ** 2
+    cpu, drawn_on = torch.device("cpu"), torch.device("cpu") if generator is None else generator.device
+    frequency = torch.fft.rfftfreq(size[-1], dtype=torch.float32, device=cpu) ** 2  # whatever the defaults are
     for axis, length in enumerate(reversed(size[:-1]), start=1):
-        frequency = torch.fft.fftfreq(length).view(-1, *(1,) * axis) ** 2 + frequency
+        frequency = torch.fft.fftfreq(length, dtype=torch.float32, device=cpu).view(-1, *(1,) * axis) ** 2 + frequency
     frequency = 2 * torch.pi**2 * frequency.to(weights.device)
     for _ in range(draws):
-        noise = torch.randn(len(weights), *size, generator=generator)[alike].to(weights.device)
+        noise = torch.randn(len(weights), *size, generator=generator, dtype=torch.float32, device=drawn_on)
+        noise = noise[alike.to(drawn_on)].to(weights.device)
         noise = torch.fft.rfftn(noise, dim=axes)
         low, high = torch.zeros_like(target), torch.full_like(target, max(grid) / 2)
         for _ in range(halvings):

@@ -41,7 +41,8 @@ class Scheduler(Protocol):
 
 def _sigmas(scheduler: Scheduler, timestep: float | Tensor) -> tuple[Tensor, Tensor]:
     """(B,) sigma of each timestep and of the one after it."""
-    timesteps = torch.as_tensor(timestep).reshape(-1)
+    given = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, dtype=torch.float32)
+    timesteps = given.reshape(-1)
     try:
         index = [scheduler.index_for_timestep(t) for t in timesteps]
     except IndexError:

@@ -27,9 +27,11 @@ def with_channel_axis(weights: Tensor, x: Tensor) -> Tensor:
 class WeightedGradient(torch.autograd.Function):
     """x, and on the way back the gradient times weights, which multiply x by broadcasting."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, weights: Tensor) -> Tensor:
-        return x.view_as(x)
+        return x.clone()  # a view of a custom function's could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -137,9 +137,9 @@ def is_page(beginning: bytes) -> bool:
 def write(paths: Sequence[Path], out: Path) -> None:
     """Write the page of the runs in `paths`, over nothing but an earlier page. Raises ValueError for a folder that is
     no run, and for an `out` that is something else."""
-    files.claim(out, "out", "page of star report", is_page)
     paths = distinct(paths)
     found = [runs.read(path, name, i) for i, (path, name) in enumerate(zip(paths, runs.names(paths), strict=True))]
+    files.claim(out, "out", "page of star report", is_page)  # which makes the folder: not for what is no run
     columns = list(dict.fromkeys(column for run in found for one in run.evaluations for column in one.values))
     facts = [runs.facts(run) for run in found]
     known = dict.fromkeys(key for own in facts for key in own)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from star.messages import one_line
 from star.rewards import RewardError
 
+SETTING = "run.reward_models, or --models outside a run"
 SHOWN = 3  # names of weights that a message tells
 # Tables of indices that older files hold and that networks compute for themselves: they were never learned.
 INDEX_TABLES = ("position_ids", "relative_position_index")
@@ -24,9 +25,7 @@ INDEX_TABLES = ("position_ids", "relative_position_index")
 
 def unreadable(name: str, path: str, error: Exception) -> RewardError:
     """The line for a file or folder that could not be read at all. name: of the reward."""
-    return RewardError(
-        f"reward: {name!r} could not load {path!r} ({one_line(error)}); run.reward_models says where it is"
-    )
+    return RewardError(f"reward: {name!r} could not load {path!r}; say where it is by {SETTING} ({one_line(error)})")
 
 
 def check_weights(name: str, path: str, missing: Collection[str], unused: Collection[str]) -> None:
@@ -111,7 +110,7 @@ def load_state(name: str, path: str | None, default: tuple[str, str]) -> tuple[d
         raise unreadable(name, shown, error) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise RewardError(f"reward: {name!r} found no state dict in {shown!r}; run.reward_models says where it is")
+        raise RewardError(f"reward: {name!r} found no state dict in {shown!r}; say where it is by {SETTING}")
     return state, shown
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -68,9 +69,10 @@ def load_any(path: str, device: torch.device | str, dtype: torch.dtype) -> Any:
 
 
 def folder_or_hub_id(path: str, setting: str) -> str:
-    """A pipeline's path without a ~. Raises ConfigError for what is written as a folder and is none."""
+    """A pipeline's path without a ~. Raises ConfigError for what is written as a folder and is none: an id of the hub
+    has two parts."""
     path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
+    if (path.startswith(("/", ".")) or path.count("/") > 1) and not Path(path).is_dir():
         raise ConfigError(f"{setting}: {path!r} is no pipeline (there is no such folder)")
     return path
 
@@ -141,11 +143,12 @@ def reason(error: BaseException) -> str:
     everything = " ".join(f"{type(cause).__name__} {cause}".lower() for cause in causes)
     if "gated" in everything or "401" in everything or "403" in everything:
         return f"{text}; the model is gated: ask for access on its page, then log in with `hf auth login`"
-    if "offline" in everything or "local_files_only" in everything:
+    # The libraries' advice on being offline is also in what they say when the hub does not answer.
+    if constants.HF_HUB_OFFLINE and ("offline" in everything or "local_files_only" in everything):
         return f"{text}; the hub is not asked while HF_HUB_OFFLINE is set: unset it, or name a folder"
     if "no space left" in everything:
         return f"{text}; the disk is full"
-    if "connection" in everything or "resolve" in everything or "timed out" in everything:
+    if "connect" in everything or "resolve" in everything or "timed out" in everything:
         return f"{text}; the hub cannot be reached: try again, or name a folder"
     return text
 
