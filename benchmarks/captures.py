@@ -119,7 +119,12 @@ class Layer:
         """F.scaled_dot_product_attention with capture into the maps."""
         call = Tapped()
         call.star_observer = Observer(self.maps, 0)
-        return call.star_scaled_dot_product_attention
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.maps.written[0] = False  # every call stands for a pass of its own
+            return call.star_scaled_dot_product_attention(query, key, value)
+
+        return attend
 
     def with_lse(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The attention's output, and (query, key, log-sum-exp) of which the maps are made."""
@@ -334,6 +339,7 @@ def layer_peaks(peak, batch: int) -> tuple[int, int, int]:
     def attend(maps, qkv):
         # Layer after layer into its slot, as in a model: what one needs must not stay behind for the next.
         for number in range(2):
+            maps.written[number] = False
             call = Tapped()
             call.star_observer = Observer(maps, number)
             call.star_scaled_dot_product_attention(*qkv)
