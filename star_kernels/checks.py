@@ -130,7 +130,7 @@ def checked_integers(name: str, values: Any, expected: str) -> list[int]:
     except TypeError:
         raise TypeError(f"{name}: got {shown(values)}, expected {expected}") from None
     if any(isinstance(value, bool) for value in found):
-        raise TypeError(f"{name}: got {shown(values)} of booleans, expected {expected}")
+        raise TypeError(f"{name}: got {shown(values)}, expected {expected}")
     return [checked_integer(name, value, expected) for value in found]
 
 

@@ -196,7 +196,7 @@ class _Recomputed:
     def __init__(self) -> None:
         self.passes, self.again = 0, False
 
-    def begin(self) -> None:
+    def count(self) -> None:
         """A pass was made, or computed again. Raises RuntimeError where several passes wait for their recomputation."""
         if not in_backward():
             self.passes, self.again = (1 if self.again else self.passes + 1), False
@@ -281,7 +281,7 @@ def allocated(
             if module is not transformer:  # a deep copy takes its hooks along
                 return None
             if not (first_pass or torch.compiler.is_compiling()):
-                recomputed.begin()
+                recomputed.count()
             velocity = _batch(output[0])
             if not (velocity.requires_grad or first_pass):
                 return None

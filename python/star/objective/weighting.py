@@ -44,7 +44,7 @@ class WeightedGradient(torch.autograd.Function):
 
 
 def weighted_gradient(x: Tensor, weights: Tensor | None) -> Tensor:
-    """x itself, bit for bit; its gradient is multiplied by a weight for each latent location.
+    """A copy of x, bit for bit; its gradient is multiplied by a weight for each latent location.
 
     Put around the model's velocity, or around a log-density before it is averaged, this allocates the update of any
     trainer and does not change its loss, ratio, clipping and metrics. For a clipped policy loss of one ratio per
